@@ -1,0 +1,103 @@
+"""Values that are out of range or do not fit together."""
+
+from __future__ import annotations
+
+from draftplus.config.keys import flatten, nearest, to_dict
+from draftplus.config.schema import Config
+from draftplus.errors import UserError
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "model.dtype": ("float32", "bfloat16", "float16"),
+    "objective.method": ("draft", "draft_lv", "refl", "alignprop", "drtune"),
+    "objective.kl_space": ("noise", "x0"),
+    "parallel.mode": ("auto", "replicate", "shard"),
+}
+
+
+def check(config: Config) -> None:
+    """Refuses values that are out of range or do not fit together.
+
+    Raises UserError naming the key, its value and what would do.
+    """
+    flat = flatten(to_dict(config))
+    for key, allowed in CHOICES.items():
+        if flat[key] not in allowed:
+            near = nearest(str(flat[key]), allowed)
+            raise UserError(f"{key} is '{flat[key]}'; {near + ' ' if near else ''}Choose one of: {', '.join(allowed)}")
+    positive = ("sampler.steps", "train.steps", "train.epochs", "train.global_batch_size", "train.micro_batch_size",
+                "train.sampling_batch_size", "data.images_per_prompt", "eval.every", "eval.images_per_prompt",
+                "eval.max_prompts", "checkpoint.every", "checkpoint.keep", "objective.draft_lv.samples",
+                "objective.alignprop.min_steps", "objective.alignprop.max_steps", "model.lora.rank", "optim.lr",
+                "optim.grad_clip")  # fmt: skip
+    for key in positive:
+        value = flat.get(key)
+        if value is not None and not value > 0:
+            raise UserError(f"{key} is {value}; it must be above 0")
+    for key in ("objective.kl_coeff", "optim.weight_decay", "optim.warmup_steps", "objective.drtune.early_stop"):
+        if not flat[key] >= 0:
+            raise UserError(f"{key} is {flat[key]}; it must not be negative")
+    if config.optim.ema is not None and not 0 < config.optim.ema < 1:
+        raise UserError(f"optim.ema is {config.optim.ema}; a decay lies between 0 and 1, such as 0.999")
+    if config.train.steps is None and config.train.epochs is None:
+        raise UserError("train.steps and train.epochs are both null; set one of them")
+    if not config.reward:
+        raise UserError("reward is empty; name one, such as reward=emoji_clip")
+    _check_windows(config)
+    _check_batches(config)
+
+
+def _check_windows(config: Config) -> None:
+    k, steps = config.objective.grad_steps, config.sampler.steps
+    if k != "all" and (not isinstance(k, int) or isinstance(k, bool) or k < 1):
+        raise UserError(f"objective.grad_steps is {k!r}; give a number from 1 to {steps}, or all")
+    if k != "all" and k > steps:
+        raise UserError(
+            f"objective.grad_steps is {k} but sampler.steps is {steps}; "
+            f"set objective.grad_steps to at most {steps}, or all"
+        )
+    if config.objective.method in ("draft_lv", "refl") and k != 1:
+        raise UserError(
+            f"objective.grad_steps is {k} but method {config.objective.method} has one step with gradient; "
+            f"set objective.grad_steps=1"
+        )
+    low, high = config.objective.alignprop.min_steps, config.objective.alignprop.max_steps
+    if config.objective.method == "alignprop" and not low <= (high or steps) <= steps:
+        raise UserError(
+            f"objective.alignprop: min_steps {low}, max_steps {high}, sampler.steps {steps} "
+            f"must not decrease in this order"
+        )
+    if config.objective.method == "drtune" and config.objective.drtune.early_stop >= steps:
+        raise UserError(
+            f"objective.drtune.early_stop is {config.objective.drtune.early_stop}; "
+            f"it must be below sampler.steps, {steps}"
+        )
+    if not 0 <= config.objective.refl.first < 1:
+        raise UserError(f"objective.refl.first is {config.objective.refl.first}; it is a fraction in [0, 1)")
+
+
+def _check_batches(config: Config) -> None:
+    total, per_prompt = config.train.global_batch_size, config.data.images_per_prompt
+    if total % per_prompt:
+        raise UserError(
+            f"train.global_batch_size {total} is not a multiple of data.images_per_prompt {per_prompt}; "
+            f"try {max(1, total // per_prompt) * per_prompt}"
+        )
+
+
+def check_ranks(config: Config, world_size: int) -> None:
+    """Refuses a batch that the ranks, or the micro-batches of one rank, do not divide.
+
+    Raises UserError naming the numbers and a mend.
+    """
+    total, micro = config.train.global_batch_size, config.train.micro_batch_size
+    if total % world_size:
+        raise UserError(
+            f"train.global_batch_size {total} is not a multiple of the {world_size} processes; "
+            f"try {-(-total // world_size) * world_size}"
+        )
+    local = total // world_size
+    if local > micro and local % micro:
+        raise UserError(
+            f"train.micro_batch_size {micro} does not divide the {local} images of a process; "
+            f"try {max(d for d in range(1, micro + 1) if local % d == 0)}"
+        )

@@ -1,0 +1,141 @@
+"""Reading a configuration: a YAML recipe over the defaults, `key=value` over that."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from draftplus.config.check import check
+from draftplus.config.keys import all_keys, dataclass_of, flatten, nearest, to_dict
+from draftplus.config.schema import Config, RewardConfig
+from draftplus.errors import UserError
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+# keys that may change when a run is continued; all others shape the trajectory
+CHANGEABLE = (
+    "name", "output_dir", "device", "model.gradient_checkpointing", "train.steps", "train.epochs",
+    "train.micro_batch_size", "train.sampling_batch_size", "eval", "checkpoint", "stop", "parallel", "log",
+)  # fmt: skip
+
+
+def load_config(recipe: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a recipe with `key=value` overrides, checked.
+
+    recipe: a built-in name (see `recipe_names`), a YAML file, or None for the defaults.
+
+    Raises UserError for an unknown recipe or key (naming the nearest), a wrong type, or values that do not fit
+    together.
+    """
+    layers = [*(_recipe_layers(recipe) if recipe is not None else ()), *(_parse_override(o) for o in overrides)]
+    merged = OmegaConf.structured(Config)
+    for layer in layers:
+        _check_keys(layer, Config)
+        if isinstance(layer.get("reward"), Mapping) and layer.pop("__replace_reward__", False):
+            merged.reward = {}
+        try:
+            merged = OmegaConf.merge(merged, layer)
+        except OmegaConfBaseException as error:
+            key = error.full_key or ", ".join(flatten(layer))
+            reason = str(error.msg or error).splitlines()[0]
+            raise UserError(f"{key}: {reason}") from None
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, Config)
+    check(config)
+    return config
+
+
+def recipe_names() -> list[str]:
+    """The built-in recipes."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def recipe_path(recipe: str | Path) -> Path:
+    """The YAML file of a built-in recipe's name or of a path.
+
+    Raises UserError where there is neither, naming the nearest built-in recipe.
+    """
+    built_in = RECIPES / f"{recipe}.yaml"
+    if built_in.is_file():
+        return built_in
+    path = Path(recipe)
+    if path.is_file():
+        return path
+    near = nearest(str(recipe), recipe_names())
+    raise UserError(
+        f"recipe '{recipe}': no such file or built-in recipe; {near or 'built in: ' + ', '.join(recipe_names())}"
+    )
+
+
+def _recipe_layers(recipe: str | Path) -> list[dict[str, Any]]:
+    path = recipe_path(recipe)
+    try:
+        loaded = OmegaConf.to_container(OmegaConf.load(path))
+    except Exception as error:  # yaml's errors share no base class with OmegaConf's
+        raise UserError(f"{path}: not a YAML file: {str(error).splitlines()[0]}") from None
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path}: expected keys and values, found {type(loaded).__name__}")
+    parent = loaded.pop("extends", None)
+    return [*(_recipe_layers(parent) if parent else ()), _normalise_reward(loaded, replace=True)]
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    key, equals, _ = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"'{text}': expected KEY=VALUE, such as optim.lr=1e-4")
+    try:
+        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
+    except Exception as error:
+        raise UserError(f"{text}: the value cannot be read: {str(error).splitlines()[0]}") from None
+    assert isinstance(parsed, dict)
+    return _normalise_reward(parsed, replace=key == "reward")
+
+
+def _normalise_reward(layer: dict[Any, Any], replace: bool) -> dict[str, Any]:
+    """A reward's bare name stands for a mapping of that one; a whole `reward` replaces what was there."""
+    if "reward" not in layer:
+        return layer
+    reward = layer["reward"]
+    if isinstance(reward, str):
+        reward = {reward: {}}
+    if not isinstance(reward, dict) or not reward:
+        raise UserError(f"reward: expected a name or a mapping of names, got {reward!r}; such as reward=emoji_clip")
+    return {**layer, "reward": {name: value or {} for name, value in reward.items()}, "__replace_reward__": replace}
+
+
+def _check_keys(layer: Mapping[str, Any], node: Any, prefix: str = "") -> None:
+    known = {f.name: f for f in dataclasses.fields(node)}
+    for key, value in layer.items():
+        if key == "__replace_reward__":
+            continue
+        if key not in known:
+            near = nearest(f"{prefix}{key}", [k for k, _ in all_keys()])
+            raise UserError(f"unknown key '{prefix}{key}'; {near or 'draftplus train --help lists all keys'}")
+        child = dataclass_of(known[key])
+        if key in ("reward", "rewards") and isinstance(value, Mapping):
+            for name, settings in value.items():
+                if isinstance(settings, Mapping):
+                    _check_keys(settings, RewardConfig, f"{prefix}{key}.{name}.")
+        elif child is not None and isinstance(value, Mapping):
+            _check_keys(value, child, f"{prefix}{key}.")
+
+
+def shaping_keys(config: Config) -> dict[str, Any]:
+    """The dotted keys and values that shape the trajectory, and so must not change when a run is continued."""
+    changeable = tuple(f"{key}." for key in CHANGEABLE)
+    return {key: value for key, value in flatten(to_dict(config)).items() if not f"{key}.".startswith(changeable)}
+
+
+def run_name(config: Config, recipe: str) -> str:
+    """`name`, or the recipe's name with 8 hexadecimal digits of the hash of the keys that shape the trajectory."""
+    if config.name:
+        return config.name
+    text = json.dumps(shaping_keys(config), sort_keys=True)
+    return f"{recipe}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

@@ -1,0 +1,153 @@
+"""Low-rank adapters on a denoiser (Hu et al. 2021, arXiv 2106.09685) through peft."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import LoraConfig as PeftConfig
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from draftplus import rng
+from draftplus.config import LoraConfig
+from draftplus.errors import UserError
+
+ADAPTER = "default"
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+def add_lora(denoiser: nn.Module, config: LoraConfig, seed: int) -> None:
+    """Adds adapters in at least float32, A drawn from `seed` and B zero, so that the prediction is unchanged at first.
+
+    Raises UserError where the targets name no module of the denoiser.
+    """
+    targets = _targets(denoiser, config.targets)
+    peft = PeftConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets, init_lora_weights="gaussian")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(rng.address(seed, "lora"))
+        denoiser.add_adapter(peft, adapter_name=ADAPTER)  # type: ignore[operator]
+    for parameter in trained(denoiser).values():
+        parameter.data = parameter.data.to(torch.promote_types(torch.float32, parameter.dtype))
+
+
+def _targets(denoiser: nn.Module, targets: object) -> list[str]:
+    linear = [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)]
+    convolution = [name for name, module in denoiser.named_modules() if isinstance(module, nn.Conv2d)]
+    if isinstance(targets, str):
+        groups = {
+            "attention": list(ATTENTION),
+            "linear": linear,
+            "convolution": convolution,
+            "all": linear + convolution,
+        }
+        if targets not in groups:
+            raise UserError(
+                f"model.lora.targets is '{targets}'; choose {', '.join(groups)}, or give a list of module names"
+            )
+        return groups[targets]
+    if not isinstance(targets, list) or not targets:
+        raise UserError(f"model.lora.targets is {targets!r}; give a name or a list of module names")
+    absent = [t for t in targets if not any(n == t or n.endswith(f".{t}") for n in linear + convolution)]
+    if absent:
+        raise UserError(
+            f"model.lora.targets: no layer of the denoiser is named '{absent[0]}'; the attention layers end in "
+            f"{', '.join(ATTENTION)}"
+        )
+    return targets
+
+
+def layers(denoiser: nn.Module) -> list[LoraLayer]:
+    """The adapted layers."""
+    return [module for module in denoiser.modules() if isinstance(module, LoraLayer)]
+
+
+def trained(denoiser: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapters' parameters by name."""
+    return {name: parameter for name, parameter in denoiser.named_parameters() if parameter.requires_grad}
+
+
+@contextmanager
+def adapters_off(denoiser: nn.Module) -> Iterator[None]:
+    """Inside, the denoiser is the frozen model."""
+    with _enabled(layers(denoiser), False):
+        yield
+
+
+@contextmanager
+def folded(denoiser: nn.Module) -> Iterator[None]:
+    """Inside, float32 (or float64) weights hold W + scale * B A and the adapters are off, for faster inference.
+
+    Precomputed tensors are swapped in and the originals back, so the frozen weights stay bit-identical; layers in half
+    precision, where a young adapter would round away, keep their adapters running.
+    """
+    fitting = [layer for layer in layers(denoiser) if _base(layer).weight.dtype in (torch.float32, torch.float64)]
+    originals = [_base(layer).weight.data for layer in fitting]
+    with torch.no_grad():
+        merged = [
+            original + layer.get_delta_weight(ADAPTER).to(original)
+            for layer, original in zip(fitting, originals, strict=True)
+        ]
+    try:
+        for layer, weight in zip(fitting, merged, strict=True):
+            _base(layer).weight.data = weight
+        with _enabled(fitting, False):
+            yield
+    finally:
+        for layer, original in zip(fitting, originals, strict=True):
+            _base(layer).weight.data = original
+
+
+def _base(layer: LoraLayer) -> nn.Linear | nn.Conv2d:
+    return layer.get_base_layer()
+
+
+@contextmanager
+def _enabled(chosen: list[LoraLayer], on: bool) -> Iterator[None]:
+    # peft's own enable_adapters() also switches requires_grad, which must not change under a live graph
+    before = [layer._disable_adapters for layer in chosen]
+    for layer in chosen:
+        layer._disable_adapters = not on
+    try:
+        yield
+    finally:
+        for layer, was in zip(chosen, before, strict=True):
+            layer._disable_adapters = was
+
+
+def export(denoiser: nn.Module) -> dict[str, Tensor]:
+    """The adapters as diffusers names them, contiguous on the CPU.
+
+    alpha / rank is multiplied into B, so that the file means the same in every loader, whether or not it reads alpha.
+    """
+    state: dict[str, Tensor] = {}
+    for name, module in denoiser.named_modules():
+        if isinstance(module, LoraLayer):
+            scale = module.lora_alpha[ADAPTER] / module.r[ADAPTER]
+            state[f"{name}.lora_A.weight"] = module.lora_A[ADAPTER].weight.detach().cpu().contiguous().clone()
+            state[f"{name}.lora_B.weight"] = (module.lora_B[ADAPTER].weight.detach() * scale).cpu().contiguous()
+    return state
+
+
+def attach(denoiser: nn.Module, file: Path) -> None:
+    """Adds the adapters of a LoRA file, of any rank and targets, through diffusers.
+
+    Raises UserError where the file is not a LoRA of this denoiser.
+    """
+    try:
+        state = {name: tensor for name, tensor in load_file(file).items() if name.startswith("unet.")}
+        denoiser.load_lora_adapter(state, prefix="unet", adapter_name=ADAPTER)  # type: ignore[operator]
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{file}: not an adapter of this model: {str(error).splitlines()[0]}") from None
+    if not layers(denoiser):
+        raise UserError(f"{file}: it holds no adapter of the denoiser (names starting with 'unet.')")
+
+
+def set_scale(denoiser: nn.Module, scale: float) -> None:
+    """Multiplies the adapters' effect: 0 is the base model, 1 the tuned one."""
+    for layer in layers(denoiser):
+        layer.scaling[ADAPTER] = scale * layer.lora_alpha[ADAPTER] / layer.r[ADAPTER]

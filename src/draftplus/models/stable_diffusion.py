@@ -1,0 +1,222 @@
+"""Stable Diffusion 1.x and 2.x, and everything of their shape, through diffusers and transformers."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from draftplus.config import ModelConfig
+from draftplus.errors import UserError
+from draftplus.models import lora
+from draftplus.models.weights import read_state_dict, refuse_code
+from draftplus.types import Conditioning
+
+CACHE_BYTES = 2**28  # of text embeddings: about 1,100 prompts of Stable Diffusion 1.5
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+class StableDiffusion:
+    """The `Model` of a UNet with one CLIP text encoder and a KL autoencoder.
+
+    `reference_unet` is the frozen copy of a fully tuned denoiser; with LoRA the frozen model is the UNet itself with
+    its adapters off.
+    """
+
+    def __init__(
+        self, unet: Any, vae: Any, text_encoder: Any, tokenizer: Any, scheduler_config: Mapping[str, Any],
+        reference_unet: Any = None,
+    ) -> None:  # fmt: skip
+        self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
+        self.scheduler_config = scheduler_config
+        self.reference_unet = reference_unet
+        self.device = next(unet.parameters()).device
+        self._cache: OrderedDict[str, Tensor] = OrderedDict()
+        self._cached_bytes = 0
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._cache]
+        fresh = dict(zip(missing, self._embed(missing), strict=True)) if missing else {}
+        found = {prompt: fresh[prompt] if prompt in fresh else self._cache[prompt] for prompt in prompts}
+        for prompt, hidden in found.items():
+            self._remember(prompt, hidden)
+        return Conditioning(torch.stack([found[prompt] for prompt in prompts]))  # (b, n, d)
+
+    @torch.no_grad()
+    def _embed(self, prompts: Sequence[str]) -> Tensor:
+        tokens = self.tokenizer(
+            list(prompts), padding="max_length", max_length=self.tokenizer.model_max_length, truncation=True,
+            return_tensors="pt",
+        ).to(self.device)  # fmt: skip
+        mask = tokens.attention_mask if getattr(self.text_encoder.config, "use_attention_mask", False) else None
+        hidden: Tensor = self.text_encoder(tokens.input_ids, attention_mask=mask)[0]
+        return hidden
+
+    def _remember(self, prompt: str, hidden: Tensor) -> None:
+        if prompt in self._cache:
+            self._cache.move_to_end(prompt)
+            return
+        self._cache[prompt] = hidden.clone()  # a row of a batch would keep the whole batch alive
+        self._cached_bytes += hidden.nbytes
+        while self._cached_bytes > CACHE_BYTES and len(self._cache) > 1:
+            self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
+
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        sample = self.unet.config.sample_size
+        default = (sample, sample) if isinstance(sample, int) else sample
+        sides = []
+        for name, pixels, latent in (("height", height, default[0]), ("width", width, default[1])):
+            if pixels is not None and pixels % factor:
+                raise UserError(f"sampler.{name} is {pixels}; this model takes multiples of {factor}")
+            sides.append(latent if pixels is None else pixels // factor)
+        return self.unet.config.in_channels, sides[0], sides[1]
+
+    def predict(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        dtype = self.unet.conv_in.weight.dtype
+        hidden = conditioning.hidden.to(dtype)
+        raw: Tensor = self.unet(latents.to(dtype), timestep, encoder_hidden_states=hidden, return_dict=False)[0]
+        return raw
+
+    def decode(self, latents: Tensor) -> Tensor:
+        config, dtype = self.vae.config, self.vae.post_quant_conv.weight.dtype
+        latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
+        image = self.vae.decode(latents.to(dtype), return_dict=False)[0]
+        return (image.to(torch.promote_types(torch.float32, dtype)) / 2 + 0.5).clamp(0, 1)
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        if self.reference_unet is None:
+            with lora.adapters_off(self.unet):
+                yield
+            return
+        tuned, self.unet = self.unet, self.reference_unet
+        try:
+            yield
+        finally:
+            self.unet = tuned
+
+    @contextmanager
+    def folded(self) -> Iterator[None]:
+        with lora.folded(self.unet):
+            yield
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return lora.trained(self.unet)
+
+    def save_adapter(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        if lora.layers(self.unet):
+            state = {f"unet.{name}": tensor for name, tensor in lora.export(self.unet).items()}
+            save_file(state, directory / LORA_FILE, metadata={"format": "pt"})
+        else:
+            self.unet.save_pretrained(directory)
+
+    def load_adapter(self, directory: Path) -> None:
+        if (directory / LORA_FILE).is_file():
+            lora.attach(self.unet, directory / LORA_FILE)
+        elif (directory / "config.json").is_file():
+            self.unet.load_state_dict(_denoiser_weights(directory))
+        else:
+            raise UserError(f"{directory}: no {LORA_FILE} and no denoiser in it; give an adapter/ directory of a run")
+
+    def set_lora_scale(self, scale: float) -> None:
+        lora.set_scale(self.unet, scale)
+
+
+def load(
+    config: ModelConfig, path: str, device: torch.device, seed: int = 0, trainable: bool = True,
+    dtype: torch.dtype | None = None,
+) -> StableDiffusion:  # fmt: skip
+    """Loads a model of the Stable Diffusion 1.x/2.x family, ready to be trained or, if not `trainable`, to be sampled.
+
+    path: diffusers directory, hub id, or a single .safetensors/.ckpt file. dtype: of frozen weights, instead of the
+    configuration's; trained weights are in at least float32.
+
+    Raises UserError for a missing model, one of another family, or weights that would run code.
+    """
+    frozen = dtype or getattr(torch, config.dtype)
+    unet, vae, text_encoder, tokenizer, scheduler_config = _components(config, path, frozen)
+    for part in (unet, vae, text_encoder):
+        part.requires_grad_(False).eval().to(device)
+    reference = None
+    if trainable and config.lora is not None:
+        lora.add_lora(unet, config.lora, seed)
+    elif trainable:
+        reference = copy.deepcopy(unet)
+        unet.to(torch.promote_types(torch.float32, frozen)).requires_grad_(True)
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+        vae.enable_gradient_checkpointing()
+    return StableDiffusion(unet, vae, text_encoder, tokenizer, scheduler_config, reference)
+
+
+def _components(config: ModelConfig, path: str, dtype: torch.dtype) -> tuple[Any, Any, Any, Any, Mapping[str, Any]]:
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    if path.endswith((".safetensors", ".ckpt")):
+        return _single_file(path, dtype)
+    if _looks_local(path) and not Path(path).is_dir():
+        raise UserError(f"model.path '{path}': no such directory; give a diffusers directory, a hub id, or emoji")
+    if Path(path).is_dir():
+        if not (Path(path) / "model_index.json").is_file():
+            raise UserError(f"model.path '{path}': no model_index.json in it, so it is not a diffusers model directory")
+        refuse_code(Path(path))
+    hub: dict[str, Any] = {"revision": config.revision}
+    try:
+        unet = _part(UNet2DConditionModel, config.unet, path, "unet", dtype, hub)
+        vae = _part(AutoencoderKL, config.vae, path, "vae", dtype, hub)
+        text_encoder = CLIPTextModel.from_pretrained(path, subfolder="text_encoder", dtype=dtype, **hub)
+        tokenizer = CLIPTokenizer.from_pretrained(path, subfolder="tokenizer", **hub)
+        scheduler_config = DDIMScheduler.load_config(path, subfolder="scheduler", **hub)
+    except (OSError, ValueError, KeyError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(f"model.path '{path}': not loaded as a Stable Diffusion 1.x/2.x model: {reason}") from None
+    return unet, vae, text_encoder, tokenizer, scheduler_config
+
+
+def _part(cls: Any, replacement: str | None, path: str, name: str, dtype: torch.dtype, hub: dict[str, Any]) -> Any:
+    if replacement is None:
+        return cls.from_pretrained(path, subfolder=name, torch_dtype=dtype, **hub)
+    given = Path(replacement)
+    if given.is_dir():
+        refuse_code(given)
+        return cls.from_pretrained(given, torch_dtype=dtype)
+    if not given.is_file():
+        raise UserError(f"model.{name} '{replacement}': no such file or directory")
+    return cls.from_single_file(read_state_dict(given), config=path, subfolder=name, torch_dtype=dtype)
+
+
+def _single_file(path: str, dtype: torch.dtype) -> tuple[Any, Any, Any, Any, Mapping[str, Any]]:
+    from diffusers import StableDiffusionPipeline
+
+    if not Path(path).is_file():
+        raise UserError(f"model.path '{path}': no such file")
+    read_state_dict(Path(path))  # refuses a pickle that needs code before any other loader sees it
+    try:
+        pipe = StableDiffusionPipeline.from_single_file(path, torch_dtype=dtype, safety_checker=None)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"model.path '{path}': not loaded as a single-file Stable Diffusion 1.x/2.x model: {reason}"
+        ) from None
+    return pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.scheduler.config
+
+
+def _looks_local(path: str) -> bool:
+    return path.startswith((".", "/", "~")) or path.count("/") != 1
+
+
+def _denoiser_weights(directory: Path) -> dict[str, Tensor]:
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{directory}: no .safetensors weights in it")
+    return {name: tensor for file in files for name, tensor in read_state_dict(file).items()}

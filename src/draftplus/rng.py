@@ -1,0 +1,47 @@
+"""Randomness is addressed, not consumed.
+
+A draw is a function of (seed, stream, step, index, draw), made on the CPU in float32: one process with a batch of
+eight and eight processes with one sample each draw the same noise, and resuming needs no generator state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def address(seed: int, stream: str, step: int = 0, index: int = 0, draw: int = 0) -> int:
+    """A 63-bit generator seed for one place in one stream; different addresses do not collide in practice."""
+    text = f"{seed}/{stream}/{step}/{index}/{draw}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def generator(seed: int, stream: str, step: int = 0, index: int = 0, draw: int = 0) -> torch.Generator:
+    """A CPU generator seeded with the address."""
+    return torch.Generator("cpu").manual_seed(address(seed, stream, step, index, draw))
+
+
+def normal(
+    shape: Sequence[int], seed: int, stream: str, step: int = 0, indices: Iterable[int] = (0,), draw: int = 0
+) -> Tensor:
+    """Standard normal draws, one per global sample index: (len(indices), *shape), float32 on the CPU."""
+    return torch.stack([torch.randn(*shape, generator=generator(seed, stream, step, index, draw)) for index in indices])
+
+
+def integer(low: int, high: int, seed: int, stream: str, step: int = 0, draw: int = 0) -> int:
+    """A uniform integer in [low, high), the same on every rank."""
+    return int(torch.randint(low, high, (), generator=generator(seed, stream, step, 0, draw)))
+
+
+def permutation(n: int, seed: int, stream: str, step: int = 0) -> list[int]:
+    """A random order of range(n), the same on every rank."""
+    return torch.randperm(n, generator=generator(seed, stream, step)).tolist()
+
+
+def stock_noise(shape: Sequence[int], seeds: Iterable[int]) -> Tensor:
+    """Initial noise as stock diffusers draws it with one CPU generator per image: (len(seeds), *shape), float32."""
+    # diffusers draws (1, c, h, w) per generator; the leading 1 does not change the values
+    return torch.cat([torch.randn(1, *shape, generator=torch.Generator("cpu").manual_seed(s)) for s in seeds])
