@@ -1,0 +1,113 @@
+"""Line charts as inline SVG, drawn by matplotlib and coloured by the page's style sheet.
+
+The drawing uses placeholder colours that become CSS variables, so that one chart reads on light and dark pages.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+# placeholder colour -> CSS variable; values that no chart would use
+INK, GRID, FAINT, LINE, MARK = "#010203", "#010204", "#010205", "#010206", "#010207"
+VARIABLES = {INK: "--muted", GRID: "--grid", FAINT: "--line-faint", LINE: "--line", MARK: "--mark"}
+
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "draftplus",
+    "font.family": "sans-serif",
+    "font.size": 9.5,
+    "text.color": INK,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "lines.solid_capstyle": "round",
+    "axes.formatter.useoffset": False,
+}
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One curve over optimizer steps.
+
+    values: NaN and infinity leave a gap. errors: half-lengths of error bars. smoothed: a second, bolder curve over
+    the same steps. level: a dashed horizontal line, with its label. markers: dots at the points. from_zero: the axis
+    starts at 0, so that heights compare.
+    """
+
+    title: str
+    note: str
+    steps: Sequence[int]
+    values: Sequence[float]
+    errors: Sequence[float] | None = None
+    smoothed: Sequence[float] | None = None
+    level: tuple[float, str] | None = None
+    markers: bool = False
+    from_zero: bool = False
+
+
+def draw(chart: Chart, prefix: str) -> str:
+    """The chart as an <svg> element. prefix: makes its ids unique in the page."""
+    values = np.where(np.isfinite(chart.values), chart.values, np.nan)
+    marker = "o" if chart.markers or len(values) == 1 else None
+    with rc_context(STYLE):
+        figure = Figure(figsize=(4.6, 2.5))
+        axes = figure.add_axes((0.12, 0.2, 0.865, 0.75))
+        raw = FAINT if chart.smoothed is not None else LINE
+        axes.plot(chart.steps, values, color=raw, linewidth=1.2 if chart.smoothed is not None else 2, marker=marker)
+        if chart.smoothed is not None:
+            axes.plot(chart.steps, chart.smoothed, color=LINE, linewidth=2.2)
+        if chart.errors is not None:
+            axes.errorbar(chart.steps, values, chart.errors, fmt="none", ecolor=LINE, elinewidth=1.2, capsize=3)
+        if chart.level is not None:
+            height, label = chart.level
+            axes.axhline(height, color=MARK, linewidth=1.3, linestyle=(0, (4, 3)))
+            axes.annotate(
+                label, (1, height), xycoords=("axes fraction", "data"), xytext=(0, 3), textcoords="offset points",
+                ha="right", va="bottom", color=MARK,
+            )  # fmt: skip
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+        axes.margins(x=0.02, y=0.12)
+        if chart.from_zero:
+            axes.set_ylim(0, 1.2 * float(np.nanmax(values)) or 1)
+        axes.set_xlabel("optimizer step")
+        axes.spines["left"].set_visible(False)
+        buffer = io.StringIO()
+        figure.savefig(
+            buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        )
+    return _inline(buffer.getvalue(), prefix, chart.title)
+
+
+def _inline(svg: str, prefix: str, title: str) -> str:
+    """Matplotlib's SVG document as an element of an HTML page: its own ids, the page's colours, any width."""
+    body = svg[svg.index("<svg") :]
+    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    view = re.search(r'viewBox="[^"]*"', body)
+    assert view is not None
+    body = re.sub(r"<svg[^>]*>", f'<svg {view[0]} role="img" aria-label="{escape(title)}">', body, count=1)
+    body = re.sub(r'\bid="', f'id="{prefix}-', body)
+    body = re.sub(r'xlink:href="#', f'href="#{prefix}-', body)
+    body = body.replace("url(#", f"url(#{prefix}-")
+    body = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", body)
+    for colour, variable in VARIABLES.items():
+        body = body.replace(colour, f"var({variable})")
+    return body.strip()

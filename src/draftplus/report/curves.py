@@ -1,0 +1,101 @@
+"""Which curves a run is drawn as."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+
+from draftplus.config import flatten
+from draftplus.report import summary
+from draftplus.report.charts import Chart, draw
+from draftplus.report.read import Run
+
+
+def curves(run: Run) -> str:
+    """HTML of every curve that the run has numbers for."""
+    charts = [*_training_reward(run), *_held_out_rewards(run), *_kl(run), *_diversity(run), *_gradient(run)]
+    figures = "".join(
+        f"<figure><figcaption><strong>{escape(chart.title)}</strong> {escape(chart.note)}</figcaption>"
+        f"{draw(chart, f'chart{i}')}</figure>"
+        for i, chart in enumerate(charts)
+    )
+    return figures or "<p>There is nothing to draw yet.</p>"
+
+
+def _curve(run: Run, key: str, title: str, note: str, level: tuple[float, str] | None = None) -> list[Chart]:
+    """A per-step quantity, smoothed where it is long enough to need it."""
+    steps, values = summary.series(run.steps, key)
+    if not any(map(math.isfinite, values)):
+        return []
+    width = max(5, len(values) // 10)
+    if len(values) < 2 * width:
+        return [Chart(title, note, steps, values, level=level, markers=len(values) < 20)]
+    note = f"{note} The bold line is a moving average over {width // 2 * 2 + 1} steps."
+    return [Chart(title, note, steps, values, smoothed=summary.smooth(values, width), level=level)]
+
+
+def _training_reward(run: Run) -> list[Chart]:
+    rewards = run.config.get("reward")
+    several = isinstance(rewards, dict) and len(rewards) > 1
+    note = "The weighted sum that is optimised, on the training prompts." if several else "On the training prompts."
+    charts = _curve(run, "reward", "Training reward", note)
+    if several:
+        for name in summary.reward_names(run.steps):
+            charts += _curve(
+                run, f"reward/{name}", f"Training reward, {name}", "One of the rewards, without its weight."
+            )
+    return charts
+
+
+def _held_out_rewards(run: Run) -> list[Chart]:
+    charts = []
+    for name in summary.reward_names(run.evaluations):
+        steps, values = summary.series(run.evaluations, f"reward/{name}")
+        if not any(map(math.isfinite, values)):
+            continue
+        rows = [row for row in run.evaluations if row["step"] in steps]
+        pairs = [summary.paired(rows[0], row, name) for row in rows]
+        errors = [pair[1] for pair in pairs if pair is not None and pair[1] is not None]
+        complete = len(errors) == len(rows) > 1
+        note = "On prompts and seeds that training never sees."
+        note += " Bars are one standard error of the paired gain." if complete else ""
+        charts.append(
+            Chart(
+                f"Held-out reward, {name}", note, steps, values,
+                errors=errors if complete else None, level=_start(steps, values), markers=True,
+            )
+        )  # fmt: skip
+    return charts
+
+
+def _start(steps: Sequence[int], values: Sequence[float]) -> tuple[float, str]:
+    return values[0], "base model" if steps[0] == 0 else "first evaluation"
+
+
+def _kl(run: Run) -> list[Chart]:
+    if not any(summary.series(run.steps, "kl")[1]):  # without the term it is not evaluated
+        return []
+    return _curve(run, "kl", "KL", "Distance from the frozen model's prediction, over the steps that carry gradient.")
+
+
+def _diversity(run: Run) -> list[Chart]:
+    steps, values = summary.series(run.evaluations, "lpips")
+    if not any(map(math.isfinite, values)):
+        return []
+    note = "Mean pairwise LPIPS of one prompt's images; higher is more varied."
+    floor = summary.number(flatten(run.config).get("stop.diversity_floor"))
+    level = _start(steps, values) if floor is None else (values[0] * floor, "floor that ends the run")
+    return [Chart("Diversity", note, steps, values, level=level, markers=True, from_zero=True)]
+
+
+def _gradient(run: Run) -> list[Chart]:
+    clip = summary.number(flatten(run.config).get("optim.grad_clip"))
+    _, values = summary.series(run.steps, "grad_norm")
+    in_reach = clip is not None and max((v for v in values if math.isfinite(v)), default=0.0) > 0.5 * clip
+    level = (clip, "clipped above") if clip is not None and in_reach else None
+    note = "Before clipping." if clip is None or in_reach else f"Before clipping, which starts at {clip:g}."
+    charts = _curve(run, "grad_norm", "Gradient norm", note, level)
+    return charts + _curve(
+        run, "clipped_fraction", "Saturated pixel values", "The fraction at 0 or 1, where no gradient passes."
+    )

@@ -1,0 +1,131 @@
+"""Reads a run directory as far as it got: what is absent is named, and the rest is still reported."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from draftplus.errors import UserError
+
+Row = Mapping[str, Any]
+
+STEP_DIRECTORY = re.compile(r"step-(\d+)")
+SAMPLE_FILE = re.compile(r"(?P<prompt>\d+)-.*-(?P<seed>\d+)\.png")
+
+
+@dataclass
+class Run:
+    """What a run directory holds.
+
+    steps: the rows of metrics.jsonl. evaluations: the rows of eval.jsonl. samples: by step, the picture of each
+    (prompt index, seed). missing: what was not there, in words.
+    """
+
+    directory: Path
+    config: dict[str, Any] = field(default_factory=dict)
+    steps: list[Row] = field(default_factory=list)
+    evaluations: list[Row] = field(default_factory=list)
+    samples: dict[int, dict[tuple[int, int], Path]] = field(default_factory=dict)
+    grids: dict[int, Path] = field(default_factory=dict)
+    prompts: list[str] = field(default_factory=list)
+    best: dict[str, Any] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.directory.resolve().name
+
+
+def read_run(directory: Path) -> Run:
+    """What is in a run directory.
+
+    Raises UserError where the directory does not exist or holds nothing of a run.
+    """
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such run directory")
+    run = Run(directory)
+    run.config = _read_config(run)
+    run.steps = _read_rows(run, "metrics.jsonl", "no training curves")
+    run.evaluations = _read_rows(run, "eval.jsonl", "no held-out numbers")
+    _read_samples(run)
+    best = _read_json(run, "best.json")
+    run.best = best if isinstance(best, dict) else {}
+    if not (run.config or run.steps or run.evaluations or run.samples or run.grids):
+        raise UserError(
+            f"{directory}: not a run directory; it has no config.yaml, metrics.jsonl, eval.jsonl or samples/"
+        )
+    return run
+
+
+def _read_config(run: Run) -> dict[str, Any]:
+    path = run.directory / "config.yaml"
+    if not path.is_file():
+        run.missing.append("config.yaml (no configuration)")
+        return {}
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(path))
+    except Exception as error:  # yaml's errors share no base class with OmegaConf's
+        run.missing.append(f"config.yaml (cannot be read: {str(error).splitlines()[0]})")
+        return {}
+    return {str(key): value for key, value in config.items()} if isinstance(config, dict) else {}
+
+
+def _read_rows(run: Run, name: str, consequence: str) -> list[Row]:
+    """The rows in order of step; a step that was written twice counts as written last."""
+    path = run.directory / name
+    rows: dict[int, Row] = {}
+    if not path.is_file():
+        run.missing.append(f"{name} ({consequence})")
+        return []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            rows[int(row["step"])] = row
+        except (ValueError, TypeError, KeyError):
+            run.missing.append(f"{name}, line {number} (not a row with a step)")
+    if not rows:
+        run.missing.append(f"{name} is empty ({consequence})")
+    return [rows[step] for step in sorted(rows)]
+
+
+def _read_samples(run: Run) -> None:
+    root = run.directory / "samples"
+    for directory in sorted(root.glob("step-*")):
+        match = STEP_DIRECTORY.fullmatch(directory.name)
+        if match is None:
+            continue
+        step = int(match[1])
+        pictures = {
+            (int(m["prompt"]), int(m["seed"])): path
+            for path in sorted(directory.glob("*.png"))
+            if (m := SAMPLE_FILE.fullmatch(path.name))
+        }
+        if pictures:
+            run.samples[step] = pictures
+        if (directory / "grid.png").is_file():
+            run.grids[step] = directory / "grid.png"
+    if not run.samples and not run.grids:
+        run.missing.append("samples/ (no pictures)")
+        return
+    prompts = _read_json(run, "samples/prompts.json")
+    if isinstance(prompts, list):
+        run.prompts = [str(prompt) for prompt in prompts]
+    else:
+        run.missing.append("samples/prompts.json (prompts are shown by number)")
+
+
+def _read_json(run: Run, name: str) -> Any:
+    path = run.directory / name
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        run.missing.append(f"{name} (not JSON)")
+        return None

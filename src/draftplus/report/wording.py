@@ -1,0 +1,90 @@
+"""Numbers and settings in words."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from draftplus.config import flatten
+
+METHODS = {"draft": "DRaFT", "draft_lv": "DRaFT-LV", "refl": "ReFL", "alignprop": "AlignProp", "drtune": "DRTune"}
+
+
+def describe(config: dict[str, Any]) -> str:
+    """The method in words, such as 'DRaFT+: gradient through the last step of 10, ...'."""
+    flat = flatten(config)
+    method = str(flat.get("objective.method", ""))
+    if not method:
+        return "The method is not known."
+    name, steps, k = METHODS.get(method, method), flat.get("sampler.steps"), flat.get("objective.grad_steps")
+    coefficient = flat.get("objective.kl_coeff") or 0
+    if coefficient > 0:
+        name = "DRaFT+" if method == "draft" else f"{name} with the KL term of DRaFT+"
+    last = "the last" if k == 1 else f"the last {k}"
+    through = {
+        "draft": f"all {steps} sampling steps" if k in ("all", steps) else f"{last} of {steps} sampling steps",
+        "draft_lv": f"the last of {steps} sampling steps and {flat.get('objective.draft_lv.samples')} re-noised copies",
+        "refl": f"one random late step of {steps}",
+        "alignprop": f"a random number of the last of {steps} sampling steps",
+        "drtune": f"{k} evenly spaced of {steps} sampling steps",
+    }.get(method, f"{k} of {steps} sampling steps")
+    rewards = config.get("reward")
+    parts = [f"gradient through {through}"]
+    if isinstance(rewards, dict) and rewards:
+        parts.append(f"reward {' + '.join(map(str, rewards))}")
+    if coefficient > 0:
+        parts.append(f"KL coefficient β = {coefficient:g} in {flat.get('objective.kl_space')} space")
+    else:
+        parts.append("no KL term")
+    rank = flat.get("model.lora.rank")
+    parts.append(f"LoRA of rank {rank}" if rank is not None else "full fine-tuning")
+    return f"{name}: {', '.join(parts)}, on the model {flat.get('model.path')}."
+
+
+def show(value: float | None, *beside: float | None) -> str:
+    """A number to four significant digits of the largest of it and those `beside` it; a dash for None."""
+    if value is None:
+        return "–"
+    sizes = [abs(v) for v in (value, *beside) if v is not None and math.isfinite(v) and v != 0]
+    return _fixed(value, 3 - math.floor(math.log10(max(sizes))) if sizes else 0)
+
+
+def show_gain(gain: float | None, error: float | None = None) -> str:
+    """A gain with its sign and, where there is one, its standard error to two significant digits."""
+    if gain is None:
+        return "–"
+    finite = error is not None and math.isfinite(error) and error > 0
+    scale = error if finite else abs(gain) / 10
+    decimals = 1 - math.floor(math.log10(scale)) if scale and math.isfinite(scale) else 3
+    sign = "+" if gain > 0 else ""
+    return f"{sign}{_fixed(gain, decimals)}" + (f" ± {_fixed(error, decimals)}" if error is not None else "")
+
+
+def _fixed(value: float, decimals: int) -> str:
+    if not math.isfinite(value):
+        return "not finite"
+    return f"{value:.{min(max(decimals, 0), 9)}f}".replace("-", "−")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    if not math.isfinite(seconds):
+        return "unknown"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def setting(value: Any) -> str:
+    """A value of the configuration as it is written in YAML."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list) and value:
+        return ", ".join(map(setting, value))
+    return str(value) if value != "" else '""'
