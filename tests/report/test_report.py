@@ -46,6 +46,7 @@ def evaluations() -> list[dict]:
             {
                 "step": step, "reward/emoji_clip": float(values.mean()), "lpips": 0.4 - step / 1000,
                 "images": len(values), "seconds": 5.0, "per_image": {"emoji_clip": values.tolist()},
+                "lpips_per_prompt": {prompt: 0.4 - step / 1000 + i / 100 for i, prompt in enumerate(PROMPTS)},
             }
         )  # fmt: skip
     return rows
@@ -161,6 +162,7 @@ def test_pictures_before_and_after_are_paired_by_prompt_and_seed(run_directory):
     titles = page_of(run_directory).attributes("title")
     expected = [f"{p}, seed {s}, step {step}" for p in PROMPTS for step in (0, 40) for s in SEEDS]
     assert titles == expected
+    assert "Before (step 0), LPIPS 0.410" in page_of(run_directory).text  # of the second prompt
 
 
 def test_commands_and_method_are_named(run_directory, monkeypatch):
@@ -226,7 +228,8 @@ def test_broken_last_line_is_named_and_the_rest_is_used(run_directory):
 
 def test_values_that_are_not_finite_leave_a_gap(run_directory):
     rows = metrics(40)
-    rows[10].update(reward=math.nan, loss=math.inf, grad_norm=math.inf, skipped=1)
+    rows[10].update(reward=None, loss=math.nan, grad_norm=math.inf)
+    rows[-1].update(skipped=1)  # counts from the start of the run
     write_rows(run_directory / "metrics.jsonl", rows)
     text = page_of(run_directory).text
     assert "Training reward" in text and "1 of them skipped" in text

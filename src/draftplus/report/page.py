@@ -83,7 +83,7 @@ def _progress(run: Run) -> str:
         return "No training step is recorded."
     done, planned = int(run.steps[-1]["step"]), flatten(run.config).get("train.steps")
     text = f"{done} of {planned} steps" if isinstance(planned, int) and planned != done else f"{done} steps"
-    skipped = sum(1 for row in run.steps if row.get("skipped"))
+    skipped = run.steps[-1].get("skipped")
     text += f", {skipped} of them skipped because their loss or gradient was not finite" if skipped else ""
     if "step" in run.best:
         rule = f" ({run.best['rule']})" if run.best.get("rule") else ""

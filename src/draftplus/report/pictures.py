@@ -61,7 +61,7 @@ def _prompt(run: Run, prompt: int, first: int, last: int) -> str:
     steps = [first] if first == last else [first, last]
     columns = _columns(len(seeds))
     panels = "".join(
-        f"<figure><figcaption>{_label(step, first)}</figcaption>"
+        f"<figure><figcaption>{_label(step, first)}{_variety(run, step, text)}</figcaption>"
         f'<div class="tiles" style="--columns: {columns}; --columns-narrow: {-(-columns // 2)}">'
         + "".join(_tile(run.samples[step].get((prompt, seed)), text, seed, step) for seed in seeds)
         + "</div></figure>"
@@ -79,6 +79,12 @@ def _tile(path: Path | None, prompt: str, seed: int, step: int) -> str:
 
 def _label(step: int, first: int) -> str:
     return f"Before (step {step})" if step == first else f"After (step {step})"
+
+
+def _variety(run: Run, step: int, prompt: str) -> str:
+    per_prompt = next((row.get("lpips_per_prompt") for row in run.evaluations if row["step"] == step), None) or {}
+    value = per_prompt.get(prompt)
+    return f", LPIPS {value:.3f}" if isinstance(value, float) else ""
 
 
 def _columns(n: int) -> int:
