@@ -64,6 +64,11 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
+def is_main_process() -> bool:
+    """Whether this process is the one that prints, also before and after it joins the others."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def world(device: str = "auto") -> Iterator[World]:
     """Joins the processes that `torchrun` started (NCCL on GPUs, gloo elsewhere), or stands alone."""

@@ -43,7 +43,6 @@ def check(config: Config) -> None:
     if not config.reward:
         raise UserError("reward is empty; name one, such as reward=emoji_clip")
     _check_windows(config)
-    _check_batches(config)
 
 
 def _check_windows(config: Config) -> None:
@@ -73,31 +72,3 @@ def _check_windows(config: Config) -> None:
         )
     if not 0 <= config.objective.refl.first < 1:
         raise UserError(f"objective.refl.first is {config.objective.refl.first}; it is a fraction in [0, 1)")
-
-
-def _check_batches(config: Config) -> None:
-    total, per_prompt = config.train.global_batch_size, config.data.images_per_prompt
-    if total % per_prompt:
-        raise UserError(
-            f"train.global_batch_size {total} is not a multiple of data.images_per_prompt {per_prompt}; "
-            f"try {max(1, total // per_prompt) * per_prompt}"
-        )
-
-
-def check_ranks(config: Config, world_size: int) -> None:
-    """Refuses a batch that the ranks, or the micro-batches of one rank, do not divide.
-
-    Raises UserError naming the numbers and a mend.
-    """
-    total, micro = config.train.global_batch_size, config.train.micro_batch_size
-    if total % world_size:
-        raise UserError(
-            f"train.global_batch_size {total} is not a multiple of the {world_size} processes; "
-            f"try {-(-total // world_size) * world_size}"
-        )
-    local = total // world_size
-    if local > micro and local % micro:
-        raise UserError(
-            f"train.micro_batch_size {micro} does not divide the {local} images of a process; "
-            f"try {max(d for d in range(1, micro + 1) if local % d == 0)}"
-        )

@@ -26,16 +26,17 @@ CHANGEABLE = (
 )  # fmt: skip
 
 
-def load_config(recipe: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+def load_config(recipe: str | Path | None = None, overrides: Sequence[str] = (), base: Config | None = None) -> Config:
     """The configuration of a recipe with `key=value` overrides, checked.
 
-    recipe: a built-in name (see `recipe_names`), a YAML file, or None for the defaults.
+    recipe: a built-in name (see `recipe_names`), a YAML file, or None. base: what lies under them, instead of the
+    defaults.
 
     Raises UserError for an unknown recipe or key (naming the nearest), a wrong type, or values that do not fit
     together.
     """
     layers = [*(_recipe_layers(recipe) if recipe is not None else ()), *(_parse_override(o) for o in overrides)]
-    merged = OmegaConf.structured(Config)
+    merged = OmegaConf.structured(base or Config)
     for layer in layers:
         _check_keys(layer, Config)
         if isinstance(layer.get("reward"), Mapping) and layer.pop("__replace_reward__", False):

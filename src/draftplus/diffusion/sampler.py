@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -35,6 +36,16 @@ class Rollout:
     latents: Tensor
     previous: Tensor | None = None
     visits: list[Visit] = field(default_factory=list)
+
+    def rows(self, index: slice) -> Rollout:
+        """Some of the batch, without its visits."""
+        return Rollout(self.latents[index], None if self.previous is None else self.previous[index])
+
+    @staticmethod
+    def concatenate(parts: Sequence[Rollout]) -> Rollout:
+        """The batches of all parts, in order, without their visits."""
+        previous = [part.previous for part in parts if part.previous is not None]
+        return Rollout(torch.cat([part.latents for part in parts]), torch.cat(previous) if previous else None)
 
 
 def sample(

@@ -1,0 +1,92 @@
+"""What a command does, a function does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from draftplus.config import Config, ModelConfig, RewardConfig
+from draftplus.distributed import is_main_process, pick_device
+from draftplus.engine.build import build_model, build_reward, quiet_libraries
+from draftplus.engine.generate import generate_images, jobs_of
+from draftplus.engine.progress import progress
+from draftplus.engine.run import find_weights, plan_run
+from draftplus.engine.train import train as _train
+from draftplus.report import write_report
+from draftplus.types import Model, Reward
+
+
+def load_model(path: str = "emoji", device: str = "auto", adapter: str | Path | None = None) -> Model:
+    """A model to sample. path: built-in name, diffusers directory, hub id or single file; adapter: a run's adapter/.
+
+    Raises UserError where it is missing or of a family without an adapter.
+    """
+    quiet_libraries()
+    model = build_model(ModelConfig(path=path), pick_device(device), trainable=False)
+    if adapter is not None:
+        model.load_adapter(Path(adapter))
+    return model
+
+
+def load_reward(
+    name: str, path: str | None = None, args: Mapping[str, Any] | None = None, device: str = "auto"
+) -> Reward:
+    """A reward by its built-in name, or `package.module:object`. It scores (b, 3, H, W) images in [0, 1] to (b,).
+
+    Raises UserError where it is not known or its weights are missing.
+    """
+    quiet_libraries()
+    return build_reward(name, RewardConfig(path=path, args=dict(args or {})), pick_device(device))
+
+
+def train(recipe: Config | str | Path = "emoji", overrides: Sequence[str] = ()) -> Path:
+    """Trains, or continues, and writes the report. Returns the run directory.
+
+    recipe: a configuration, a recipe's name or file, or a run directory. overrides: `key=value` strings.
+
+    Raises UserError for a user's mistake.
+    """
+    config, run = plan_run(recipe, overrides)
+    _train(config, run)
+    if is_main_process():
+        write_report(run)
+    return run
+
+
+def generate(
+    target: str,
+    prompts: Sequence[str],
+    seeds: Iterable[int] = range(4),
+    overrides: Sequence[str] = (),
+    adapter: str | Path | None = None,
+    lora_scale: float = 1.0,
+    anneal: str | None = None,
+) -> Tensor:
+    """Images (len(prompts) * len(seeds), 3, H, W) in [0, 1], a prompt's images next to one another.
+
+    target: a model, a run directory, RUN@step or RUN@best. overrides: `key=value` strings, such as sampler.steps=25.
+
+    Raises UserError for a user's mistake.
+    """
+    weights = find_weights(target, overrides)
+    quiet_libraries()
+    model = build_model(weights.config.model, pick_device(weights.config.device), trainable=False)
+    chosen = Path(adapter) if adapter is not None else weights.adapter
+    if chosen is not None:
+        model.load_adapter(chosen)
+    model.set_lora_scale(lora_scale)
+    jobs = jobs_of(prompts, list(seeds))
+    size = weights.config.train.sampling_batch_size or 16
+    with progress("generating", len(jobs)) as advance:
+        return generate_images(model, jobs, weights.config.sampler, size, anneal, advance)
+
+
+def score(reward: Reward, images: Tensor, prompts: Sequence[str], batch_size: int = 16) -> Tensor:
+    """The scores of n images (n, 3, H, W) in [0, 1] against their n prompts, (n,) float32, without gradient."""
+    with torch.no_grad():
+        rows = range(0, len(images), batch_size)
+        return torch.cat([reward(images[i : i + batch_size], prompts[i : i + batch_size]).float().cpu() for i in rows])

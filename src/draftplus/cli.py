@@ -1,0 +1,197 @@
+"""The command line: parses and prints. Starts without importing torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from draftplus import __version__
+from draftplus.config import describe_keys, recipe_names
+from draftplus.errors import Interrupted, UserError
+
+# typer brings its own copy of click in some versions, so its base class is reached through typer
+CommandLineError: Any = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+)
+
+
+def _epilog(text: str) -> str:
+    return "\b\n" + text  # keeps click from rewrapping the lines
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"draftplus {__version__}")
+        raise typer.Exit
+
+
+@app.callback(
+    epilog=_epilog("Example:\n  draftplus train demo\n  draftplus generate runs/demo --prompt 'a cat' --seeds 0:16")
+)
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Teach a text-to-image diffusion model what people prefer, without losing its variety (DRaFT, DRaFT+)."""
+
+
+@app.command(
+    epilog=_epilog(
+        "Examples:\n"
+        "  draftplus train                                        the embedded model and reward\n"
+        "  draftplus train emoji objective.kl_coeff=0.1           DRaFT+\n"
+        "  draftplus train emoji reward=my_rewards:redness        your own reward\n"
+        "  draftplus train runs/emoji-1a2b3c4d train.steps=120    continue, and go further\n"
+        "  torchrun --nproc_per_node=2 -m draftplus train emoji   two processes\n\n"
+        f"Recipes: {', '.join(recipe_names())}\n\nKeys, with their defaults:\n{describe_keys()}"
+    )
+)
+def train(
+    target: Annotated[
+        str | None, typer.Argument(metavar="[RECIPE|RUN]", help="Recipe, YAML file, or a run to continue.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Settings over the recipe.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and stop.")] = False,
+) -> None:
+    """Fine-tune a model on a reward; the same command again continues an unfinished run."""
+    if target and "=" in target:
+        target, settings = None, [target, *(settings or [])]
+    from draftplus.engine.run import plan_run
+
+    config, run = plan_run(target, settings or [])
+    if dry_run:
+        from draftplus.engine.dry_run import describe
+
+        print(describe(config, run))
+        return
+    from draftplus import api
+    from draftplus.distributed import is_main_process
+
+    api.train(config)
+    if is_main_process():
+        print(f"adapter: {run / 'adapter'}\nreport:  {run / 'report.html'}")
+
+
+@app.command(
+    epilog=_epilog(
+        "Examples:\n"
+        "  draftplus generate emoji --prompt 'a cat' --prompt 'a fox' --seeds 0:8\n"
+        "  draftplus generate runs/demo@best --prompts prompts.txt --reward emoji_clip -o pictures\n"
+        "  draftplus generate runs/demo --prompt 'a cat' --lora-scale 0.5 sampler.steps=25"
+    )
+)
+def generate(
+    target: Annotated[str, typer.Argument(metavar="MODEL|RUN[@step|@best]", help="What to sample.")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Settings, such as sampler.steps=25.")
+    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="A prompt; may be repeated.")] = None,
+    prompts: Annotated[
+        str | None, typer.Option("--prompts", help="Built-in set, or .txt, .jsonl or .tar file.")
+    ] = None,
+    seeds: Annotated[str, typer.Option("--seeds", help="Seeds: 7, 0:16, or 1,5,9.")] = "0:4",
+    adapter: Annotated[Path | None, typer.Option("--adapter", help="Directory of trained weights to use.")] = None,
+    lora_scale: Annotated[float, typer.Option("--lora-scale", help="Effect of the adapter: 0 base, 1 tuned.")] = 1.0,
+    anneal: Annotated[
+        str | None, typer.Option("--anneal", help="From base to tuned: linear, power:2 or step:0.6.")
+    ] = None,
+    reward: Annotated[
+        list[str] | None, typer.Option("--reward", help="Score with this reward; may be repeated.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Where the pictures go.")] = None,
+) -> None:
+    """Make pictures, a grid of them, and their rewards if asked."""
+    chosen = [*(prompt or []), *_read_prompts(prompts)]
+    if not chosen:
+        raise UserError("no prompt given; add --prompt 'a cat', or --prompts FILE")
+    numbers = _seeds(seeds)
+    from draftplus import api
+    from draftplus.engine.pictures import save_pictures
+
+    scorers = {name: api.load_reward(name) for name in reward or []}
+    images = api.generate(target, chosen, numbers, settings or [], adapter, lora_scale, anneal)
+    directory = output or Path("generated") / Path(target.replace("@", "-")).name
+    told = [text for text in chosen for _ in numbers]
+    repeated = numbers * len(chosen)
+    paths = save_pictures(images, told, repeated, directory)
+    rows: list[dict[str, Any]] = [
+        {"file": path.name, "prompt": text, "seed": seed}
+        for path, text, seed in zip(paths, told, repeated, strict=True)
+    ]
+    for name, scorer in scorers.items():
+        scores = api.score(scorer, images, told)
+        for row, value in zip(rows, scores.tolist(), strict=True):
+            row[f"reward/{name}"] = value
+        print(f"{name}: mean {scores.mean():.4f} over {len(scores)} images")
+    (directory / "images.jsonl").write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8"
+    )
+    print(f"{len(paths)} images: {directory}\ngrid:     {directory / 'grid.png'}")
+
+
+@app.command(epilog=_epilog("Example:\n  draftplus report runs/demo"))
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")],
+) -> None:
+    """Write a run's report.html again."""
+    from draftplus.report import write_report
+
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run} is not a run directory: it has no config.yaml")
+    print(write_report(run))
+
+
+def _read_prompts(source: str | None) -> list[str]:
+    if source is None:
+        return []
+    from draftplus.data.prompts import read_prompts
+
+    return read_prompts(source)
+
+
+def _seeds(text: str) -> list[int]:
+    first, colon, end = text.partition(":")
+    try:
+        seeds = list(range(int(first), int(end))) if colon else [int(part) for part in text.split(",")]
+    except ValueError:
+        seeds = []
+    if not seeds or min(seeds) < 0:
+        raise UserError(f"--seeds '{text}': give one or more seeds, such as 7, 0:16 or 1,5,9")
+    return seeds
+
+
+def main() -> None:
+    """Runs a command. Exit status 0 for success, 2 for a user's mistake, 1 for anything else."""
+    try:
+        app(sys.argv[1:] or ["--help"], prog_name="draftplus", standalone_mode=False)
+    except UserError as error:
+        _fail(str(error))
+    except CommandLineError as error:
+        _fail(f"{error.format_message()} See draftplus --help")
+    except (Interrupted, typer.Abort, KeyboardInterrupt):
+        sys.exit(1)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(1)
+
+
+def _fail(message: str) -> None:
+    print(f"draftplus: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

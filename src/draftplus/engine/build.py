@@ -1,0 +1,125 @@
+"""Names to objects: the one place where a configuration's names resolve.
+
+A new reward or model is one file and one line here. A user's own goes in as `package.module:object`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from draftplus.config import Config, ModelConfig, RewardConfig, nearest
+from draftplus.diffusion.objectives import Problem
+from draftplus.diffusion.schedule import make_schedule
+from draftplus.diffusion.solvers import make_solver
+from draftplus.errors import UserError
+from draftplus.rewards.combined import Combined
+from draftplus.rewards.custom import load_custom
+from draftplus.types import Model, Reward
+
+ASSETS = Path(str(files("draftplus"))) / "assets"
+
+# built-in name -> directory
+MODELS = {"emoji": ASSETS / "emoji"}
+
+# diffusers pipeline class, as model_index.json names it -> adapter
+FAMILIES = {"StableDiffusionPipeline": "draftplus.models.stable_diffusion:load"}
+DEFAULT_FAMILY = "StableDiffusionPipeline"  # of hub ids and single files
+
+REWARDS = {
+    "emoji_clip": "draftplus.rewards.clip:load_emoji_clip",
+    "pickscore": "draftplus.rewards.clip:load_pickscore",
+    "clip_score": "draftplus.rewards.clip:load_clip_score",
+    "jpeg_compressibility": "draftplus.rewards.jpeg:load_compressibility",
+    "jpeg_incompressibility": "draftplus.rewards.jpeg:load_incompressibility",
+}
+
+
+def quiet_libraries() -> None:
+    """Silences progress bars and advice of the model libraries that mean nothing to our users."""
+    import diffusers
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()
+
+
+def _resolve(target: str) -> Any:
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def build_model(config: ModelConfig, device: torch.device, seed: int = 0, trainable: bool = True) -> Model:
+    """The model of a built-in name, directory, hub id or single file.
+
+    Raises UserError for a model that is missing or of a family without an adapter.
+    """
+    path = str(MODELS.get(config.path, config.path))
+    if "/" not in path and not Path(path).exists():
+        near = nearest(path, list(MODELS))
+        raise UserError(f"model.path '{path}': no such built-in model, file or directory; {near or 'built in: emoji'}")
+    model: Model = _resolve(FAMILIES[_family(path)])(config, path, device, seed=seed, trainable=trainable)
+    return model
+
+
+def _family(path: str) -> str:
+    index = Path(path) / "model_index.json"
+    if not index.is_file():
+        return DEFAULT_FAMILY
+    try:
+        family = json.loads(index.read_text())["_class_name"]
+    except (ValueError, KeyError):
+        raise UserError(f"{index}: not a diffusers model index") from None
+    if family not in FAMILIES:
+        raise UserError(f"model.path '{path}' is a {family}; draftplus can tune: {', '.join(FAMILIES)}")
+    return str(family)
+
+
+def build_reward(name: str, config: RewardConfig, device: torch.device, dtype: torch.dtype = torch.float32) -> Reward:
+    """The reward of a built-in name, or a user's `package.module:object`.
+
+    Raises UserError for an unknown name (naming the nearest) or weights that are missing.
+    """
+    if ":" in name:
+        reward: Reward = load_custom(name, config.path, config.args, device, dtype)
+    elif name in REWARDS:
+        reward = _resolve(REWARDS[name])(config.path, config.args, device, dtype)
+    else:
+        near = nearest(name, list(REWARDS))
+        raise UserError(
+            f"reward '{name}' is not known; {near or 'built in: ' + ', '.join(REWARDS)} "
+            "Your own is package.module:object"
+        )
+    return reward
+
+
+def build_rewards(configs: Mapping[str, RewardConfig], device: torch.device) -> dict[str, Reward]:
+    """The rewards of a mapping of names."""
+    return {name: build_reward(name, config, device) for name, config in configs.items()}
+
+
+def build_problem(config: Config, model: Model, rewards: Mapping[str, Reward]) -> Problem:
+    """What an optimizer step needs besides prompts and noise. rewards: at least those of `config.reward`, by name.
+
+    Raises UserError where the sampler does not fit the model, or a reward carries no gradient.
+    """
+    for name in config.reward:
+        if not rewards[name].differentiable:
+            raise UserError(
+                f"reward '{name}' carries no gradient (differentiable is False), which "
+                f"objective.method={config.objective.method} needs"
+            )
+    scorer = Combined({name: (rewards[name], one.weight) for name, one in config.reward.items()})
+    s = config.sampler
+    schedule, solver = make_schedule(model.scheduler_config, s.steps, s.solver, s.spacing)
+    return Problem(
+        model, scorer, schedule, make_solver(solver, s.eta), s.guidance_scale, s.negative_prompt, config.objective
+    )

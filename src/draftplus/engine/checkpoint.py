@@ -1,0 +1,88 @@
+"""Full training states: everything needed to continue exactly, in safetensors and JSON."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from draftplus.engine.files import whole_directory
+from draftplus.engine.optim import Ema, Parameters, load_optimizer_tensors, optimizer_tensors
+from draftplus.errors import UserError
+
+
+@dataclass
+class State:
+    """Where training stands. step: complete optimizer steps. skipped: non-finite ones among them, `row` in a row."""
+
+    parameters: Parameters
+    optimizer: torch.optim.AdamW
+    ema: Ema | None
+    step: int = 0
+    images: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    counters: tuple[str, ...] = field(default=("step", "images", "skipped", "skipped_in_a_row"), repr=False)
+
+
+def step_name(step: int) -> str:
+    """The directory name of a step."""
+    return f"step-{step:06d}"
+
+
+def saved_steps(directory: Path) -> list[int]:
+    """The steps that are saved below a directory, ascending."""
+    return sorted(int(p.name[5:]) for p in directory.glob("step-*") if p.name[5:].isdigit())
+
+
+def save(directory: Path, state: State, keep: int) -> None:
+    """Writes `directory`/step-…, whole or not at all, and removes all but the newest `keep`.
+
+    Raises UserError where the disk is full.
+    """
+    with whole_directory(directory / step_name(state.step)) as target:
+        _write(target / "weights.safetensors", {name: p.detach() for name, p in state.parameters.items()})
+        _write(target / "optimizer.safetensors", optimizer_tensors(state.parameters, state.optimizer))
+        if state.ema is not None:
+            _write(target / "ema.safetensors", state.ema.shadow)
+        numbers = {name: getattr(state, name) for name in state.counters}
+        numbers["ema_updates"] = state.ema.updates if state.ema else 0
+        (target / "state.json").write_text(json.dumps(numbers), encoding="utf-8")
+    for step in saved_steps(directory)[:-keep]:
+        shutil.rmtree(directory / step_name(step))
+
+
+def restore(directory: Path, state: State) -> bool:
+    """Restores the newest complete state below `directory`; False where there is none.
+
+    Raises UserError where it does not fit the model.
+    """
+    steps = saved_steps(directory)
+    if not steps:
+        return False
+    source = directory / step_name(steps[-1])
+    weights = load_file(source / "weights.safetensors")
+    fitting = {name: tuple(p.shape) for name, p in state.parameters.items()}
+    if {name: tuple(t.shape) for name, t in weights.items()} != fitting:
+        raise UserError(f"{source}: its weights are not those of this configuration's model")
+    with torch.no_grad():
+        for name, parameter in state.parameters.items():
+            parameter.copy_(weights[name])
+    load_optimizer_tensors(state.parameters, state.optimizer, load_file(source / "optimizer.safetensors"))
+    numbers = json.loads((source / "state.json").read_text(encoding="utf-8"))
+    for name in state.counters:
+        setattr(state, name, numbers[name])
+    if state.ema is not None:
+        averages = load_file(source / "ema.safetensors")
+        state.ema.shadow = {name: averages[name].to(p) for name, p in state.parameters.items()}
+        state.ema.updates = numbers["ema_updates"]
+    return True
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)

@@ -1,0 +1,79 @@
+"""What a run would do and how long it would take, without doing it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from draftplus.config import Config, to_yaml
+from draftplus.data.batches import batch, check_batch_sizes
+from draftplus.data.prompts import load_prompts
+from draftplus.diffusion.objectives import plan
+from draftplus.distributed import world
+from draftplus.engine.build import build_model, build_problem, build_rewards, quiet_libraries
+from draftplus.engine.evaluate import evaluation_set
+from draftplus.engine.step import accumulate
+from draftplus.engine.train import total_steps
+
+
+def describe(config: Config, run: Path) -> str:
+    """The resolved configuration, trainable parameters, passes per step and expected time, as text.
+
+    The time is that of one real step, whose gradient is thrown away.
+
+    Raises UserError for everything that `train` would refuse before its first step.
+    """
+    sizes = config.train
+    with world(config.device) as here:
+        check_batch_sizes(sizes.global_batch_size, sizes.micro_batch_size, config.data.images_per_prompt, here.size)
+        prompts = load_prompts(config.data.prompts)
+        held_out = evaluation_set(config, prompts)
+        quiet_libraries()
+        model = build_model(config.model, here.device, config.seed)
+        problem = build_problem(config, model, build_rewards(config.reward, here.device))
+        shape = model.latent_shape(config.sampler.height, config.sampler.width)
+        share = batch(
+            prompts.train, 0, config.seed, sizes.global_batch_size, config.data.images_per_prompt, here.rank, here.size
+        )
+        began = time.perf_counter()
+        accumulate(
+            problem,
+            share,
+            shape,
+            config.seed,
+            0,
+            sizes.global_batch_size,
+            sizes.micro_batch_size,
+            sizes.sampling_batch_size,
+        )
+        seconds = time.perf_counter() - began
+    total = total_steps(config, len(prompts.train))
+    window = plan(config.objective, len(problem.schedule), config.seed, 0)
+    copies = config.objective.draft_lv.samples if config.objective.method == "draft_lv" else 0
+    graded = len(window.steps) + copies
+    ends = (window.x0_at if window.x0_at is not None else len(problem.schedule) - 1) + 1
+    parameters = sum(parameter.numel() for parameter in problem.model.trainable().values())
+    evaluations = 1 + -(-total // config.eval.every)
+    images = len(held_out.prompts) * held_out.images_per_prompt
+    # an evaluated image costs its denoising steps, much like an image of a training step
+    evaluating = evaluations * images / sizes.global_batch_size * seconds
+    return "\n".join(
+        [
+            to_yaml(config).rstrip(),
+            "",
+            f"run directory         {run}",
+            f"trained parameters    {parameters:,}",
+            f"prompts               {len(prompts.train)} to train on, {len(held_out.prompts)} held out",
+            f"passes per image      {ends - len(window.steps)} without gradient, {graded} with gradient, "
+            f"{graded if config.objective.kl_coeff > 0 else 0} of the frozen model"
+            + (", each doubled by guidance" if config.sampler.guidance_scale > 1 else ""),
+            f"expected time         {_clock(total * seconds + evaluating)}: {total} steps of {seconds:.1f} s, "
+            f"{evaluations} evaluations of {images} images",
+        ]
+    )
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

@@ -1,0 +1,136 @@
+"""Evaluation during training: held-out prompts with fixed seeds, scored by every reward, with their diversity."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from draftplus.config import Config
+from draftplus.data.prompts import PromptSet, normalized, read_prompts
+from draftplus.distributed import World
+from draftplus.engine.files import whole_directory, write_text
+from draftplus.engine.generate import Job, generate_images
+from draftplus.engine.pictures import save_pictures
+from draftplus.engine.progress import Advance
+from draftplus.engine.step import chunks
+from draftplus.errors import UserError
+from draftplus.metrics.lpips import lpips_per_prompt
+from draftplus.types import Model, Reward
+
+Rewards = Mapping[str, Reward]
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """The prompts and the images to make of each. Image i of prompt p has seed p * images_per_prompt + i."""
+
+    prompts: list[str]
+    images_per_prompt: int
+
+    def jobs(self, rank: int = 0, size: int = 1) -> list[Job]:
+        """The jobs of one process: whole prompts, so that diversity is measured where the images are."""
+        n = self.images_per_prompt
+        return [
+            Job(prompt, number * n + i)
+            for number, prompt in enumerate(self.prompts)
+            if number % size == rank
+            for i in range(n)
+        ]
+
+
+def evaluation_set(config: Config, prompts: PromptSet) -> EvaluationSet:
+    """The held-out part of the prompts, or those of `eval.prompts`, thinned evenly to `eval.max_prompts`.
+
+    Raises UserError where none are held out, or one of `eval.prompts` is trained on.
+    """
+    if config.eval.prompts is None:
+        chosen = prompts.held_out
+        if not chosen:
+            raise UserError(
+                f"data.prompts '{config.data.prompts}' has too few prompts to hold any out for evaluation; "
+                "name others in eval.prompts"
+            )
+    else:
+        chosen = list(dict.fromkeys(read_prompts(config.eval.prompts)))
+        trained = {normalized(prompt) for prompt in prompts.train}
+        for prompt in chosen:
+            if normalized(prompt) in trained:
+                raise UserError(
+                    f"eval.prompts '{config.eval.prompts}': '{prompt}' is also trained on; "
+                    "evaluation needs prompts that training never sees"
+                )
+    most = config.eval.max_prompts or len(chosen)
+    if len(chosen) > most:
+        chosen = [chosen[i * len(chosen) // most] for i in range(most)]
+    return EvaluationSet(chosen, config.eval.images_per_prompt)
+
+
+@torch.no_grad()
+def evaluate(
+    model: Model, rewards: Rewards, which: EvaluationSet, config: Config, step: int, run: Path, world: World,
+    advance: Advance,
+) -> dict[str, Any]:  # fmt: skip
+    """Makes, scores and saves the evaluation images of a step. Returns the row of eval.jsonl, the same on all ranks.
+
+    The pictures go to `run`/samples/step-…; scores are computed on the images before they are rounded to 8 bits.
+    """
+    began = time.perf_counter()
+    jobs = which.jobs(world.rank, world.size)
+    size = config.train.sampling_batch_size or max(16, config.train.global_batch_size)
+    mine: list[_Result] = []
+    if jobs:
+        images = generate_images(model, jobs, config.sampler, size, advance=advance)
+        mine = _measure(images, jobs, rewards, model.device, size)
+    results = sorted((result for part in world.gather(mine) for result in part), key=lambda result: result.seed)
+    if world.is_main:
+        _save(run / "samples", step, which, results)
+    per_image = {name: [result.scores[name] for result in results] for name in rewards}
+    lpips = {result.prompt: result.lpips for result in results}
+    return {
+        "step": step,
+        **{f"reward/{name}": sum(scores) / len(scores) for name, scores in per_image.items()},
+        "lpips": sum(lpips.values()) / len(lpips),
+        "images": len(results),
+        "seconds": round(time.perf_counter() - began, 3),
+        "per_image": per_image,
+        "lpips_per_prompt": lpips,
+    }
+
+
+@dataclass(frozen=True)
+class _Result:
+    """One evaluated image: 8-bit pixels (3, H, W), its scores, and its prompt's mean pairwise LPIPS."""
+
+    prompt: str
+    seed: int
+    pixels: Tensor
+    scores: dict[str, float]
+    lpips: float
+
+
+def _measure(images: Tensor, jobs: list[Job], rewards: Rewards, device: torch.device, size: int) -> list[_Result]:
+    prompts = [job.prompt for job in jobs]
+    scores: dict[str, list[float]] = {}
+    for name, reward in rewards.items():
+        parts = [reward(images[rows].to(device), prompts[rows]).float().cpu() for rows in chunks(len(jobs), size)]
+        scores[name] = torch.cat(parts).tolist()
+    lpips = lpips_per_prompt(images.to(device), prompts)
+    pixels = (images * 255).round().byte()
+    return [
+        _Result(job.prompt, job.seed, pixels[i], {name: scores[name][i] for name in rewards}, lpips[job.prompt])
+        for i, job in enumerate(jobs)
+    ]
+
+
+def _save(samples: Path, step: int, which: EvaluationSet, results: list[_Result]) -> None:
+    images = torch.stack([result.pixels for result in results]).float() / 255
+    with whole_directory(samples / f"step-{step:06d}") as target:
+        save_pictures(images, [result.prompt for result in results], [result.seed for result in results], target)
+    write_text(samples / "prompts.json", json.dumps(which.prompts, ensure_ascii=False, indent=1))

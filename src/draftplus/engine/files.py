@@ -1,0 +1,75 @@
+"""Writing so that nothing is ever half there: a temporary neighbour first, then one rename."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from draftplus.errors import UserError
+
+
+@contextmanager
+def whole_directory(target: Path) -> Iterator[Path]:
+    """A directory to fill; it takes `target`'s place, replacing what was there, only once it is complete.
+
+    Raises UserError where the disk is full; what stood at `target` is untouched then.
+    """
+    building = target.with_name(f".{target.name}.building")
+    shutil.rmtree(building, ignore_errors=True)
+    try:
+        with _disk_errors(target):
+            building.mkdir(parents=True)
+            yield building
+            for file in building.rglob("*"):
+                _sync(file)
+            old = target.with_name(f".{target.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            if target.exists():
+                target.rename(old)
+            building.rename(target)
+            _sync(target.parent)
+            shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def write_text(target: Path, text: str) -> None:
+    """Writes a file whole or not at all.
+
+    Raises UserError where the disk is full; what stood at `target` is untouched then.
+    """
+    building = target.with_name(f".{target.name}.building")
+    try:
+        with _disk_errors(target):
+            building.write_text(text, encoding="utf-8")
+            _sync(building)
+            building.replace(target)
+    finally:
+        building.unlink(missing_ok=True)
+
+
+@contextmanager
+def _disk_errors(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        # safetensors reports the operating system's error in an exception of its own
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left on device" in str(error):
+            raise UserError(
+                f"{target}: no space left on the disk; what was saved before is whole. "
+                "Free some space and give the same command to continue"
+            ) from None
+        raise
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

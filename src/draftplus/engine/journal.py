@@ -1,0 +1,75 @@
+"""What a run writes as it goes: rows of JSON, and the same numbers to TensorBoard and the like."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from draftplus.engine.files import write_text
+from draftplus.errors import UserError
+
+Row = dict[str, Any]
+Logger = Callable[[Mapping[str, float], int], None]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a .jsonl file; a last line that a killed process left torn is dropped."""
+    if not path.is_file():
+        return []
+    rows = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise UserError(f"{path}: line {number} is not JSON") from None
+    return rows
+
+
+def append_row(path: Path, row: Row) -> None:
+    """Adds a row; numbers that are not finite become null."""
+    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(clean, allow_nan=False) + "\n")
+
+
+def drop_rows_after(path: Path, step: int) -> None:
+    """Removes the rows past a restored step."""
+    kept = [row for row in read_rows(path) if row["step"] <= step]
+    if path.is_file():
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def open_loggers(names: Sequence[str], run: Path, config: Mapping[str, Any], step: int) -> list[Logger]:
+    """Functions that log a row of numbers at a step.
+
+    Raises UserError for an unknown logger, or one whose package is not installed.
+    """
+    return [_open(name, run, config, step) for name in names]
+
+
+def _open(name: str, run: Path, config: Mapping[str, Any], step: int) -> Logger:
+    if name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(run / "tensorboard", purge_step=step)
+
+        def log(row: Mapping[str, float], at: int) -> None:
+            for key, value in row.items():
+                writer.add_scalar(key, value, at)
+            writer.flush()
+
+        return log
+    if name in ("wandb", "trackio"):
+        try:
+            module = importlib.import_module(name)
+        except ImportError:
+            raise UserError(f"log.to names {name}, which is not installed: pip install draftplus[{name}]") from None
+        module.init(project="draftplus", name=run.name, config=dict(config), resume="allow")
+        return lambda row, at: module.log(dict(row), step=at)
+    raise UserError(f"log.to: unknown logger '{name}'; choose tensorboard, wandb, trackio")

@@ -1,0 +1,115 @@
+"""Run directories: where a run lies, whether it may be continued, and which of its weights somebody means."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from draftplus.config import Config, load_config, run_name, shaping_keys, to_yaml
+from draftplus.engine.checkpoint import saved_steps, step_name
+from draftplus.engine.files import write_text
+from draftplus.errors import UserError
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model to sample: its configuration, and the directory of trained weights, None for the base model."""
+
+    config: Config
+    adapter: Path | None
+    label: str
+
+
+def is_run(target: str | Path) -> bool:
+    """Whether a path is a run directory."""
+    return (Path(target) / "config.yaml").is_file()
+
+
+def plan_run(target: Config | str | Path | None, overrides: Sequence[str]) -> tuple[Config, Path]:
+    """The configuration and directory of a run. target: a configuration, a recipe, or a run directory to continue.
+
+    Raises UserError where the configuration is wrong, or a run would be continued with a changed key.
+    """
+    if isinstance(target, Config):
+        config = load_config(None, overrides, base=target)
+        config.name = run_name(config, "run")
+        run = Path(config.output_dir) / config.name
+    elif target is not None and is_run(target):
+        run = Path(target)
+        config = load_config(run / "config.yaml", overrides)
+        config.output_dir, config.name = str(run.parent), run.name
+    else:
+        config = load_config(target or "emoji", overrides)
+        config.name = run_name(config, Path(target or "emoji").stem)
+        run = Path(config.output_dir) / config.name
+    if is_run(run):
+        _refuse_changes(load_config(run / "config.yaml"), config, run)
+    return config, run
+
+
+def _refuse_changes(before: Config, now: Config, run: Path) -> None:
+    old, new = shaping_keys(before), shaping_keys(now)
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            raise UserError(
+                f"{run} was made with {key}={old.get(key)}, now it is {new.get(key)}: a run continues only with the "
+                f"keys that shaped it. Give it another name=, or {key}={old.get(key)}"
+            )
+
+
+@contextmanager
+def locked(run: Path, config: Config) -> Iterator[None]:
+    """Makes the run directory with its config.yaml and holds it against a second process.
+
+    Raises UserError where another process trains in it.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{run}: the run directory cannot be made: {error.strerror}; set output_dir=") from None
+    with (run / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{run}: another process is training in it; wait for it, or give another name=") from None
+        write_text(run / "config.yaml", to_yaml(config))
+        yield
+
+
+def find_weights(target: str, overrides: Sequence[str] = ()) -> Weights:
+    """What `MODEL`, `RUN`, `RUN@step` or `RUN@best` means.
+
+    Raises UserError for a step that was not saved.
+    """
+    path, _, at = target.partition("@")
+    if not is_run(path):
+        if at:
+            raise UserError(f"'{target}': {path} is not a run directory, so it has no '{at}'")
+        return Weights(load_config("emoji", [f"model.path={target}", *overrides]), None, target)
+    run = Path(path)
+    config = load_config(run / "config.yaml", overrides)
+    steps = saved_steps(run / "adapters")
+    if not at:
+        adapter = run / "adapter"
+        if not adapter.is_dir():
+            if not steps:
+                raise UserError(f"{run} has no trained weights yet; run: draftplus train {run}")
+            adapter = run / "adapters" / step_name(steps[-1])
+        return Weights(config, adapter, run.name)
+    step = _best(run) if at == "best" else int(at) if at.isdigit() else None
+    if step is None:
+        raise UserError(f"'{target}': after @ comes a step or best")
+    if step not in steps:
+        raise UserError(f"{run} has no adapter of step {step}; it has {', '.join(map(str, steps)) or 'none yet'}")
+    return Weights(config, run / "adapters" / step_name(step), f"{run.name}@{step}")
+
+
+def _best(run: Path) -> int:
+    try:
+        return int(json.loads((run / "best.json").read_text(encoding="utf-8"))["step"])
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"{run} has no best.json yet; it is written at the first evaluation after a step") from None
