@@ -68,7 +68,8 @@ def train(
 ) -> None:
     """Fine-tune a model on a reward; the same command again continues an unfinished run."""
     if target and "=" in target:
-        target, settings = None, [target, *(settings or [])]
+        settings = [target, *(settings or [])]
+        target = None
     from draftplus.engine.run import plan_run
 
     config, run = plan_run(target, settings or [])

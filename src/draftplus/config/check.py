@@ -42,6 +42,9 @@ def check(config: Config) -> None:
         raise UserError("train.steps and train.epochs are both null; set one of them")
     if not config.reward:
         raise UserError("reward is empty; name one, such as reward=emoji_clip")
+    for key in ("eval.variants", "stop.diversity_floor", "stop.held_out_drop"):
+        if flat[key]:
+            raise UserError(f"{key} is not available in this version; leave it at its default")
     _check_windows(config)
 
 

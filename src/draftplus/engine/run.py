@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from draftplus.config import Config, load_config, run_name, shaping_keys, to_yaml
 from draftplus.engine.checkpoint import saved_steps, step_name
@@ -71,13 +72,12 @@ def locked(run: Path, config: Config) -> Iterator[None]:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{run}: the run directory cannot be made: {error.strerror}; set output_dir=") from None
-    with (run / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{run}: another process is training in it; wait for it, or give another name=") from None
-        write_text(run / "config.yaml", to_yaml(config))
-        yield
+    try:
+        with FileLock(run / ".lock", timeout=0):
+            write_text(run / "config.yaml", to_yaml(config))
+            yield
+    except Timeout:
+        raise UserError(f"{run}: another process is training in it; wait for it, or give another name=") from None
 
 
 def find_weights(target: str, overrides: Sequence[str] = ()) -> Weights:

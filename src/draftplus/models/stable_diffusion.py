@@ -123,11 +123,18 @@ class StableDiffusion:
         if (directory / LORA_FILE).is_file():
             lora.attach(self.unet, directory / LORA_FILE)
         elif (directory / "config.json").is_file():
-            self.unet.load_state_dict(_denoiser_weights(directory))
+            weights = _denoiser_weights(directory)
+            self.reference_unet = self.reference_unet or copy.deepcopy(self.unet)
+            self.unet.load_state_dict(weights)
         else:
             raise UserError(f"{directory}: no {LORA_FILE} and no denoiser in it; give an adapter/ directory of a run")
 
     def set_lora_scale(self, scale: float) -> None:
+        if scale != 1 and self.reference_unet is not None:
+            raise UserError(
+                f"the adapter's scale is {scale}, but these weights are a fully tuned denoiser; "
+                "blend it with the base model by annealing instead, such as --anneal linear"
+            )
         lora.set_scale(self.unet, scale)
 
 
