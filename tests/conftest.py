@@ -1,0 +1,38 @@
+"""What several tests share: a tiny model on disk, and no network."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# before anything imports huggingface_hub, which reads it once
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+
+from draftplus.models.stable_diffusion import StableDiffusion
+from tests.tiny import randomize, save_tiny, tiny_model
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Stable Diffusion in the diffusers layout; read only."""
+    return save_tiny(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture
+def model(tiny_path: Path) -> StableDiffusion:
+    """In float64, with LoRA on every layer and B away from zero."""
+    made = tiny_model(tiny_path)
+    randomize(made)
+    return made
+
+
+@pytest.fixture
+def fresh(tiny_path: Path) -> StableDiffusion:
+    """In float64, with LoRA on every layer as training starts: B is zero."""
+    return tiny_model(tiny_path)
