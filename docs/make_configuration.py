@@ -1,0 +1,93 @@
+"""Writes docs/configuration.md from the configuration's dataclasses: `make docs`. A test holds the page current."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from draftplus.config import all_keys
+from draftplus.config.load import CHANGEABLE
+from draftplus.config.schema import RewardConfig
+
+PAGE = Path(__file__).with_name("configuration.md")
+
+INTRODUCTION = """\
+# Configuration
+
+<!-- Written by docs/make_configuration.py from src/draftplus/config/schema.py: `make docs` -->
+
+A run's configuration comes from three places, later ones over earlier ones:
+
+1. the defaults below;
+2. a recipe: a built-in name (`draftplus train demo`) or a YAML file (`draftplus train my.yaml`);
+3. `key=value` on the command line (`draftplus train demo optim.lr=3e-4 train.steps=200`).
+
+A recipe holds only what differs from the defaults, in nested form. It may build on another with `extends`:
+
+```yaml
+extends: emoji
+objective: {method: draft, grad_steps: 3, kl_coeff: 0.2}
+train: {steps: 200}
+```
+
+An unknown key or a value of the wrong type ends the command with one line that names the nearest valid key.
+`draftplus train --dry-run ...` prints the resolved configuration, and stops. Every run directory has its complete
+configuration in `config.yaml`; that file is a recipe too, so that
+`draftplus train runs/demo/config.yaml name=again` repeats the run.
+
+`reward` and `eval.rewards` are mappings from a reward's name to its settings. `reward.pickscore.weight=2` changes one
+setting; `reward=pickscore` replaces the whole mapping. `model.lora=null` means full fine-tuning of the denoiser.
+"""
+
+CONTINUING = """\
+## Continuing a run
+
+The same command again, or `draftplus train RUN`, continues an unfinished run. Some keys may change on the way. All
+others shape the trajectory, and a change of one is refused by name. These may change, with all keys below them:
+
+{keys}
+"""
+
+SECTIONS = {
+    "": ("The run", ""),
+    "model": ("model", "See [models](models.md)."),
+    "sampler": ("sampler", "How images are made, in training, in evaluation and in `draftplus generate`."),
+    "objective": ("objective", "What is optimised; see [concepts](concepts.md)."),
+    "reward": ("reward", "For each reward, under its name; see [rewards](rewards.md)."),
+    "data": ("data", ""),
+    "optim": ("optim", ""),
+    "train": ("train", "One of `steps` and `epochs` decides the length; `epochs` where both are given."),
+    "eval": ("eval", "Evaluation on prompts and seeds that training never sees."),
+    "checkpoint": ("checkpoint", ""),
+    "stop": ("stop", ""),
+    "parallel": ("parallel", ""),
+    "log": ("log", "TensorBoard writes to `tensorboard/` in the run directory; the other two need their extra."),
+}
+
+
+def page() -> str:
+    """The whole page as Markdown."""
+    rows: dict[str, list[str]] = {section: [] for section in SECTIONS}
+    for key, field in all_keys():
+        if key == "reward":
+            rows["reward"] += [_row(f"reward.<name>.{f.name}", f) for f in dataclasses.fields(RewardConfig)]
+        else:
+            rows[key.partition(".")[0] if "." in key else ""].append(_row(key, field))
+    parts = [INTRODUCTION]
+    for section, (title, note) in SECTIONS.items():
+        table = ["| key | default | meaning |", "|---|---|---|", *rows[section]]
+        parts.append("\n".join([f"## {title}", "", *([note, ""] if note else []), *table, ""]))
+    parts.append(CONTINUING.format(keys="\n".join(f"- `{key}`" for key in CHANGEABLE)))
+    return "\n".join(parts)
+
+
+def _row(key: str, field: dataclasses.Field) -> str:
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    meaning = field.metadata["help"].replace("|", "\\|").replace("<", "&lt;")
+    return f"| `{key}` | `{json.dumps(default, ensure_ascii=False)}` | {meaning} |"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
+    print(PAGE)
