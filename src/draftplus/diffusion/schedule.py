@@ -159,6 +159,8 @@ def _variance_preserving(config: Mapping[str, Any], steps: int, solver: str, spa
         raise UserError(
             "the model's scheduler combines epsilon prediction with zero terminal SNR, where x_0 is undefined"
         )
+    if solver == "dpmpp_2m" and config.get("rescale_betas_zero_snr"):
+        bars[-1] = 2**-24  # as in diffusers: it works with log(alpha / sigma), which must be finite
     clean = 1.0 if config.get("set_alpha_to_one", True) else float(bars[0])
     timesteps = _timesteps(n, steps, solver, spacing, int(config.get("steps_offset", 0)))
     if solver == "ddim":  # the level after a step is one stride down, which is not always the next timestep
@@ -176,13 +178,15 @@ def _variance_preserving(config: Mapping[str, Any], steps: int, solver: str, spa
 
 
 def _timesteps(n: int, steps: int, solver: str, spacing: str, offset: int) -> list[int]:
+    # in numpy's order of operations, as in diffusers: where a timestep falls on a half, its last bit decides
     multistep = solver == "dpmpp_2m"
     if spacing == "trailing":
-        stride = n / steps
-        return [round(n - i * stride) - 1 for i in range(steps)]
+        stride = (n - n / steps) - n
+        return [round(n + i * stride) - 1 for i in range(steps)]
     if spacing == "linspace":
         points = steps + 1 if multistep else steps
-        grid = [round(x) for x in torch.linspace(0, n - 1, points, dtype=torch.float64).tolist()]
+        stride = (n - 1) / max(points - 1, 1)
+        grid = [round(i * stride) for i in range(points)]
         return grid[::-1][:steps]
     if spacing == "leading":
         stride = n // (steps + 1) if multistep else n // steps
@@ -218,13 +222,15 @@ def _flow(config: Mapping[str, Any], steps: int, mu: float | None) -> Schedule:
     if config.get("use_dynamic_shifting"):
         if mu is None:
             raise UserError("this flow model's shift depends on the image size: its adapter must give mu")
-        shift = math.exp(mu)
+        shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
         sigmas = [shifted(s) for s in torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64).tolist()]
     else:  # diffusers shifts the training sigmas' ends, spaces evenly between them, and shifts again
         ends = torch.linspace(shifted(1.0), shifted(1 / n), steps, dtype=torch.float64)
         sigmas = [shifted(s) for s in ends.tolist()]
     terminal = config.get("shift_terminal")
     if terminal:
+        if steps == 1:
+            raise UserError("sampler.steps is 1; the model's scheduler has a shift_terminal, which takes at least 2")
         stretch = (1 - sigmas[-1]) / (1 - float(terminal))
         sigmas = [1 - (1 - s) / stretch for s in sigmas]
     levels = [*sigmas, 0.0]

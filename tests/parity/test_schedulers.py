@@ -1,0 +1,254 @@
+"""The sampler against stock diffusers' schedulers, over many of their settings, with a toy denoiser."""
+
+from __future__ import annotations
+
+from math import exp
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
+from torch import Tensor
+
+from draftplus.diffusion.sampler import Rollout, sample
+from draftplus.diffusion.schedule import alphas_cumprod, make_schedule
+from draftplus.diffusion.solvers import make_solver
+from draftplus.errors import UserError
+from tests.tiny import SCHEDULER, SHAPE, normal
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers.*")
+
+MIX = normal(4, 4, seed=9)
+START = normal(2, *SHAPE, seed=3)
+ZERO_SNR = {
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+}
+
+
+def toy(x: Tensor, t: Tensor) -> Tensor:
+    """A smooth denoiser whose output depends on the timestep it is told."""
+    return 0.8 * torch.tanh(torch.einsum("ij,bjhw->bihw", MIX.to(x), x) + torch.sin(t.to(x) / 60))
+
+
+def fresh_noise(index: int) -> Tensor:
+    return normal(2, *SHAPE, seed=100 + index)
+
+
+def stock(scheduler: Any, **step: Any) -> Tensor:
+    x = START * scheduler.init_noise_sigma if hasattr(scheduler, "init_noise_sigma") else START
+    for i, t in enumerate(scheduler.timesteps):
+        seen = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+        extra = {"variance_noise": fresh_noise(i)} if step.get("eta") else {}
+        x = scheduler.step(toy(seen, t), t, x, **step, **extra).prev_sample
+    return x
+
+
+def ours(config: dict[str, Any], steps: int, solver: str, eta: float = 0.0, **settings: Any) -> Tensor:
+    schedule, name = make_schedule(config, steps, solver, **settings)
+    return sample(toy, Rollout(START), schedule, make_solver(name, eta), noise=fresh_noise).latents
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    assert expected.isfinite().all()
+    torch.testing.assert_close(found.double(), expected.double(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 10, 15, 30, 50])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"steps_offset": 0},
+        {"set_alpha_to_one": True},
+        {"prediction_type": "v_prediction", "steps_offset": 0, "set_alpha_to_one": True},
+        {"prediction_type": "sample"},
+        {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
+        {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"},
+        {"num_train_timesteps": 500},
+        ZERO_SNR,
+    ],
+    ids=lambda settings: "-".join(f"{k}={v}" for k, v in settings.items()) or "as-stable-diffusion",
+)
+def test_ddim(settings: dict[str, Any], spacing: str, steps: int) -> None:
+    config = {**SCHEDULER, **settings, "timestep_spacing": spacing}
+    scheduler = DDIMScheduler(**config)
+    scheduler.set_timesteps(steps)
+    expected = stock(scheduler)
+    found = ours(config, steps, "auto")
+    # near the smallest signal x0 = (x - sigma eps) / alpha multiplies the rounding of the stock float32 tables
+    torch.testing.assert_close(found, expected.double(), atol=1e-4 * max(1.0, expected.abs().max().item()), rtol=0)
+
+
+@pytest.mark.parametrize("n", [1000, 250])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize(("cls", "solver"), [(DDIMScheduler, "ddim"), (DPMSolverMultistepScheduler, "dpmpp_2m")])
+def test_timesteps_of_every_number_of_steps(cls: Any, solver: str, spacing: str, n: int) -> None:
+    config = {"num_train_timesteps": n, "clip_sample": False, "timestep_spacing": spacing}
+    scheduler = cls.from_config(config)
+    compared = 0
+    for steps in range(1, 121):
+        scheduler.set_timesteps(steps)
+        expected = scheduler.timesteps.tolist()
+        if len(expected) != steps or len(set(expected)) != steps:
+            continue  # stock takes a step too many for some numbers, and drops doubled ones
+        schedule, _ = make_schedule(config, steps, solver)
+        assert [step.timestep for step in schedule.steps] == expected, steps
+        compared += 1
+    assert compared > 100
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_spacing_of_the_configuration_overrides_the_models(spacing: str) -> None:
+    scheduler = DDIMScheduler(**{**SCHEDULER, "timestep_spacing": spacing})
+    scheduler.set_timesteps(12)
+    assert_close(ours(SCHEDULER, 12, "ddim", spacing=spacing), stock(scheduler))
+
+
+@pytest.mark.parametrize("steps", [1, 7, 20])
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+@pytest.mark.parametrize("settings", [{}, {"timestep_spacing": "trailing"}, {"set_alpha_to_one": True}, ZERO_SNR])
+def test_ddim_with_noise(settings: dict[str, Any], eta: float, steps: int) -> None:
+    if settings is ZERO_SNR and eta == 1:
+        eta = 0.9  # at 1 stock takes the root of a rounding error below 0
+    config = {**SCHEDULER, **settings}
+    scheduler = DDIMScheduler(**config)
+    scheduler.set_timesteps(steps)
+    expected = stock(scheduler, eta=eta)
+    assert (expected - ours(config, steps, "ddim")).abs().max() > 0.01 or steps == 1
+    assert_close(ours(config, steps, "ddim", eta), expected)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 14, 15, 16, 25])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("final", ["zero", "sigma_min"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_dpm_solver(prediction: str, final: str, spacing: str, steps: int) -> None:
+    config = {**SCHEDULER, "prediction_type": prediction, "timestep_spacing": spacing, "final_sigmas_type": final}
+    scheduler = DPMSolverMultistepScheduler.from_config(
+        config, algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint"
+    )
+    scheduler.set_timesteps(steps)
+    assert_close(ours(config, steps, "dpmpp_2m"), stock(scheduler))
+
+
+@pytest.mark.parametrize("steps", [1, 5, 20])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_dpm_solver_with_zero_terminal_snr(spacing: str, steps: int) -> None:
+    config = {**SCHEDULER, **ZERO_SNR, "timestep_spacing": spacing}
+    scheduler = DPMSolverMultistepScheduler.from_config(config, algorithm_type="dpmsolver++", solver_order=2)
+    scheduler.set_timesteps(steps)
+    assert_close(ours(config, steps, "dpmpp_2m"), stock(scheduler))
+
+
+@pytest.mark.parametrize("steps", [3, 10])
+def test_euler_of_a_variance_preserving_model(steps: int) -> None:
+    scheduler = EulerDiscreteScheduler.from_config(SCHEDULER)
+    scheduler.set_timesteps(steps)
+    # stock Euler keeps x / alpha; with leading spacing its start is exactly the noise over alpha
+    assert_close(ours(SCHEDULER, steps, "euler"), stock(scheduler))
+
+
+FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
+
+
+@pytest.mark.parametrize("steps", [2, 7, 28])
+@pytest.mark.parametrize("terminal", [None, 0.1])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_matching(shift: float, terminal: float | None, steps: int) -> None:
+    config = {**FLOW, "shift": shift, "shift_terminal": terminal}
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
+    scheduler.set_timesteps(steps)
+    schedule, _ = make_schedule(config, steps)
+    np.testing.assert_allclose([s.timestep for s in schedule.steps], scheduler.timesteps.numpy(), rtol=1e-5)
+    assert_close(ours(config, steps, "auto"), stock(scheduler))
+
+
+@pytest.mark.parametrize("steps", [2, 7, 28])
+@pytest.mark.parametrize("terminal", [None, 0.02])
+@pytest.mark.parametrize(("kind", "mu"), [("exponential", 0.5), ("exponential", 1.15), ("linear", 2.0)])
+def test_flow_matching_with_a_shift_for_the_image_size(
+    kind: str, mu: float, terminal: float | None, steps: int
+) -> None:
+    config = {**FLOW, "use_dynamic_shifting": True, "shift_terminal": terminal, "time_shift_type": kind}
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+    assert_close(ours(config, steps, "auto", mu=mu), stock(scheduler))
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_one_step_of_flow_matching(shift: float) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(1)
+    assert_close(ours({**FLOW, "shift": shift}, 1, "euler"), stock(scheduler))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"beta_schedule": "linear"},
+        {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+        {"beta_schedule": "squaredcos_cap_v2"},
+        {"beta_schedule": "scaled_linear", "rescale_betas_zero_snr": True},
+        {"trained_betas": np.linspace(1e-3, 2e-2, 100).tolist(), "num_train_timesteps": 100},
+        {"num_train_timesteps": 250},
+    ],
+)
+def test_levels(settings: dict[str, Any]) -> None:
+    expected = DDIMScheduler(**settings).alphas_cumprod.double()
+    torch.testing.assert_close(alphas_cumprod(settings), expected, rtol=2e-4, atol=1e-7)
+
+
+def test_a_plain_configuration_is_read_with_diffusers_defaults() -> None:
+    scheduler = DDIMScheduler(clip_sample=False)
+    scheduler.set_timesteps(10)
+    assert_close(ours({"clip_sample": False}, 10, "auto"), stock(scheduler))
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "says"),
+    [
+        (SCHEDULER, {"steps": 0}, "sampler.steps is 0; this model takes 1 to 1000"),
+        (SCHEDULER, {"steps": 1001}, "sampler.steps is 1001"),
+        (SCHEDULER, {"steps": 1000}, "steps_offset=1"),
+        (SCHEDULER, {"solver": "heun"}, "unknown solver 'heun'"),
+        (SCHEDULER, {"spacing": "karras"}, "unknown spacing 'karras'"),
+        ({**SCHEDULER, "beta_schedule": "sigmoid"}, {}, "beta_schedule 'sigmoid'"),
+        ({**SCHEDULER, "prediction_type": "score"}, {}, "prediction_type 'score'"),
+        ({**SCHEDULER, "timestep_spacing": "log"}, {}, "timestep_spacing 'log'"),
+        ({**SCHEDULER, "clip_sample": True}, {}, "clip_sample: true"),
+        ({**SCHEDULER, "thresholding": True}, {}, "thresholding: true"),
+        ({**SCHEDULER, "rescale_betas_zero_snr": True}, {}, "zero terminal SNR"),
+        (FLOW, {"solver": "ddim"}, "this flow model takes euler"),
+        (FLOW, {"spacing": "trailing"}, "does not apply to flow-matching"),
+        ({**FLOW, "use_karras_sigmas": True}, {}, "use_karras_sigmas: true"),
+        ({**FLOW, "use_dynamic_shifting": True}, {}, "must give mu"),
+        ({**FLOW, "shift_terminal": 0.1}, {"steps": 1}, "shift_terminal"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_cannot_be_sampled_is_refused(config: dict[str, Any], settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError) as error:
+        make_schedule(config, **{"steps": 10, **settings})
+    assert says in str(error.value)
+
+
+def test_stochastic_steps_need_ddim() -> None:
+    for name, eta in (("dpmpp_2m", 0.5), ("euler", 1.0), ("ddim", 1.5), ("ddim", -0.1)):
+        with pytest.raises(UserError, match=r"sampler\.eta"):
+            make_solver(name, eta)
+
+
+def test_dynamic_shift_is_a_plain_shift_by_exp_mu() -> None:
+    moving, _ = make_schedule({**FLOW, "use_dynamic_shifting": True}, 8, mu=0.7)
+    levels = [s.sigma for s in moving.steps]
+    for found, s in zip(levels, np.linspace(1, 1 / 8, 8), strict=True):
+        assert found == pytest.approx(exp(0.7) / (exp(0.7) + 1 / s - 1))
