@@ -32,7 +32,7 @@ train: {steps: 200}
 ```
 
 An unknown key or a value of the wrong type ends the command with one line that names the nearest valid key.
-`draftplus train --dry-run ...` prints the resolved configuration, and stops. Every run directory has its complete
+`draftplus train ... --dry-run` prints the resolved configuration and stops. Every run directory has its complete
 configuration in `config.yaml`; that file is a recipe too, so that
 `draftplus train runs/demo/config.yaml name=again` repeats the run.
 

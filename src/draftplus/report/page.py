@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.resources
 import math
 import os
@@ -12,6 +11,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from draftplus import __version__
 from draftplus.config import Config, flatten, to_dict
 from draftplus.report import summary
 from draftplus.report.curves import curves
@@ -52,15 +52,8 @@ def render(run: Run) -> str:
         configuration=_configuration(run),
         repeat=escape(repeat_command(run)),
         generate=escape(shlex.join(["draftplus", "generate", str(_near(run.directory)), "--prompt", _a_prompt(run)])),
-        version=escape(_version()),
+        version=escape(__version__),
     )
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("draftplus")
-    except importlib.metadata.PackageNotFoundError:
-        return "(run from a source tree that is not installed)"
 
 
 def repeat_command(run: Run) -> str:
