@@ -2,27 +2,40 @@
 
 import importlib.util
 import re
+import shlex
+import textwrap
 from pathlib import Path
 from urllib.parse import unquote
 from xml.etree import ElementTree
 
 import pytest
 
-from draftplus.config import all_keys
+from draftplus.config import all_keys, load_config, recipe_names
 from draftplus.engine.build import REWARDS
+from draftplus.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
-def test_configuration_page_is_current():
-    source = ROOT / "docs" / "make_configuration.py"
-    spec = importlib.util.spec_from_file_location("make_configuration", source)
+@pytest.fixture(scope="module")
+def generator():
+    spec = importlib.util.spec_from_file_location("make_configuration", ROOT / "docs" / "make_configuration.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert module.PAGE.read_text(encoding="utf-8") == module.page(), "run: make docs"
+    return module
+
+
+def test_configuration_page_is_current(generator):
+    assert generator.PAGE.read_text(encoding="utf-8") == generator.page(), "run: make docs"
+
+
+def test_keys_said_to_be_unavailable_are_refused(generator):
+    for key, value in generator.NOT_YET.items():
+        with pytest.raises(UserError, match=re.escape(key)):
+            load_config(None, [f"{key}={value}"])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -44,6 +57,23 @@ def test_keys_that_are_named_exist(page):
     pattern = rf"`((?:{'|'.join(groups)})\.[a-z_.]+)(?:=[^`]*)?`"
     named = re.findall(pattern, page.read_text(encoding="utf-8"))
     assert [name for name in named if name not in keys and not name.endswith(".py")] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_recipes_that_are_shown_load(page, tmp_path):
+    for block in re.findall(r"^ *```yaml\n(.*?)^ *```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(textwrap.dedent(block))
+        load_config(recipe)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_that_are_shown_parse(page):
+    text = re.sub(r"\\\n\s*", "", page.read_text(encoding="utf-8"))
+    for line in re.findall(r"^ *(?:torchrun \S+ -m )?draftplus train (.*)$", text, re.MULTILINE):
+        recipe, *settings = shlex.split(line, comments=True)
+        if recipe in recipe_names():
+            load_config(recipe, [setting for setting in settings if not setting.startswith("--")])
 
 
 def test_every_reward_is_described():
