@@ -36,8 +36,8 @@ REWARDS = {
     "emoji_clip": "draftplus.rewards.clip:load_emoji_clip",
     "pickscore": "draftplus.rewards.clip:load_pickscore",
     "clip_score": "draftplus.rewards.clip:load_clip_score",
-    "jpeg_compressibility": "draftplus.rewards.jpeg:load_compressibility",
-    "jpeg_incompressibility": "draftplus.rewards.jpeg:load_incompressibility",
+    "jpeg_compressibility": "draftplus.rewards.jpeg:load_jpeg_compressibility",
+    "jpeg_incompressibility": "draftplus.rewards.jpeg:load_jpeg_incompressibility",
 }
 
 
