@@ -21,6 +21,7 @@ class Interruption:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
         if self._abandonable:
+            self._abandonable = False  # once: a second signal must not break what is being saved
             raise Interrupted
 
     @contextmanager
