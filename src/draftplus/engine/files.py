@@ -21,7 +21,7 @@ def whole_directory(target: Path) -> Iterator[Path]:
     building = target.with_name(f".{target.name}.building")
     shutil.rmtree(building, ignore_errors=True)
     try:
-        with _disk_errors(target):
+        with disk_errors(target):
             building.mkdir(parents=True)
             yield building
             for file in building.rglob("*"):
@@ -44,7 +44,7 @@ def write_text(target: Path, text: str) -> None:
     """
     building = target.with_name(f".{target.name}.building")
     try:
-        with _disk_errors(target):
+        with disk_errors(target):
             building.write_text(text, encoding="utf-8")
             _sync(building)
             building.replace(target)
@@ -53,7 +53,8 @@ def write_text(target: Path, text: str) -> None:
 
 
 @contextmanager
-def _disk_errors(target: Path) -> Iterator[None]:
+def disk_errors(target: Path) -> Iterator[None]:
+    """Turns the errors of a full disk into a UserError about `target`."""
     try:
         yield
     except Exception as error:

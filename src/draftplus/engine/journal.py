@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from draftplus.engine.files import write_text
+from draftplus.engine.files import disk_errors, write_text
 from draftplus.errors import UserError
 
 Row = dict[str, Any]
@@ -32,10 +32,21 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def append_row(path: Path, row: Row) -> None:
-    """Adds a row; numbers that are not finite become null."""
-    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(clean, allow_nan=False) + "\n")
+    """Adds a row; numbers that are not finite become null.
+
+    Raises UserError where the disk is full.
+    """
+    line = json.dumps(_finite(row), allow_nan=False) + "\n"
+    with disk_errors(path), path.open("a", encoding="utf-8") as file:
+        file.write(line)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def drop_rows_after(path: Path, step: int) -> None:
@@ -57,7 +68,7 @@ def _open(name: str, run: Path, config: Mapping[str, Any], step: int) -> Logger:
     if name == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(run / "tensorboard", purge_step=step)
+        writer = SummaryWriter(run / "tensorboard", purge_step=step + 1)  # hides what lies at that step too
 
         def log(row: Mapping[str, float], at: int) -> None:
             for key, value in row.items():
