@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from draftplus.config import Config, ModelConfig, RewardConfig
@@ -16,6 +15,7 @@ from draftplus.engine.generate import generate_images, jobs_of
 from draftplus.engine.progress import progress
 from draftplus.engine.run import find_weights, plan_run
 from draftplus.engine.train import train as _train
+from draftplus.errors import UserError
 from draftplus.report import write_report
 from draftplus.types import Model, Reward
 
@@ -76,6 +76,8 @@ def generate(
     quiet_libraries()
     model = build_model(weights.config.model, pick_device(weights.config.device), trainable=False)
     chosen = Path(adapter) if adapter is not None else weights.adapter
+    if chosen is None and (anneal is not None or lora_scale != 1):
+        raise UserError(f"'{target}' has no trained weights to scale or anneal; give a run, or --adapter DIR")
     if chosen is not None:
         model.load_adapter(chosen)
     model.set_lora_scale(lora_scale)
@@ -83,10 +85,3 @@ def generate(
     size = weights.config.train.sampling_batch_size or 16
     with progress("generating", len(jobs)) as advance:
         return generate_images(model, jobs, weights.config.sampler, size, anneal, advance)
-
-
-def score(reward: Reward, images: Tensor, prompts: Sequence[str], batch_size: int = 16) -> Tensor:
-    """The scores of n images (n, 3, H, W) in [0, 1] against their n prompts, (n,) float32, without gradient."""
-    with torch.no_grad():
-        rows = range(0, len(images), batch_size)
-        return torch.cat([reward(images[i : i + batch_size], prompts[i : i + batch_size]).float().cpu() for i in rows])

@@ -70,16 +70,18 @@ def train(
     if target and "=" in target:
         settings = [target, *(settings or [])]
         target = None
+    from draftplus.distributed import is_main_process
     from draftplus.engine.run import plan_run
 
     config, run = plan_run(target, settings or [])
     if dry_run:
         from draftplus.engine.dry_run import describe
 
-        print(describe(config, run))
+        told = describe(config, run)
+        if is_main_process():
+            print(told)
         return
     from draftplus import api
-    from draftplus.distributed import is_main_process
 
     api.train(config)
     if is_main_process():
@@ -115,16 +117,22 @@ def generate(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Where the pictures go.")] = None,
 ) -> None:
     """Make pictures, a grid of them, and their rewards if asked."""
-    chosen = [*(prompt or []), *_read_prompts(prompts)]
+    chosen = list(dict.fromkeys([*(prompt or []), *_read_prompts(prompts)]))
     if not chosen:
         raise UserError("no prompt given; add --prompt 'a cat', or --prompts FILE")
     numbers = _seeds(seeds)
+    directory = output or Path("generated") / Path(target.replace("@", "-")).name
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output '{directory}': it cannot be made: {error.strerror}") from None
     from draftplus import api
+    from draftplus.distributed import pick_device
+    from draftplus.engine.evaluate import score_images
     from draftplus.engine.pictures import save_pictures
 
     scorers = {name: api.load_reward(name) for name in reward or []}
     images = api.generate(target, chosen, numbers, settings or [], adapter, lora_scale, anneal)
-    directory = output or Path("generated") / Path(target.replace("@", "-")).name
     told = [text for text in chosen for _ in numbers]
     repeated = numbers * len(chosen)
     paths = save_pictures(images, told, repeated, directory)
@@ -132,8 +140,8 @@ def generate(
         {"file": path.name, "prompt": text, "seed": seed}
         for path, text, seed in zip(paths, told, repeated, strict=True)
     ]
-    for name, scorer in scorers.items():
-        scores = api.score(scorer, images, told)
+    scored = score_images(scorers, images, told, pick_device("auto")) if scorers else {}
+    for name, scores in scored.items():
         for row, value in zip(rows, scores.tolist(), strict=True):
             row[f"reward/{name}"] = value
         print(f"{name}: mean {scores.mean():.4f} over {len(scores)} images")
@@ -169,9 +177,9 @@ def _seeds(text: str) -> list[int]:
         seeds = list(range(int(first), int(end))) if colon else [int(part) for part in text.split(",")]
     except ValueError:
         seeds = []
-    if not seeds or min(seeds) < 0:
+    if not seeds or min(seeds) < 0 or max(seeds) >= 2**63:
         raise UserError(f"--seeds '{text}': give one or more seeds, such as 7, 0:16 or 1,5,9")
-    return seeds
+    return list(dict.fromkeys(seeds))
 
 
 def main() -> None:

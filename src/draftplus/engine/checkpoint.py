@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -60,25 +61,31 @@ def save(directory: Path, state: State, keep: int) -> None:
 def restore(directory: Path, state: State) -> bool:
     """Restores the newest complete state below `directory`; False where there is none.
 
-    Raises UserError where it does not fit the model.
+    Raises UserError where it is damaged or does not fit the model.
     """
     steps = saved_steps(directory)
     if not steps:
         return False
     source = directory / step_name(steps[-1])
-    weights = load_file(source / "weights.safetensors")
+    try:
+        weights = load_file(source / "weights.safetensors")
+        moments = load_file(source / "optimizer.safetensors")
+        averages = load_file(source / "ema.safetensors") if state.ema is not None else {}
+        numbers = json.loads((source / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(
+            f"{source}: damaged ({error}); remove it to continue from the checkpoint before it, if there is one"
+        ) from None
     fitting = {name: tuple(p.shape) for name, p in state.parameters.items()}
     if {name: tuple(t.shape) for name, t in weights.items()} != fitting:
         raise UserError(f"{source}: its weights are not those of this configuration's model")
     with torch.no_grad():
         for name, parameter in state.parameters.items():
             parameter.copy_(weights[name])
-    load_optimizer_tensors(state.parameters, state.optimizer, load_file(source / "optimizer.safetensors"))
-    numbers = json.loads((source / "state.json").read_text(encoding="utf-8"))
+    load_optimizer_tensors(state.parameters, state.optimizer, moments)
     for name in state.counters:
         setattr(state, name, numbers[name])
     if state.ema is not None:
-        averages = load_file(source / "ema.safetensors")
         state.ema.shadow = {name: averages[name].to(p) for name, p in state.parameters.items()}
         state.ema.updates = numbers["ema_updates"]
     return True

@@ -6,14 +6,15 @@ import time
 from pathlib import Path
 
 from draftplus.config import Config, to_yaml
-from draftplus.data.batches import batch, check_batch_sizes
+from draftplus.data.batches import batch
 from draftplus.data.prompts import load_prompts
 from draftplus.diffusion.objectives import plan
 from draftplus.distributed import world
 from draftplus.engine.build import build_model, build_problem, build_rewards, quiet_libraries
 from draftplus.engine.evaluate import evaluation_set
+from draftplus.engine.parallel import check_mode
 from draftplus.engine.step import accumulate
-from draftplus.engine.train import total_steps
+from draftplus.engine.train import micro_batch_size, total_steps
 
 
 def describe(config: Config, run: Path) -> str:
@@ -25,12 +26,13 @@ def describe(config: Config, run: Path) -> str:
     """
     sizes = config.train
     with world(config.device) as here:
-        check_batch_sizes(sizes.global_batch_size, sizes.micro_batch_size, config.data.images_per_prompt, here.size)
+        check_mode(config.parallel.mode)
+        micro = micro_batch_size(config, here.size)
         prompts = load_prompts(config.data.prompts)
         held_out = evaluation_set(config, prompts)
         quiet_libraries()
         model = build_model(config.model, here.device, config.seed)
-        problem = build_problem(config, model, build_rewards(config.reward, here.device))
+        problem = build_problem(config, model, build_rewards({**config.eval.rewards, **config.reward}, here.device))
         shape = model.latent_shape(config.sampler.height, config.sampler.width)
         share = batch(
             prompts.train, 0, config.seed, sizes.global_batch_size, config.data.images_per_prompt, here.rank, here.size
@@ -43,7 +45,7 @@ def describe(config: Config, run: Path) -> str:
             config.seed,
             0,
             sizes.global_batch_size,
-            sizes.micro_batch_size,
+            micro,
             sizes.sampling_batch_size,
         )
         seconds = time.perf_counter() - began

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from draftplus.engine.progress import Advance
 from draftplus.engine.step import chunks
 from draftplus.errors import UserError
 from draftplus.metrics.lpips import lpips_per_prompt
+from draftplus.rewards.combined import Combined
 from draftplus.types import Model, Reward
 
 Rewards = Mapping[str, Reward]
@@ -48,7 +49,7 @@ class EvaluationSet:
 def evaluation_set(config: Config, prompts: PromptSet) -> EvaluationSet:
     """The held-out part of the prompts, or those of `eval.prompts`, thinned evenly to `eval.max_prompts`.
 
-    Raises UserError where none are held out, or one of `eval.prompts` is trained on.
+    Raises UserError where none are held out, one of `eval.prompts` is trained on, or there is one image of each.
     """
     if config.eval.prompts is None:
         chosen = prompts.held_out
@@ -66,6 +67,8 @@ def evaluation_set(config: Config, prompts: PromptSet) -> EvaluationSet:
                     f"eval.prompts '{config.eval.prompts}': '{prompt}' is also trained on; "
                     "evaluation needs prompts that training never sees"
                 )
+    if config.eval.images_per_prompt < 2:
+        raise UserError("eval.images_per_prompt is 1; diversity is measured between at least 2 images of a prompt")
     most = config.eval.max_prompts or len(chosen)
     if len(chosen) > most:
         chosen = [chosen[i * len(chosen) // most] for i in range(most)]
@@ -92,10 +95,12 @@ def evaluate(
     if world.is_main:
         _save(run / "samples", step, which, results)
     per_image = {name: [result.scores[name] for result in results] for name in rewards}
+    means = {name: sum(scores) / len(scores) for name, scores in per_image.items()}
     lpips = {result.prompt: result.lpips for result in results}
     return {
         "step": step,
-        **{f"reward/{name}": sum(scores) / len(scores) for name, scores in per_image.items()},
+        "reward": sum(one.weight * means[name] for name, one in config.reward.items()),
+        **{f"reward/{name}": mean for name, mean in means.items()},
         "lpips": sum(lpips.values()) / len(lpips),
         "images": len(results),
         "seconds": round(time.perf_counter() - began, 3),
@@ -117,16 +122,26 @@ class _Result:
 
 def _measure(images: Tensor, jobs: list[Job], rewards: Rewards, device: torch.device, size: int) -> list[_Result]:
     prompts = [job.prompt for job in jobs]
-    scores: dict[str, list[float]] = {}
-    for name, reward in rewards.items():
-        parts = [reward(images[rows].to(device), prompts[rows]).float().cpu() for rows in chunks(len(jobs), size)]
-        scores[name] = torch.cat(parts).tolist()
+    scores = {name: values.tolist() for name, values in score_images(rewards, images, prompts, device, size).items()}
     lpips = lpips_per_prompt(images.to(device), prompts)
     pixels = (images * 255).round().byte()
     return [
         _Result(job.prompt, job.seed, pixels[i], {name: scores[name][i] for name in rewards}, lpips[job.prompt])
         for i, job in enumerate(jobs)
     ]
+
+
+@torch.no_grad()
+def score_images(
+    rewards: Rewards, images: Tensor, prompts: Sequence[str], device: torch.device, size: int = 16
+) -> dict[str, Tensor]:
+    """Each reward's scores of n images (n, 3, H, W) in [0, 1] against their n prompts, (n,) float32 on the CPU.
+
+    Raises UserError for a reward that returns something else.
+    """
+    scorer = Combined({name: (reward, 1.0) for name, reward in rewards.items()})
+    batches = [scorer(images[rows].to(device), prompts[rows]).parts for rows in chunks(len(images), size)]
+    return {name: torch.cat([batch[name].float().cpu() for batch in batches]) for name in rewards}
 
 
 def _save(samples: Path, step: int, which: EvaluationSet, results: list[_Result]) -> None:

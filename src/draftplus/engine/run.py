@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from draftplus.config import Config, load_config, run_name, shaping_keys, to_yaml
+from draftplus.config import Config, RewardConfig, load_config, run_name, shaping_keys, to_yaml
+from draftplus.engine import journal
 from draftplus.engine.checkpoint import saved_steps, step_name
 from draftplus.engine.files import write_text
 from draftplus.errors import UserError
@@ -40,14 +42,14 @@ def plan_run(target: Config | str | Path | None, overrides: Sequence[str]) -> tu
         config.name = run_name(config, "run")
         run = Path(config.output_dir) / config.name
     elif target is not None and is_run(target):
-        run = Path(target)
+        run = Path(target) if Path(target).name else Path(target).resolve()  # "." has no name
         config = load_config(run / "config.yaml", overrides)
         config.output_dir, config.name = str(run.parent), run.name
     else:
         config = load_config(target or "emoji", overrides)
         config.name = run_name(config, Path(target or "emoji").stem)
         run = Path(config.output_dir) / config.name
-    if is_run(run):
+    if is_run(run) and saved_steps(run / "checkpoints"):  # without one there is nothing to continue
         _refuse_changes(load_config(run / "config.yaml"), config, run)
     return config, run
 
@@ -63,21 +65,53 @@ def _refuse_changes(before: Config, now: Config, run: Path) -> None:
 
 
 @contextmanager
-def locked(run: Path, config: Config) -> Iterator[None]:
-    """Makes the run directory with its config.yaml and holds it against a second process.
+def locked(run: Path) -> Iterator[None]:
+    """Makes the run directory and holds it against a second process.
 
-    Raises UserError where another process trains in it.
+    Raises UserError where it cannot be written, or another process trains in it.
     """
+    lock = FileLock(run / ".lock", timeout=0)
     try:
         run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{run}: the run directory cannot be made: {error.strerror}; set output_dir=") from None
-    try:
-        with FileLock(run / ".lock", timeout=0):
-            write_text(run / "config.yaml", to_yaml(config))
-            yield
+        lock.acquire()
     except Timeout:
         raise UserError(f"{run}: another process is training in it; wait for it, or give another name=") from None
+    except OSError as error:
+        raise UserError(f"{run}: the run directory cannot be written: {error.strerror}; set output_dir=") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def write_config(run: Path, config: Config) -> None:
+    """Writes config.yaml, which makes a directory a run; only once it is known that the run can start."""
+    write_text(run / "config.yaml", to_yaml(config))
+
+
+def forget_after(run: Path, step: int) -> None:
+    """Removes what a run wrote past the step that it is restored to; -1: everything, for a run that starts anew."""
+    for name in ("metrics.jsonl", "eval.jsonl"):
+        journal.drop_rows_after(run / name, step)
+    for parent in (run / "samples", run / "adapters"):
+        for late in saved_steps(parent):
+            if late > step:
+                shutil.rmtree(parent / step_name(late))
+
+
+def write_best(run: Path, rewards: Mapping[str, RewardConfig]) -> None:
+    """Writes best.json: the evaluated step, past the base model, with the highest held-out value of what is trained.
+
+    Removes it where no such step was evaluated.
+    """
+    rows = [row for row in journal.read_rows(run / "eval.jsonl") if row["step"] > 0 and row["reward"] is not None]
+    if not rows:
+        (run / "best.json").unlink(missing_ok=True)
+        return
+    best = max(rows, key=lambda row: float(row["reward"]))
+    terms = " + ".join(name if one.weight == 1 else f"{one.weight:g} x {name}" for name, one in rewards.items())
+    rule = f"highest mean of {terms} on the held-out prompts, over the evaluated steps"
+    write_text(run / "best.json", json.dumps({"step": best["step"], "value": best["reward"], "rule": rule}, indent=1))
 
 
 def find_weights(target: str, overrides: Sequence[str] = ()) -> Weights:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
@@ -18,12 +17,12 @@ from draftplus.engine import checkpoint, journal
 from draftplus.engine.build import build_model, build_problem, build_rewards, quiet_libraries
 from draftplus.engine.checkpoint import State, step_name
 from draftplus.engine.evaluate import EvaluationSet, Rewards, evaluate, evaluation_set
-from draftplus.engine.files import whole_directory, write_text
+from draftplus.engine.files import whole_directory
 from draftplus.engine.interrupt import interruption
 from draftplus.engine.optim import Ema, gradient_norm, learning_rate, make_optimizer
 from draftplus.engine.parallel import check_mode, reduce_step
 from draftplus.engine.progress import Advance, progress
-from draftplus.engine.run import locked
+from draftplus.engine.run import forget_after, locked, write_best, write_config
 from draftplus.engine.step import accumulate
 from draftplus.errors import Interrupted, UserError
 from draftplus.types import Model
@@ -39,14 +38,14 @@ def train(config: Config, run: Path) -> Path:
     """
     with world(config.device) as here:
         check_mode(config.parallel.mode)
-        with locked(run, config) if here.is_main else nullcontext():
+        with locked(run) if here.is_main else nullcontext():
             _train(config, run, here)
     return run
 
 
 def _train(config: Config, run: Path, here: World) -> None:
     sizes = config.train
-    check_batch_sizes(sizes.global_batch_size, sizes.micro_batch_size, config.data.images_per_prompt, here.size)
+    micro = micro_batch_size(config, here.size)
     prompts = load_prompts(config.data.prompts)
     held_out = evaluation_set(config, prompts)
     total = total_steps(config, len(prompts.train))
@@ -60,29 +59,31 @@ def _train(config: Config, run: Path, here: World) -> None:
     optimizer = make_optimizer(parameters, config.optim)
     state = State(parameters, optimizer, Ema(parameters, config.optim.ema) if config.optim.ema else None)
 
-    checkpoint.restore(run / "checkpoints", state)
+    restored = checkpoint.restore(run / "checkpoints", state)
     if here.is_main:
-        for name in ("metrics.jsonl", "eval.jsonl"):
-            journal.drop_rows_after(run / name, state.step)
+        forget_after(run, state.step if restored else -1)
+        write_config(run, config)
+        write_best(run, config.reward)
     here.barrier()
-    loggers = journal.open_loggers(config.log.to, run, to_dict(config), state.step) if here.is_main else []
     evaluated = {row["step"] for row in journal.read_rows(run / "eval.jsonl")}
-    names = list(config.reward)
+    logs = here.is_main and (state.step < total or state.step not in evaluated)  # a finished run has nothing to say
+    loggers = journal.open_loggers(config.log.to if logs else (), run, to_dict(config), state.step)
 
     with interruption() as interrupt, progress("training", total, here.is_main) as advance:
         try:
             while True:
                 last = state.step >= total
                 if state.step not in evaluated and (state.step % config.eval.every == 0 or last):
-                    with interrupt.abandonable():
+                    with _averaged(state), interrupt.abandonable():
                         row = _evaluate(model, state, rewards, held_out, config, run, here, advance)
                     evaluated.add(state.step)
                     if here.is_main:
+                        _save_weights(model, state, run / "adapters" / step_name(state.step))
                         journal.append_row(run / "eval.jsonl", row)
-                        write_best(run, names)
+                        write_best(run, config.reward)
                         _log(loggers, "held_out/", row, state.step)
-                if here.is_main and state.step > 0 and (state.step % config.checkpoint.every == 0 or last):
-                    checkpoint.save(run / "checkpoints", state, config.checkpoint.keep)
+                if state.step > 0 and (state.step % config.checkpoint.every == 0 or last):
+                    _save(run, state, here, config)
                 if last:
                     break
 
@@ -93,7 +94,7 @@ def _train(config: Config, run: Path, here: World) -> None:
                         here.rank, here.size,
                     )  # fmt: skip
                     metrics = accumulate(
-                        problem, share, shape, config.seed, state.step, sizes.global_batch_size, sizes.micro_batch_size,
+                        problem, share, shape, config.seed, state.step, sizes.global_batch_size, micro,
                         sizes.sampling_batch_size,
                     )  # fmt: skip
                     means = metrics.named(reduce_step(list(parameters.values()), metrics.vector, here))
@@ -125,6 +126,17 @@ def total_steps(config: Config, prompts: int) -> int:
         return steps_of_epochs(config.train.epochs, prompts, size, per_prompt)
     assert config.train.steps is not None
     return config.train.steps
+
+
+def micro_batch_size(config: Config, ranks: int) -> int:
+    """Images per backward pass: `train.micro_batch_size`, or a rank's whole share of the batch where that is smaller.
+
+    Raises UserError where ranks or micro-batches do not divide the batch.
+    """
+    sizes = config.train
+    micro = min(sizes.micro_batch_size, max(1, sizes.global_batch_size // ranks))
+    check_batch_sizes(sizes.global_batch_size, micro, config.data.images_per_prompt, ranks)
+    return micro
 
 
 def _update(state: State, config: Config, means: dict[str, float]) -> dict[str, Any]:
@@ -171,11 +183,7 @@ def _evaluate(
         advance(state.step, f"evaluating {done}/{total} images")
 
     show(0, "")
-    with _averaged(state):
-        row = evaluate(model, rewards, held_out, config, state.step, run, here, show)
-    if here.is_main:
-        _save_weights(model, state, run / "adapters" / step_name(state.step))
-    return row
+    return evaluate(model, rewards, held_out, config, state.step, run, here, show)
 
 
 def _save_weights(model: Model, state: State, target: Path) -> None:
@@ -187,26 +195,16 @@ def _averaged(state: State) -> AbstractContextManager[None]:
     return state.ema.applied(state.parameters) if state.ema else nullcontext()
 
 
-def _save_interrupted(run: Path, state: State, here: World, config: Config) -> None:
-    state.optimizer.zero_grad(set_to_none=True)
-    if here.is_main and state.step > 0 and state.step not in checkpoint.saved_steps(run / "checkpoints"):
+def _save(run: Path, state: State, here: World, config: Config) -> None:
+    if here.is_main and state.step not in checkpoint.saved_steps(run / "checkpoints"):
         checkpoint.save(run / "checkpoints", state, config.checkpoint.keep)
+
+
+def _save_interrupted(run: Path, state: State, here: World, config: Config) -> None:
+    if state.step > 0:
+        _save(run, state, here, config)
     if here.is_main:
         print(f"stopped after step {state.step}; continue with: draftplus train {run}", file=sys.stderr)
-
-
-def write_best(run: Path, rewards: list[str]) -> None:
-    """Writes best.json: the evaluated step, past the base model, with the highest held-out trained reward."""
-    rows = [row for row in journal.read_rows(run / "eval.jsonl") if row["step"] > 0]
-    if not rows:
-        return
-
-    def value(row: dict[str, Any]) -> float:
-        return sum(float(row[f"reward/{name}"]) for name in rewards)
-
-    best = max(rows, key=value)
-    rule = f"highest mean of {' + '.join(rewards)} on the held-out prompts, over the evaluated steps"
-    write_text(run / "best.json", json.dumps({"step": best["step"], "value": value(best), "rule": rule}, indent=1))
 
 
 def _log(loggers: list[journal.Logger], prefix: str, row: dict[str, Any], step: int) -> None:
