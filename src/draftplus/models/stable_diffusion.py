@@ -145,7 +145,7 @@ def load(
     """Loads a model of the Stable Diffusion 1.x/2.x family, ready to be trained or, if not `trainable`, to be sampled.
 
     path: diffusers directory, hub id, or a single .safetensors/.ckpt file. dtype: of frozen weights, instead of the
-    configuration's; trained weights are in at least float32.
+    configuration's; trained weights, and the frozen copy of a fully tuned denoiser, are in at least float32.
 
     Raises UserError for a missing model, one of another family, or weights that would run code.
     """
@@ -157,8 +157,9 @@ def load(
     if trainable and config.lora is not None:
         lora.add_lora(unet, config.lora, seed)
     elif trainable:
-        reference = copy.deepcopy(unet)
-        unet.to(torch.promote_types(torch.float32, frozen)).requires_grad_(True)
+        unet.to(torch.promote_types(torch.float32, frozen))
+        reference = copy.deepcopy(unet)  # in the trained precision, or their KL would start at the rounding's
+        unet.requires_grad_(True)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
         vae.enable_gradient_checkpointing()

@@ -1,0 +1,156 @@
+"""Our sampler and decoding against the stock Stable Diffusion pipeline, on the same noise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from draftplus import rng
+from draftplus.diffusion.guidance import guided
+from draftplus.diffusion.sampler import Rollout, sample
+from draftplus.diffusion.schedule import make_schedule
+from draftplus.diffusion.solvers import make_solver
+from draftplus.models.stable_diffusion import StableDiffusion
+from draftplus.types import Conditioning
+from tests.tiny import PROMPTS, SCHEDULER, SHAPE, normal, randomize, stock_pipeline, tiny_model
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers.*", "ignore::FutureWarning")
+SEEDS = [3, 14, 15]
+ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+
+
+def ours(
+    made: StableDiffusion, scheduler: dict[str, Any], steps: int, guidance_scale: float = 4.0, negative: str = "",
+    solver: str = "auto", eta: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """Latents (3, c, h, w) of PROMPTS and SEEDS."""
+    schedule, name = make_schedule(scheduler, steps, solver)
+    denoise = guided(made, made.encode(PROMPTS), made.encode([negative]), guidance_scale)
+    dtype = made.unet.conv_in.weight.dtype
+    start = Rollout(rng.stock_noise(SHAPE, SEEDS).to(dtype))
+    # a stock pipeline that is given latents draws its steps' noise from the generators' beginning
+    draws = [[torch.randn(1, *SHAPE, generator=g, dtype=dtype) for _ in range(steps)] for g in generators()]
+    with torch.no_grad():
+        return sample(
+            denoise, start, schedule, make_solver(name, eta), noise=lambda i: torch.cat([draw[i] for draw in draws])
+        ).latents
+
+
+def generators() -> list[torch.Generator]:
+    return [torch.Generator("cpu").manual_seed(seed) for seed in SEEDS]
+
+
+def stock(
+    directory: Path, scheduler: Any, steps: int, guidance_scale: float = 4.0, negative: str = "", eta: float = 0.0,
+    output: str = "latent", dtype: torch.dtype = torch.float64,
+) -> Tensor:  # fmt: skip
+    pipe = stock_pipeline(directory, dtype, scheduler)
+    return pipe(
+        PROMPTS, latents=rng.stock_noise(SHAPE, SEEDS).to(dtype), num_inference_steps=steps, eta=eta,
+        guidance_scale=guidance_scale, negative_prompt=[negative] * 3, generator=generators(), output_type=output,
+    ).images  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "sampling"),
+    [
+        ({}, 10, {}),
+        ({}, 7, {"guidance_scale": 1.0}),
+        ({"timestep_spacing": "trailing"}, 7, {"negative": "a shark"}),
+        ({"timestep_spacing": "linspace", "steps_offset": 0}, 6, {}),
+        ({"set_alpha_to_one": True, "steps_offset": 0}, 3, {}),
+        ({"prediction_type": "v_prediction"}, 6, {}),
+        (ZERO_SNR, 6, {}),
+        ({}, 6, {"eta": 0.8}),
+        ({"timestep_spacing": "trailing"}, 6, {"eta": 1.0, "guidance_scale": 1.0}),
+    ],
+    ids=str,
+)
+def test_ddim(tiny_path: Path, settings: dict[str, Any], steps: int, sampling: dict[str, Any]) -> None:
+    config = {**SCHEDULER, **settings}
+    expected = stock(tiny_path, DDIMScheduler(**config), steps, **sampling)
+    found = ours(tiny_model(tiny_path, trainable=False), config, steps, **sampling)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "sampling"),
+    [
+        ({}, 6, {}),
+        ({}, 16, {"guidance_scale": 1.0}),
+        ({"timestep_spacing": "trailing", "final_sigmas_type": "sigma_min"}, 6, {"negative": "a shark"}),
+        ({"timestep_spacing": "linspace", "final_sigmas_type": "sigma_min"}, 16, {}),
+    ],
+    ids=str,
+)
+def test_dpm_solver(tiny_path: Path, settings: dict[str, Any], steps: int, sampling: dict[str, Any]) -> None:
+    config = {**SCHEDULER, **settings}
+    scheduler = DPMSolverMultistepScheduler.from_config(config, algorithm_type="dpmsolver++", solver_order=2)
+    expected = stock(tiny_path, scheduler, steps, **sampling)
+    found = ours(tiny_model(tiny_path, trainable=False), config, steps, solver="dpmpp_2m", **sampling)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_decoded_picture(tiny_path: Path, dtype: torch.dtype) -> None:
+    made = tiny_model(tiny_path, dtype=dtype, trainable=False)
+    latents = ours(made, SCHEDULER, 6)
+    with torch.no_grad():
+        found = made.decode(latents)
+    expected = stock(tiny_path, DDIMScheduler(**SCHEDULER), 6, output="pt", dtype=dtype)
+    assert found.dtype == dtype and found.shape == expected.shape == (3, 3, 16, 16)
+    assert expected.std() > 0.05
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+def test_seeds_repeat_in_a_stock_pipeline(tiny_path: Path) -> None:
+    """No latents given: stock draws them from its generators, as `stock_noise` does."""
+    pipe = stock_pipeline(tiny_path, torch.float32)
+    expected = pipe(
+        PROMPTS, num_inference_steps=5, guidance_scale=4.0, generator=generators(), output_type="latent"
+    ).images
+    found = ours(tiny_model(tiny_path, dtype=torch.float32, trainable=False), SCHEDULER, 5)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+def test_a_fresh_adapter_changes_no_picture(tiny_path: Path) -> None:
+    plain = ours(tiny_model(tiny_path, trainable=False), SCHEDULER, 4)
+    assert torch.equal(ours(tiny_model(tiny_path), SCHEDULER, 4), plain)
+    tuned = tiny_model(tiny_path)
+    randomize(tuned)
+    assert (ours(tuned, SCHEDULER, 4) - plain).abs().max() > 0.01
+    with tuned.reference():
+        assert torch.equal(ours(tuned, SCHEDULER, 4), plain)
+
+
+class Velocity:
+    """A flow-matching model of a few numbers."""
+
+    mix = normal(4, 4, seed=9)
+
+    def predict(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        text = conditioning.hidden.mean(1)[:, :4, None, None]
+        return torch.tanh(torch.einsum("ij,bjhw->bihw", self.mix, latents) + text + torch.sin(timestep / 300))
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_guided_flow_matching(shift: float, guidance_scale: float) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(9)
+    made, given, without = Velocity(), Conditioning(normal(2, 5, 4, seed=1)), Conditioning(normal(1, 5, 4, seed=2))
+    x = start = normal(2, *SHAPE, seed=3)
+    for t in scheduler.timesteps:
+        c, u = made.predict(x, t, given), made.predict(x, t, without)
+        x = scheduler.step(c if guidance_scale == 1 else u + guidance_scale * (c - u), t, x).prev_sample
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": shift}
+    schedule, name = make_schedule(config, 9)
+    denoise = guided(made, given, without, guidance_scale)  # type: ignore[arg-type]
+    found = sample(denoise, Rollout(start), schedule, make_solver(name)).latents
+    torch.testing.assert_close(found, x.double(), atol=1e-4, rtol=0)
