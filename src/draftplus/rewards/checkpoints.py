@@ -1,0 +1,95 @@
+"""Frozen networks from transformers checkpoints, local or on the hub; what cannot be loaded is said in one line."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+
+from draftplus.errors import UserError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def locate(path: str | Path) -> str:
+    """A directory that exists, or what may be a hub id ("owner/name"). UserError for anything else."""
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return str(local)
+    if local.exists():
+        raise UserError(f"reward weights '{path}' are a file: give the directory that holds it and its config.json.")
+    if not _HUB_ID.fullmatch(str(path)):
+        raise UserError(f"no directory '{path}' with reward weights: correct the reward's path, or give a hub id.")
+    return str(path)
+
+
+def lacks(path: str, name: str) -> str:
+    """Words for a file that a checkpoint does not have; offline, a hub id has only what was fetched before."""
+    return f"'{path}' has no {name}" if Path(path).is_dir() else f"no {name} of '{path}' on the hub or fetched before"
+
+
+def has_file(path: str, name: str, revision: str | None = None) -> bool:
+    """Whether a checkpoint has a file. UserError where there is no such checkpoint, or the hub cannot be reached."""
+    return _file(path, name, revision) is not None
+
+
+def read_json(path: str, name: str, revision: str | None = None) -> dict[str, Any] | None:
+    """A JSON file of a checkpoint; None where it has no such file. UserError where it cannot be read."""
+    file = _file(path, name, revision)
+    if file is None:
+        return None
+    try:
+        return json.loads(Path(file).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"'{file}' is not JSON ({error}): fetch the checkpoint again.") from error
+
+
+def _file(path: str, name: str, revision: str | None) -> str | None:
+    from transformers.utils import cached_file
+
+    try:
+        return cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+    except OSError as error:
+        raise UserError(f"no directory '{path}' with reward weights, nor on the hub: {_first(error)}") from error
+
+
+def load_frozen(
+    model_class: Any, path: str, model_type: str, revision: str | None, device: Any, dtype: torch.dtype | None
+) -> Any:
+    """A transformers model of `model_class` in eval mode, without gradient on its weights.
+
+    dtype: of the weights, float32 unless given, whatever they are stored in. Weights are safetensors, or a pickle that
+    torch reads with weights_only. UserError for another architecture, absent or broken weights, pickles that need code.
+    """
+    config = read_json(path, "config.json", revision)
+    if config is None:
+        raise UserError(f"{lacks(path, 'config.json')}: give a transformers checkpoint of a {model_type} model.")
+    if config.get("model_type") != model_type:
+        raise UserError(f"'{path}' holds a {config.get('model_type')} model, this reward needs a {model_type} model.")
+    from safetensors import SafetensorError
+
+    try:
+        model, report = model_class.from_pretrained(
+            path, revision=revision, dtype=dtype or torch.float32, output_loading_info=True
+        )
+    except UnpicklingError as error:
+        culprit = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it calls {culprit[1]}" if culprit else "it is no plain pickle of tensors"
+        raise UserError(
+            f"the pickled weights in '{path}' are refused, since loading them could run code ({reason}).\n"
+            "Give safetensors, or a file that torch.load reads with weights_only=True."
+        ) from error
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise UserError(f"the weights in '{path}' cannot be loaded: {_first(error)}") from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise UserError(f"the weights in '{path}' lack {len(missing)} tensors, {missing[0]} among them.")
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _first(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

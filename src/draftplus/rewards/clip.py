@@ -1,0 +1,124 @@
+"""Rewards of CLIP's shape: emoji_clip, PickScore and CLIPScore are one implementation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from draftplus.errors import UserError
+from draftplus.rewards.arguments import refuse_unknown
+from draftplus.rewards.checkpoints import has_file, lacks, load_frozen, locate
+from draftplus.rewards.preprocessing import Preprocessing, has_preprocessing, preprocess, read_preprocessing
+from draftplus.types import Reward
+
+EMOJI_CLIP = Path(__file__).parents[1] / "assets" / "emoji_clip"
+PICKSCORE = "yuvalkirstain/PickScore_v1"
+PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+CLIP_SCORE = "openai/clip-vit-base-patch32"
+CACHED_PROMPTS = 4096  # 16 MiB of ViT-H features
+
+Kind = Literal["logit", "cosine100"]
+
+
+class ClipReward:
+    """Scores images by their cosine with the prompt in a frozen CLIP's space.
+
+    kind "logit": exp(logit_scale)·cos, about 20-23 for PickScore (Kirstain et al. 2023). kind "cosine100":
+    100·max(cos, 0), CLIPScore (Hessel et al. 2021, who scale by 2.5); no gradient where the cosine is negative.
+    """
+
+    differentiable = True
+
+    def __init__(self, model: Any, tokenizer: Any, preprocessing: Preprocessing, kind: Kind = "logit") -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.preprocessing = preprocessing
+        self.kind = kind
+        self._text_features = lru_cache(CACHED_PROMPTS)(self._encode)
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """images: (b, 3, H, W) in [0, 1]; prompts: b strings. Returns (b,) in float32, or wider if the weights are."""
+        if len(images) != len(prompts):
+            raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
+        pixels = preprocess(images, self.preprocessing)  # (b, 3, h, w)
+        features = self.model.get_image_features(pixel_values=pixels.to(self.model.dtype)).pooler_output
+        text = torch.stack([self._text_features(prompt) for prompt in prompts])  # (b, d)
+        cosine = (_normalized(features) * text).sum(dim=-1)  # (b,)
+        if self.kind == "cosine100":
+            return 100 * cosine.clamp(min=0)
+        return self.model.logit_scale.to(cosine.dtype).exp() * cosine
+
+    @torch.no_grad()
+    def _encode(self, prompt: str) -> Tensor:
+        # one prompt at a time: its features must not depend, not even in the last bit, on what shared its batch,
+        # or a resumed run with an empty cache would leave the uninterrupted one
+        length = self.model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer([prompt], truncation=True, max_length=length, return_tensors="pt")
+        tokens = {key: tokens[key].to(self.model.device) for key in ("input_ids", "attention_mask")}
+        return _normalized(self.model.get_text_features(**tokens).pooler_output)[0]  # (d,)
+
+
+def _normalized(features: Tensor) -> Tensor:
+    return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
+
+
+def load_clip_reward(
+    path: str | Path,
+    processor: str | Path | None = None,
+    kind: Kind = "logit",
+    revision: str | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> ClipReward:
+    """The reward of a transformers `CLIPModel` checkpoint.
+
+    path: directory or hub id, at `revision`. processor: the directory or hub id of tokenizer and preprocessing; None:
+    path. dtype: of the weights, float32 unless given, whatever they are stored in. UserError where files are missing or
+    broken, or the weights are a pickle that needs code.
+    """
+    from transformers import AutoTokenizer, CLIPModel
+
+    weights, source = locate(path), locate(processor or path)
+    source_revision = None if processor else revision
+    preprocessing = read_preprocessing(source, source_revision)
+    if not any(has_file(source, name, source_revision) for name in ("tokenizer.json", "vocab.json")):
+        # transformers would make an empty tokenizer, for which all prompts are the same
+        raise UserError(f"{lacks(source, 'tokenizer.json')}: name the checkpoint that has it in args.processor.")
+    tokenizer = AutoTokenizer.from_pretrained(source, revision=source_revision)
+    model = load_frozen(CLIPModel, weights, "clip", revision, device, dtype)
+    size = model.config.vision_config.image_size
+    if preprocessing.crop is not None and preprocessing.crop != (size, size):
+        raise UserError(f"'{source}' crops to {preprocessing.crop}, the network in '{weights}' takes {(size, size)}.")
+    return ClipReward(model, tokenizer, preprocessing, kind)
+
+
+def load_emoji_clip(path: str | None, args: Mapping[str, Any], device: Any, dtype: torch.dtype | None) -> Reward:
+    """The embedded reward of emoji, exp(logit_scale)·cos. args: processor, revision."""
+    return _load("emoji_clip", path or str(EMOJI_CLIP), args, "logit", device, dtype)
+
+
+def load_pickscore(path: str | None, args: Mapping[str, Any], device: Any, dtype: torch.dtype | None) -> Reward:
+    """PickScore v1 (Kirstain et al. 2023), exp(logit_scale)·cos, about 20-23. args: processor, revision.
+
+    The published weights come without tokenizer and preprocessing: those of the network that they were tuned from
+    serve, unless the directory in `path` has its own or args.processor names others.
+    """
+    if path is None or not has_preprocessing(path):
+        args = {"processor": PICKSCORE_PROCESSOR, **args}
+    return _load("pickscore", path or PICKSCORE, args, "logit", device, dtype)
+
+
+def load_clip_score(path: str | None, args: Mapping[str, Any], device: Any, dtype: torch.dtype | None) -> Reward:
+    """CLIPScore, 100·max(cos, 0) of any CLIPModel, ViT-B/32 unless given. args: processor, revision."""
+    return _load("clip_score", path or CLIP_SCORE, args, "cosine100", device, dtype)
+
+
+def _load(name: str, path: str, args: Mapping[str, Any], kind: Kind, device: Any, dtype: torch.dtype | None) -> Reward:
+    refuse_unknown(name, args, ("processor", "revision"))
+    return load_clip_reward(path, kind=kind, device=device, dtype=dtype, **args)

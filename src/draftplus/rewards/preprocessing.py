@@ -1,0 +1,104 @@
+"""The image preprocessing of a checkpoint as differentiable tensor operations.
+
+The reference processors work on uint8 pictures through PIL, where no gradient passes. Nothing resized: equal up to
+rounding. Resized: equal up to PIL's rounding of the resized picture to 8 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from draftplus.errors import UserError
+from draftplus.rewards.checkpoints import lacks, read_json
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_FILES = ("preprocessor_config.json", "processor_config.json")  # the second as transformers 5 saves it
+_FILTERS = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What a checkpoint does to an image before its network. None: this step is left out.
+
+    resize: the shorter side's length, or (height, width). crop: (height, width) around the centre, zeros where the
+    image is smaller. scale: factor on pixels in [0, 1]. mean, std: per channel, after the scaling.
+    """
+
+    resize: int | tuple[int, int] | None
+    filter: str
+    crop: tuple[int, int] | None
+    scale: float
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+
+
+def has_preprocessing(directory: str | Path) -> bool:
+    """Whether a local directory says how images are preprocessed."""
+    return any((Path(directory).expanduser() / name).exists() for name in _FILES)
+
+
+def read_preprocessing(path: str, revision: str | None = None) -> Preprocessing:
+    """The preprocessing of a checkpoint's preprocessor_config.json, CLIP's where it is silent.
+
+    UserError where there is no such file, or it asks for what is not supported.
+    """
+    config = read_json(path, _FILES[0], revision)
+    if config is None:
+        config = (read_json(path, _FILES[1], revision) or {}).get("image_processor")
+    if config is None:
+        raise UserError(f"{lacks(path, _FILES[0])}: name the checkpoint that has it in args.processor.")
+    resample = config.get("resample", 3)
+    if resample not in _FILTERS:
+        raise UserError(f"'{path}' resizes with PIL's filter {resample}: 2 (bilinear) and 3 (bicubic) are supported.")
+    crop = _size(config.get("crop_size", 224), path)
+    normalize = config.get("do_normalize", True)
+    return Preprocessing(
+        resize=_size(config.get("size", {"shortest_edge": 224}), path) if config.get("do_resize", True) else None,
+        filter=_FILTERS[resample],
+        crop=((crop, crop) if isinstance(crop, int) else crop) if config.get("do_center_crop", True) else None,
+        scale=255 * config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 255.0,
+        mean=tuple(config.get("image_mean", CLIP_MEAN)) if normalize else None,
+        std=tuple(config.get("image_std", CLIP_STD)) if normalize else None,
+    )
+
+
+def _size(value: int | Mapping[str, Any], path: str) -> int | tuple[int, int]:
+    if isinstance(value, int):
+        return value
+    given = {key: length for key, length in value.items() if length is not None}
+    if given.keys() == {"shortest_edge"}:
+        return int(given["shortest_edge"])
+    if given.keys() == {"height", "width"}:
+        return int(given["height"]), int(given["width"])
+    raise UserError(f"the preprocessing of '{path}' has size {dict(value)}: shortest_edge, or height and width.")
+
+
+def preprocess(images: Tensor, spec: Preprocessing) -> Tensor:
+    """images: (b, 3, H, W) in [0, 1]. Returns (b, 3, h, w) as the network takes it, in at least float32."""
+    images = images.to(torch.promote_types(images.dtype, torch.float32))
+    height, width = images.shape[-2:]
+    if isinstance(spec.resize, int):
+        short = min(height, width)
+        target = (int(spec.resize * height / short), int(spec.resize * width / short))
+    else:
+        target = spec.resize or (height, width)
+    if target != (height, width):
+        # antialias also chooses PIL's cubic kernel (a = -0.5) when enlarging; PIL cuts overshoots off, so must we
+        images = F.interpolate(images, target, mode=spec.filter, antialias=True, align_corners=False).clamp(0, 1)
+    if spec.crop is not None and spec.crop != target:
+        top, left = (target[0] - spec.crop[0]) // 2, (target[1] - spec.crop[1]) // 2
+        bottom, right = target[0] - spec.crop[0] - top, target[1] - spec.crop[1] - left
+        images = F.pad(images, (-left, -right, -top, -bottom))  # negative padding crops
+    if spec.scale != 1:
+        images = images * spec.scale
+    if spec.mean is not None and spec.std is not None:
+        images = (images - images.new_tensor(spec.mean)[:, None, None]) / images.new_tensor(spec.std)[:, None, None]
+    return images
