@@ -1,0 +1,71 @@
+"""Several weighted rewards as one, and the checks that every reward's output passes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from draftplus.errors import UserError
+from draftplus.types import Reward, Scores
+
+
+class Combined:
+    """The weighted sum of rewards by name, a Scorer. It is differentiable if all of them are.
+
+    rewards: {name: (reward, weight)}, not empty. Each reward is called once and its output checked; numbers that are
+    not finite pass, what to do about them is the caller's matter.
+    """
+
+    def __init__(self, rewards: Mapping[str, tuple[Reward, float]]) -> None:
+        if not rewards:
+            raise UserError("no reward is given: add one under reward, for example reward=emoji_clip")
+        self.rewards = dict(rewards)
+        self.differentiable = all(reward.differentiable for reward, _ in self.rewards.values())
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Scores:
+        """images: (b, 3, H, W) in [0, 1]; prompts: b strings. Returns total and parts, all (b,), the parts unweighted
+        and detached. UserError for a reward that returns something else than b floating-point scores on the images'
+        device, or claims to be differentiable and returns scores without gradient to the images."""
+        total = images.new_zeros(len(images), dtype=torch.promote_types(images.dtype, torch.float32))  # (b,)
+        parts = {}
+        for name, (reward, weight) in self.rewards.items():
+            scores = _checked(name, reward(images, prompts), images)
+            if reward.differentiable and torch.is_grad_enabled() and images.requires_grad:
+                _require_gradient(name, scores, images)
+            total = total + weight * scores
+            parts[name] = scores.detach()
+        return Scores(total, parts)
+
+
+def _checked(name: str, scores: object, images: Tensor) -> Tensor:
+    expected = f"expected a floating-point tensor of shape ({len(images)},), one score per image"
+    if not isinstance(scores, Tensor):
+        raise UserError(f"reward '{name}' returned {type(scores).__name__}: {expected}.")
+    if scores.shape != (len(images),):
+        raise UserError(f"reward '{name}' returned scores of shape {tuple(scores.shape)}: {expected}.")
+    if not scores.is_floating_point():
+        raise UserError(f"reward '{name}' returned scores of type {scores.dtype}: {expected}.")
+    if scores.device != images.device:
+        raise UserError(f"reward '{name}' returned scores on {scores.device}, the images are on {images.device}.")
+    return scores
+
+
+def _require_gradient(name: str, scores: Tensor, images: Tensor) -> None:
+    # that scores require gradient is not enough: a reward with unfrozen weights has some even where the images were
+    # detached on the way, so the autograd graph is searched for them
+    target = get_gradient_edge(images).node
+    seen, stack = set(), [scores.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is target:
+            return
+        if node is not None and node not in seen:
+            seen.add(node)
+            stack.extend(parent for parent, _ in node.next_functions)
+    raise UserError(
+        f"reward '{name}' carries no gradient: is it computed through PIL, uint8, numpy or under no_grad?\n"
+        "Compute it from the images by torch operations, or set its `differentiable` to False, only to measure it."
+    )

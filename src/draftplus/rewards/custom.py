@@ -1,0 +1,96 @@
+"""A user's own reward, named in a recipe as `package.module:object`."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from draftplus.errors import UserError
+from draftplus.types import Reward
+
+
+@dataclass
+class CustomReward:
+    """A user's function with its arguments bound, and the flag that a plain function need not have."""
+
+    function: Callable[..., Tensor]
+    args: Mapping[str, Any]
+    differentiable: bool
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """images: (b, 3, H, W) in [0, 1]; prompts: b strings. Returns (b,)."""
+        return self.function(images, prompts, **self.args)
+
+
+def load_custom(spec: str, path: str | None, args: Mapping[str, Any], device: Any, dtype: torch.dtype | None) -> Reward:
+    """Resolves `package.module:object`, the working directory being importable.
+
+    - What takes `images, prompts` first, under these names, is the reward; `args` are bound as keywords.
+    - Anything else, a class or a function, makes the reward: it is called once with `args` as keywords and returns a
+      callable of `(images, prompts)`.
+    - `path`, `device` and `dtype` of the configuration are passed too where the signature names them.
+    - `differentiable` is True unless the reward, or the function, has the attribute and it is False.
+
+    UserError for a missing module or object, one that cannot be called, and arguments that do not fit. Exceptions of
+    the user's own code pass through.
+    """
+    target = _resolve(spec)
+    if not callable(target):
+        raise UserError(f"reward '{spec}' is a {type(target).__name__}: it must be a function or a class.")
+    try:
+        signature = inspect.signature(target)
+    except ValueError as error:
+        raise UserError(f"reward '{spec}' has no readable signature: wrap it in a function of your own.") from error
+    parameters = list(signature.parameters)
+    given = {"path": path, "device": device, "dtype": dtype}
+    if path is not None and "path" not in parameters:
+        raise UserError(f"reward '{spec}' takes no path, yet '{path}' is given: name a parameter `path`, or remove it.")
+    keywords = {**{key: value for key, value in given.items() if key in parameters}, **args}
+    if not inspect.isclass(target) and parameters[:2] == ["images", "prompts"]:
+        _fit(spec, signature, (None, None), keywords)
+        return CustomReward(target, keywords, bool(getattr(target, "differentiable", True)))
+    _fit(spec, signature, (), keywords)
+    made = target(**keywords)
+    if not callable(made):
+        raise UserError(
+            f"reward '{spec}' made a {type(made).__name__}, which cannot be called with (images, prompts).\n"
+            "If it is itself the reward, its first parameters must be named images and prompts."
+        )
+    return CustomReward(made, {}, bool(getattr(made, "differentiable", True)))
+
+
+def _resolve(spec: str) -> Any:
+    module_name, colon, attribute = spec.partition(":")
+    if not colon or not module_name or not attribute:
+        raise UserError(f"reward '{spec}' is not of the form package.module:object")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        target = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise UserError(f"reward '{spec}': no module '{error.name}' in {here}, and none is installed.") from error
+    for name in attribute.split("."):
+        try:
+            target = getattr(target, name)
+        except AttributeError as error:
+            raise UserError(f"reward '{spec}': '{module_name}' has no '{attribute}'.") from error
+    return target
+
+
+def _fit(spec: str, signature: inspect.Signature, positional: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
+    try:
+        signature.bind(*positional, **keywords)
+    except TypeError as error:
+        raise UserError(
+            f"reward '{spec}', args {dict(keywords)}: {error}.\n"
+            "What takes `images, prompts` first, under these names, is the reward; anything else is called to make it."
+        ) from error

@@ -1,0 +1,141 @@
+"""A user's own reward by `package.module:object`."""
+
+import itertools
+import sys
+
+import pytest
+import torch
+
+from draftplus.errors import UserError
+from draftplus.rewards.custom import load_custom
+
+SOURCE = """
+import torch
+
+def brightness(images, prompts, scale=1.0):
+    return scale * images.mean(dim=(1, 2, 3))
+
+def file_size(images, prompts):
+    return torch.zeros(len(images))
+file_size.differentiable = False
+
+def on_device(images, prompts, device):
+    return images.mean(dim=(1, 2, 3)) + (0 if device == "cpu" else 1)
+
+class Redness:
+    def __init__(self, channel=0, path=None, dtype=None):
+        self.channel, self.path, self.dtype = channel, path, dtype
+    def __call__(self, images, prompts):
+        return images[:, self.channel].mean(dim=(1, 2))
+
+class Measured:
+    differentiable = False
+    def __call__(self, images, prompts):
+        return images.mean(dim=(1, 2, 3))
+
+blueness = Redness(2)
+
+def make(channel):
+    return Redness(channel)
+
+def wrong_names(pictures, captions):
+    return pictures
+
+def makes_a_number():
+    return 3
+
+def fails():
+    raise TypeError("inside the user's code")
+
+number = 3
+"""
+modules = (f"my_rewards_{n}" for n in itertools.count())
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """A module in the working directory, under a name of its own since imports are remembered."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    name = next(modules)
+    (tmp_path / f"{name}.py").write_text(SOURCE)
+    return name
+
+
+@pytest.fixture
+def images():
+    return torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+
+
+def load(spec, path=None, **args):
+    return load_custom(spec, path, args, "cpu", torch.float32)
+
+
+def test_a_function_is_the_reward_with_args_bound(module, images):
+    mean = images.mean(dim=(1, 2, 3))
+    assert torch.equal(load(f"{module}:brightness")(images, ["", ""]), mean)
+    assert torch.equal(load(f"{module}:brightness", scale=3.0)(images, ["", ""]), 3.0 * mean)
+    assert torch.equal(load(f"{module}:on_device")(images, ["", ""]), mean)
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "channel"),
+    [("Redness", {"channel": 1}, 1), ("Redness", {}, 0), ("make", {"channel": 2}, 2), ("blueness", {}, 2)],
+)
+def test_classes_factories_and_instances(module, images, name, args, channel):
+    reward = load(f"{module}:{name}", **args)
+    assert torch.equal(reward(images, ["", ""]), images[:, channel].mean(dim=(1, 2)))
+
+
+def test_path_and_dtype_reach_a_class_that_names_them(module):
+    made = load(f"{module}:Redness", path="weights").function
+    assert (made.path, made.dtype) == ("weights", torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "differentiable"), [("brightness", True), ("file_size", False), ("Redness", True), ("Measured", False)]
+)
+def test_differentiable_unless_said_otherwise(module, name, differentiable):
+    assert load(f"{module}:{name}").differentiable is differentiable
+
+
+def test_a_package_in_the_working_directory(module, tmp_path, images):
+    (tmp_path / f"pkg_{module}").mkdir()
+    (tmp_path / f"pkg_{module}" / "scores.py").write_text(SOURCE)
+    assert load(f"pkg_{module}.scores:brightness")(images, ["", ""]).shape == (2,)
+
+
+@pytest.mark.parametrize(
+    ("spec", "args", "words"),
+    [
+        ("{}", {}, "form package.module:object"),
+        ("{}:", {}, "form package.module:object"),
+        ("absent_{}:score", {}, "no module 'absent_"),
+        ("{}:absent", {}, "has no 'absent'"),
+        ("{}:number", {}, "is a int: it must be"),
+        ("{}:brightness", {"scal": 1.0}, "unexpected keyword argument 'scal'"),
+        ("{}:make", {}, "missing a required argument: 'channel'"),
+        ("{}:Redness", {"chanel": 1}, "unexpected keyword argument 'chanel'"),
+        ("{}:wrong_names", {}, r"under these names, is the reward"),
+        ("{}:makes_a_number", {}, "made a int"),
+    ],
+)
+def test_mistakes_are_named(module, spec, args, words):
+    with pytest.raises(UserError, match=words):
+        load(spec.format(module), **args)
+
+
+def test_a_path_nobody_takes_is_refused(module):
+    with pytest.raises(UserError, match="takes no path, yet 'weights'"):
+        load(f"{module}:brightness", path="weights")
+
+
+def test_a_module_that_the_user_s_module_lacks_is_named(module, tmp_path):
+    (tmp_path / f"needs_{module}.py").write_text("import surely_not_installed\n")
+    with pytest.raises(UserError, match="no module 'surely_not_installed'"):
+        load(f"needs_{module}:score")
+
+
+def test_exceptions_of_the_user_s_code_pass_through(module):
+    with pytest.raises(TypeError, match="inside the user's code"):
+        load(f"{module}:fails")
