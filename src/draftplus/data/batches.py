@@ -1,0 +1,78 @@
+"""Which prompts make up a step, on each rank: a pure function, so that resuming needs no state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from draftplus import rng
+from draftplus.errors import UserError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's share of a step: n prompts, and their n positions in the global batch, which address the noise."""
+
+    prompts: list[str]
+    indices: list[int]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+def batch(
+    prompts: Sequence[str],
+    step: int,
+    seed: int,
+    global_batch_size: int,
+    images_per_prompt: int = 1,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Batch:
+    """The share of `rank` in step `step`, counted from 0. Needs sizes that `check_batch_sizes` accepts.
+
+    The steps cut one endless stream into global batches: the prompts in an order drawn from (seed, epoch), epoch after
+    epoch, each `images_per_prompt` times in a row. Every prompt comes once per epoch, also where an epoch ends inside a
+    batch. Ranks take contiguous slices, so that theirs one after another are the batch of a single process.
+    """
+    local = global_batch_size // world_size
+    indices = list(range(rank * local, (rank + 1) * local))
+    first = step * (global_batch_size // images_per_prompt)
+    places = [divmod(first + index // images_per_prompt, len(prompts)) for index in indices]  # (epoch, place in it)
+    orders = {epoch: rng.permutation(len(prompts), seed, "prompts", epoch) for epoch in {epoch for epoch, _ in places}}
+    return Batch([prompts[orders[epoch][place]] for epoch, place in places], indices)
+
+
+def steps_of_epochs(epochs: int, prompts: int, global_batch_size: int, images_per_prompt: int = 1) -> int:
+    """The fewest steps in which each of the prompts comes at least `epochs` times."""
+    return math.ceil(epochs * prompts * images_per_prompt / global_batch_size)
+
+
+def check_batch_sizes(
+    global_batch_size: int, micro_batch_size: int, images_per_prompt: int = 1, world_size: int = 1
+) -> None:
+    """UserError where prompts, ranks or micro-batches do not divide the batch; it names both values and a mend."""
+    for key, value in (
+        ("train.global_batch_size", global_batch_size),
+        ("train.micro_batch_size", micro_batch_size),
+        ("data.images_per_prompt", images_per_prompt),
+    ):
+        if value < 1:
+            raise UserError(f"{key}={value}: it must be at least 1.")
+    _divides("train.global_batch_size", global_batch_size, "data.images_per_prompt", images_per_prompt)
+    _divides("train.global_batch_size", global_batch_size, "the number of ranks", world_size)
+    local = global_batch_size // world_size
+    ranks = "" if world_size == 1 else f"{world_size} ranks, the share of each in "
+    _divides(f"{ranks}train.global_batch_size", local, "train.micro_batch_size", micro_batch_size)
+
+
+def _divides(whole: str, size: int, part: str, divisor: int) -> None:
+    if size % divisor:
+        fitting = [n for n in range(1, size + 1) if size % n == 0]
+        near = min(fitting, key=lambda n: abs(n - divisor))
+        larger = math.ceil(size / divisor) * divisor
+        raise UserError(
+            f"{whole}={size} is not a multiple of {part}={divisor}.\n"
+            f"Make the first {larger}, say, or the second {near}."
+        )
