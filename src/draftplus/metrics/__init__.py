@@ -1,0 +1,1 @@
+"""Measures of generated images that no reward optimises."""
