@@ -43,7 +43,10 @@ class Conditioning:
 class Reward(Protocol):
     """Scores images against prompts; higher is better. Any callable with this signature and flag will do."""
 
-    differentiable: bool
+    @property
+    def differentiable(self) -> bool:
+        """Whether gradient flows from the scores to the images."""
+        ...
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """images: (b, 3, H, W) float32 in [0, 1]; prompts: b strings. Returns (b,) scores."""
@@ -108,7 +111,10 @@ class Scores:
 class Scorer(Protocol):
     """Several weighted rewards as one; what the objectives call."""
 
-    differentiable: bool
+    @property
+    def differentiable(self) -> bool:
+        """Whether all of them carry gradient."""
+        ...
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Scores:
         """images: (b, 3, H, W) float32 in [0, 1]; prompts: b strings."""
