@@ -1,0 +1,47 @@
+"""Draws docs/images/before-after.png from a run: the same prompts and seeds, base model on the left, tuned on the right.
+
+    python docs/make_before_after.py runs/demo
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+from PIL import Image
+
+from draftplus.engine.checkpoint import saved_steps, step_name
+
+SCALE = 2
+
+
+def main(run: Path) -> None:
+    prompts = json.loads((run / "samples" / "prompts.json").read_text(encoding="utf-8"))
+    steps = saved_steps(run / "samples")
+    rows = {row["step"]: row for row in map(json.loads, (run / "eval.jsonl").read_text().splitlines())}
+    grids = [Image.open(run / "samples" / step_name(step) / "grid.png") for step in (steps[0], steps[-1])]
+    width, height = grids[0].size
+    figure, axes = plt.subplots(1, 2, figsize=(2 * width * SCALE / 150 + 1.2, height * SCALE / 150 + 0.6), dpi=150)
+    titles = ("before", f"after {steps[-1]} steps")
+    for axis, grid, title, step in zip(axes, grids, titles, (steps[0], steps[-1]), strict=True):
+        axis.imshow(grid.resize((width * SCALE, height * SCALE), Image.Resampling.LANCZOS))
+        reward = next(value for key, value in rows[step].items() if key.startswith("reward/"))
+        axis.set_title(f"{title}: reward {reward:.2f}, LPIPS {rows[step]['lpips']:.3f}", fontsize=9)
+        axis.set_xticks([])
+        axis.set_yticks([])
+        for spine in axis.spines.values():
+            spine.set_visible(False)
+    cell = height * SCALE / len(prompts)
+    axes[0].set_yticks([cell * (i + 0.5) for i in range(len(prompts))], prompts, fontsize=8)
+    axes[0].tick_params(length=0)
+    figure.tight_layout()
+    figure.savefig(Path(__file__).parent / "images" / "before-after.png")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
