@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from draftplus import rng
 from draftplus.config import LoraConfig
 from draftplus.errors import UserError
+from draftplus.models.weights import first_line
 
 ADAPTER = "default"
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -31,6 +32,10 @@ def add_lora(denoiser: nn.Module, config: LoraConfig, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.address(seed, "lora"))
         denoiser.add_adapter(peft, adapter_name=ADAPTER)  # type: ignore[operator]
+    _at_least_float32(denoiser)
+
+
+def _at_least_float32(denoiser: nn.Module) -> None:
     for parameter in trained(denoiser).values():
         parameter.data = parameter.data.to(torch.promote_types(torch.float32, parameter.dtype))
 
@@ -134,17 +139,27 @@ def export(denoiser: nn.Module) -> dict[str, Tensor]:
 
 
 def attach(denoiser: nn.Module, file: Path) -> None:
-    """Adds the adapters of a LoRA file, of any rank and targets, through diffusers.
+    """Gives the denoiser the adapters of a LoRA file, of any rank and targets, in place of those it has.
 
-    Raises UserError where the file is not a LoRA of this denoiser.
+    Raises UserError where the file is not a LoRA of this denoiser, or not all of it is.
     """
     try:
         state = {name: tensor for name, tensor in load_file(file).items() if name.startswith("unet.")}
-        denoiser.load_lora_adapter(state, prefix="unet", adapter_name=ADAPTER)  # type: ignore[operator]
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{file}: not an adapter of this model: {str(error).splitlines()[0]}") from None
-    if not layers(denoiser):
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file}: not a whole safetensors file: {first_line(error)}") from None
+    if not state:
         raise UserError(f"{file}: it holds no adapter of the denoiser (names starting with 'unet.')")
+    if layers(denoiser):
+        denoiser.unload_lora()  # type: ignore[operator]
+    try:
+        denoiser.load_lora_adapter(state, prefix="unet", adapter_name=ADAPTER)  # type: ignore[operator]
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"{file}: not an adapter of this model: {first_line(error)[:200]}") from None
+    _at_least_float32(denoiser)
+    # diffusers only warns of names that it has no place for, and of places that got nothing
+    stray = set(state) ^ {f"unet.{name}" for name in export(denoiser)}
+    if stray:
+        raise UserError(f"{file}: not an adapter of this model: '{min(stray)}' is in only one of them")
 
 
 def set_scale(denoiser: nn.Module, scale: float) -> None:

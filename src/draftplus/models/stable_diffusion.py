@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from draftplus.config import ModelConfig
 from draftplus.errors import UserError
 from draftplus.models import lora
-from draftplus.models.weights import read_state_dict, refuse_code
+from draftplus.models.weights import first_line, read_state_dict, refuse_code
 from draftplus.types import Conditioning
 
 CACHE_BYTES = 2**28  # of text embeddings: about 1,100 prompts of Stable Diffusion 1.5
@@ -125,7 +125,10 @@ class StableDiffusion:
         elif (directory / "config.json").is_file():
             weights = _denoiser_weights(directory)
             self.reference_unet = self.reference_unet or copy.deepcopy(self.unet)
-            self.unet.load_state_dict(weights)
+            try:
+                self.unet.load_state_dict(weights)
+            except RuntimeError as error:
+                raise UserError(f"{directory}: not a denoiser of this model: {first_line(error)}") from None
         else:
             raise UserError(f"{directory}: no {LORA_FILE} and no denoiser in it; give an adapter/ directory of a run")
 
@@ -170,6 +173,7 @@ def _components(config: ModelConfig, path: str, dtype: torch.dtype) -> tuple[Any
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
+    path = str(Path(path).expanduser())
     if path.endswith((".safetensors", ".ckpt")):
         return _single_file(path, dtype)
     if _looks_local(path) and not Path(path).is_dir():
@@ -179,28 +183,55 @@ def _components(config: ModelConfig, path: str, dtype: torch.dtype) -> tuple[Any
             raise UserError(f"model.path '{path}': no model_index.json in it, so it is not a diffusers model directory")
         refuse_code(Path(path))
     hub: dict[str, Any] = {"revision": config.revision}
-    try:
-        unet = _part(UNet2DConditionModel, config.unet, path, "unet", dtype, hub)
-        vae = _part(AutoencoderKL, config.vae, path, "vae", dtype, hub)
-        text_encoder = CLIPTextModel.from_pretrained(path, subfolder="text_encoder", dtype=dtype, **hub)
+    with _loading("model.path", path):
+        unet = _part(UNet2DConditionModel, config.unet, path, "unet", {"torch_dtype": dtype}, hub)
+        vae = _part(AutoencoderKL, config.vae, path, "vae", {"torch_dtype": dtype}, hub)
+        text_encoder = _part(CLIPTextModel, None, path, "text_encoder", {"dtype": dtype}, hub)
         tokenizer = CLIPTokenizer.from_pretrained(path, subfolder="tokenizer", **hub)
+        if tokenizer.vocab_size <= len(tokenizer.all_special_ids):  # transformers makes do without any file
+            raise ValueError("its tokenizer has no vocabulary")
         scheduler_config = DDIMScheduler.load_config(path, subfolder="scheduler", **hub)
-    except (OSError, ValueError, KeyError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(f"model.path '{path}': not loaded as a Stable Diffusion 1.x/2.x model: {reason}") from None
     return unet, vae, text_encoder, tokenizer, scheduler_config
 
 
-def _part(cls: Any, replacement: str | None, path: str, name: str, dtype: torch.dtype, hub: dict[str, Any]) -> Any:
+def _part(
+    cls: Any, replacement: str | None, path: str, name: str, dtype: dict[str, torch.dtype], hub: dict[str, Any]
+) -> Any:
     if replacement is None:
-        return cls.from_pretrained(path, subfolder=name, torch_dtype=dtype, **hub)
-    given = Path(replacement)
+        return _whole(*cls.from_pretrained(path, subfolder=name, output_loading_info=True, **dtype, **hub))
+    given = Path(replacement).expanduser()
+    if not given.exists():
+        raise UserError(f"model.{name} '{replacement}': no such file or directory")
     if given.is_dir():
         refuse_code(given)
-        return cls.from_pretrained(given, torch_dtype=dtype)
-    if not given.is_file():
-        raise UserError(f"model.{name} '{replacement}': no such file or directory")
-    return cls.from_single_file(read_state_dict(given), config=path, subfolder=name, torch_dtype=dtype)
+        with _loading(f"model.{name}", replacement):
+            return _whole(*cls.from_pretrained(given, output_loading_info=True, **dtype))
+    state = read_state_dict(given)
+    with _loading(f"model.{name}", replacement):
+        part = cls.from_single_file(state, config=path, subfolder=name, **dtype)
+        return _whole(part, {"missing_keys": [key for key, p in part.named_parameters() if p.is_meta]})
+
+
+def _whole(part: Any, info: Mapping[str, Any]) -> Any:
+    # the loaders fill in what a file lacks with random numbers, or leave it empty
+    if info["missing_keys"]:
+        raise ValueError(f"its weights lack '{min(info['missing_keys'])}'")
+    return part
+
+
+@contextmanager
+def _loading(key: str, value: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # those of four libraries have no base class in common
+        hint = ""
+        if isinstance(error, OSError) and not Path(value).expanduser().is_dir():
+            hint = " (what is not on this disk comes from the hub, which needs the network or an earlier download)"
+        raise UserError(
+            f"{key} '{value}': not loaded as Stable Diffusion 1.x/2.x: {first_line(error)}{hint}"
+        ) from error
 
 
 def _single_file(path: str, dtype: torch.dtype) -> tuple[Any, Any, Any, Any, Mapping[str, Any]]:
@@ -209,13 +240,8 @@ def _single_file(path: str, dtype: torch.dtype) -> tuple[Any, Any, Any, Any, Map
     if not Path(path).is_file():
         raise UserError(f"model.path '{path}': no such file")
     read_state_dict(Path(path))  # refuses a pickle that needs code before any other loader sees it
-    try:
+    with _loading("model.path", path):
         pipe = StableDiffusionPipeline.from_single_file(path, torch_dtype=dtype, safety_checker=None)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"model.path '{path}': not loaded as a single-file Stable Diffusion 1.x/2.x model: {reason}"
-        ) from None
     return pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.scheduler.config
 
 

@@ -27,11 +27,11 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(
-            f"{path}: refused: this pickle needs to run code to load, which could do anything. "
+            f"{path}: refused: this pickle is damaged, or needs to run code to load, which could do anything. "
             "Convert it to .safetensors where you trust it"
         ) from None
-    except (RuntimeError, OSError, EOFError) as error:
-        raise UserError(f"{path}: not a whole PyTorch file: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # the bytes of a damaged pickle are instructions, which fail in any way
+        raise UserError(f"{path}: not a whole PyTorch file: {first_line(error)}") from None
     inner = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
     if not isinstance(inner, dict):
         raise UserError(f"{path}: expected tensors by name, found {type(loaded).__name__}")
@@ -44,5 +44,12 @@ def refuse_code(directory: Path) -> None:
     Raises UserError naming the first that does not.
     """
     for file in sorted(directory.rglob("*.bin")):
-        if not any(file.parent.glob("*.safetensors")):
+        preferred = file.name.split(".")[0].removeprefix("pytorch_")  # pytorch_model.bin, model.safetensors
+        if not any(file.parent.glob(f"{preferred}*.safetensors")):
             read_state_dict(file)
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line; with the first particular where that line only announces them."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
