@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -173,7 +174,7 @@ def _components(config: ModelConfig, path: str, dtype: torch.dtype) -> tuple[Any
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    path = str(Path(path).expanduser())
+    path = os.path.expanduser(path)  # keeps a leading ./
     if path.endswith((".safetensors", ".ckpt")):
         return _single_file(path, dtype)
     if _looks_local(path) and not Path(path).is_dir():
