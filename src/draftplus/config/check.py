@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from draftplus.config.keys import flatten, nearest, to_dict
 from draftplus.config.schema import Config
 from draftplus.errors import UserError
@@ -27,15 +29,17 @@ def check(config: Config) -> None:
     positive = ("sampler.steps", "train.steps", "train.epochs", "train.global_batch_size", "train.micro_batch_size",
                 "train.sampling_batch_size", "data.images_per_prompt", "eval.every", "eval.images_per_prompt",
                 "eval.max_prompts", "checkpoint.every", "checkpoint.keep", "objective.draft_lv.samples",
-                "objective.alignprop.min_steps", "objective.alignprop.max_steps", "model.lora.rank", "optim.lr",
-                "optim.grad_clip")  # fmt: skip
+                "objective.alignprop.min_steps", "objective.alignprop.max_steps", "model.lora.rank", "model.lora.alpha",
+                "sampler.height", "sampler.width", "optim.lr", "optim.grad_clip")  # fmt: skip
     for key in positive:
         value = flat.get(key)
-        if value is not None and not value > 0:
-            raise UserError(f"{key} is {value}; it must be above 0")
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{key} is {value}; it must be finite and above 0")
     for key in ("objective.kl_coeff", "optim.weight_decay", "optim.warmup_steps", "objective.drtune.early_stop"):
-        if not flat[key] >= 0:
-            raise UserError(f"{key} is {flat[key]}; it must not be negative")
+        if not 0 <= flat[key] < math.inf:
+            raise UserError(f"{key} is {flat[key]}; it must be finite and not negative")
+    if len(config.optim.betas) != 2 or not all(0 <= beta < 1 for beta in config.optim.betas):
+        raise UserError(f"optim.betas is {config.optim.betas}; give two numbers in [0, 1), such as [0.9, 0.999]")
     if config.optim.ema is not None and not 0 < config.optim.ema < 1:
         raise UserError(f"optim.ema is {config.optim.ema}; a decay lies between 0 and 1, such as 0.999")
     if config.train.steps is None and config.train.epochs is None:
@@ -61,6 +65,11 @@ def _check_windows(config: Config) -> None:
         raise UserError(
             f"objective.grad_steps is {k} but method {config.objective.method} has one step with gradient; "
             f"set objective.grad_steps=1"
+        )
+    if config.objective.method == "alignprop" and k != 1:
+        raise UserError(
+            f"objective.grad_steps is {k} but method alignprop draws the number of steps with gradient; "
+            f"set objective.grad_steps=1, and objective.alignprop.min_steps and max_steps"
         )
     low, high = config.objective.alignprop.min_steps, config.objective.alignprop.max_steps
     if config.objective.method == "alignprop" and not low <= (high or steps) <= steps:

@@ -43,14 +43,20 @@ def load_config(recipe: str | Path | None = None, overrides: Sequence[str] = (),
             merged.reward = {}
         try:
             merged = OmegaConf.merge(merged, layer)
-        except OmegaConfBaseException as error:
-            key = error.full_key or ", ".join(flatten(layer))
-            reason = str(error.msg or error).splitlines()[0]
-            raise UserError(f"{key}: {reason}") from None
-    config = OmegaConf.to_object(merged)
+        except (OmegaConfBaseException, TypeError) as error:
+            raise UserError(_said(error, ", ".join(flatten(layer)))) from None
+    try:
+        config = OmegaConf.to_object(merged)  # resolves what a value takes from elsewhere, such as ${oc.env:HOME}
+    except OmegaConfBaseException as error:
+        raise UserError(_said(error, "configuration")) from None
     assert isinstance(config, Config)
     check(config)
     return config
+
+
+def _said(error: Exception, where: str) -> str:
+    key, message = getattr(error, "full_key", None) or where, getattr(error, "msg", None) or str(error)
+    return f"{key}: {message.splitlines()[0]}"
 
 
 def recipe_names() -> list[str]:
@@ -75,16 +81,23 @@ def recipe_path(recipe: str | Path) -> Path:
     )
 
 
-def _recipe_layers(recipe: str | Path) -> list[dict[str, Any]]:
+def _recipe_layers(recipe: str | Path, children: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
     path = recipe_path(recipe)
+    if path.resolve() in children:
+        raise UserError(f"{path}: it extends itself, by way of {children[-1]}")
     try:
         loaded = OmegaConf.to_container(OmegaConf.load(path))
     except Exception as error:  # yaml's errors share no base class with OmegaConf's
         raise UserError(f"{path}: not a YAML file: {str(error).splitlines()[0]}") from None
     if not isinstance(loaded, dict):
         raise UserError(f"{path}: expected keys and values, found {type(loaded).__name__}")
-    parent = loaded.pop("extends", None)
-    return [*(_recipe_layers(parent) if parent else ()), _normalise_reward(loaded, replace=True)]
+    parent, own = loaded.pop("extends", None), _normalise_reward(loaded, replace=True)
+    if parent is None:
+        return [own]
+    if not isinstance(parent, str):
+        raise UserError(f"{path}: extends is {parent!r}; give the name or the file of one recipe")
+    beside = path.parent / parent
+    return [*_recipe_layers(beside if beside.is_file() else parent, (*children, path.resolve())), own]
 
 
 def _parse_override(text: str) -> dict[str, Any]:
@@ -117,7 +130,7 @@ def _check_keys(layer: Mapping[str, Any], node: Any, prefix: str = "") -> None:
         if key == "__replace_reward__":
             continue
         if key not in known:
-            near = nearest(f"{prefix}{key}", [k for k, _ in all_keys()])
+            near = nearest(f"{prefix}{key}", [*(k for k, _ in all_keys()), *(f"{prefix}{name}" for name in known)])
             raise UserError(f"unknown key '{prefix}{key}'; {near or 'draftplus train --help lists all keys'}")
         child = dataclass_of(known[key])
         if key in ("reward", "rewards") and isinstance(value, Mapping):

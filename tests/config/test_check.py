@@ -1,0 +1,111 @@
+"""Values that are out of range, or do not fit together."""
+
+from __future__ import annotations
+
+import pytest
+
+from draftplus.config import load_config
+from draftplus.errors import UserError
+
+POSITIVE = [
+    "sampler.steps", "sampler.height", "sampler.width", "train.steps", "train.epochs", "train.global_batch_size",
+    "train.micro_batch_size", "train.sampling_batch_size", "data.images_per_prompt", "eval.every",
+    "eval.images_per_prompt", "eval.max_prompts", "checkpoint.every", "checkpoint.keep", "objective.draft_lv.samples",
+    "objective.alignprop.min_steps", "objective.alignprop.max_steps", "model.lora.rank", "model.lora.alpha",
+    "optim.lr", "optim.grad_clip",
+]  # fmt: skip
+FRACTIONAL = ["optim.lr", "optim.grad_clip", "model.lora.alpha"]
+NOT_NEGATIVE = ["objective.kl_coeff", "optim.weight_decay", "optim.warmup_steps", "objective.drtune.early_stop"]
+
+
+def refused(*overrides: str) -> str:
+    with pytest.raises(UserError) as error:
+        load_config(None, overrides)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("key", POSITIVE)
+def test_above_zero(key: str) -> None:
+    for value in ("0", "-1", *(("nan", "inf", "-0.5") if key in FRACTIONAL else ())):
+        message = refused(f"{key}={value}")
+        assert message.startswith(f"{key} is ") and "above 0" in message
+    others = ["sampler.steps=8", "train.global_batch_size=8"]
+    load_config(None, [*(o for o in others if not o.startswith(key)), f"{key}=1"])
+
+
+@pytest.mark.parametrize("key", NOT_NEGATIVE)
+def test_not_negative(key: str) -> None:
+    for value in ("-1", *(("nan", "inf") if key in NOT_NEGATIVE[:2] else ())):
+        assert refused(f"{key}={value}").startswith(f"{key} is ")
+    load_config(None, [f"{key}=0"])
+
+
+@pytest.mark.parametrize(
+    ("override", "choices"),
+    [
+        ("model.dtype=fp16", "float32, bfloat16, float16"),
+        ("objective.method=drft", "did you mean 'draft'?"),
+        ("objective.method=ppo", "draft, draft_lv, refl, alignprop, drtune"),
+        ("objective.kl_space=pixels", "noise, x0"),
+        ("parallel.mode=ddp", "auto, replicate, shard"),
+    ],
+)
+def test_choices(override: str, choices: str) -> None:
+    message, (key, _, value) = refused(override), override.partition("=")
+    assert message.startswith(f"{key} is '{value}'") and choices in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["objective.grad_steps=0"], "objective.grad_steps is 0; give a number from 1 to 10, or all"),
+        (["objective.grad_steps=-2"], "give a number"),
+        (["objective.grad_steps=1.5"], "objective.grad_steps is 1.5"),
+        (["objective.grad_steps=true"], "objective.grad_steps is True"),
+        (["objective.grad_steps=every"], "objective.grad_steps is 'every'"),
+        (["objective.grad_steps=null"], "objective.grad_steps is None"),
+        (["objective.grad_steps=11"], "set objective.grad_steps to at most 10, or all"),
+        (["objective.grad_steps=4", "sampler.steps=3"], "but sampler.steps is 3"),
+        (["objective.method=draft_lv", "objective.grad_steps=2"], "set objective.grad_steps=1"),
+        (["objective.method=refl", "objective.grad_steps=all"], "set objective.grad_steps=1"),
+        (["objective.method=alignprop", "objective.grad_steps=3"], "objective.alignprop.min_steps and max_steps"),
+        (["objective.method=alignprop", "objective.alignprop.max_steps=11"], "must not decrease"),
+        (["objective.method=alignprop", "objective.alignprop.min_steps=11"], "must not decrease"),
+        (
+            ["objective.method=alignprop", "objective.alignprop.min_steps=4", "objective.alignprop.max_steps=3"],
+            "must not decrease",
+        ),
+        (["objective.method=drtune", "objective.drtune.early_stop=10"], "must be below sampler.steps, 10"),
+        (["objective.refl.first=1"], "objective.refl.first is 1.0"),
+        (["objective.refl.first=-0.1"], "a fraction in [0, 1)"),
+        (["optim.ema=1"], "optim.ema is 1.0"),
+        (["optim.ema=0"], "such as 0.999"),
+        (["optim.betas=[0.9]"], "optim.betas is [0.9]; give two numbers in [0, 1)"),
+        (["optim.betas=[0.9, 1.0]"], "optim.betas is [0.9, 1.0]"),
+        (["train.steps=null"], "train.steps and train.epochs are both null"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_does_not_fit_together(overrides: list[str], says: str) -> None:
+    assert says in refused(*overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["objective.grad_steps=10"],
+        ["objective.grad_steps=all", "sampler.steps=1"],
+        ["objective.method=draft_lv"],
+        ["objective.method=refl", "objective.refl.first=0", "objective.refl.hinge=-3"],
+        ["objective.method=alignprop", "objective.alignprop.min_steps=3", "objective.alignprop.max_steps=3"],
+        ["objective.method=drtune", "objective.grad_steps=all", "objective.drtune.early_stop=9"],
+        ["objective.alignprop.max_steps=40"],  # another method's settings do not matter
+        ["train.steps=null", "train.epochs=2"],
+        ["model.lora=null", "optim.grad_clip=null", "optim.ema=0.999", "optim.betas=[0, 0.5]"],
+        ["sampler.guidance_scale=0", "objective.kl_coeff=50", "seed=-3"],
+    ],
+    ids=" ".join,
+)
+def test_what_fits(overrides: list[str]) -> None:
+    load_config(None, overrides)
