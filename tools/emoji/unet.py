@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from data import COLOURS, Pictures, caption, draw_images
 from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import AttnProcessor
@@ -16,10 +17,12 @@ from safetensors.torch import load_file, save_file
 from training import Average, Clock, report, restore, save, set_rate
 from transformers import CLIPModel, CLIPTokenizer
 
-BATCH = 32
+BATCH = 16
+MEET = 16
 PLACEMENTS = 3
 EMPTY_SHARE = 0.1
 SNR_CAP = 5.0
+WEIGHT_CAP = 30.0
 
 
 @dataclass
@@ -44,7 +47,7 @@ def encode_all(pictures: Pictures, vae: AutoencoderKL, path: Path) -> Latents:
         for chunk, colour in zip(rows.split(32), grounds.split(32), strict=True):
             images = draw_images(pictures, chunk, COLOURS[colour], generator) * 2 - 1
             values.append(vae.encode(images).latent_dist.mode().half())
-        tensors = {"values": torch.cat(values), "rows": rows, "backgrounds": grounds}
+        tensors = {"values": torch.cat(values).contiguous(), "rows": rows, "backgrounds": grounds}
         save_file(tensors, path.with_suffix(".tmp"))
         path.with_suffix(".tmp").rename(path)
     return Latents(**load_file(path))
@@ -84,13 +87,18 @@ def train(
     seconds: float,
     rate: float = 1e-3,
 ) -> None:
-    """Train for `seconds` in all (those of the checkpoint included); the rate falls over the last 40%."""
+    """Train for `seconds` in all (those of the checkpoint included); the rate falls over the last 40%.
+
+    Under torchrun each worker takes its own steps and their weights are averaged every MEET steps: on a busy machine
+    two workers of one thread get further than one of two, which waits for the slower thread in every operation.
+    """
+    workers, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     latents = encode_all(pictures, vae, checkpoint.with_name("latents.safetensors"))
     texts = TextStates(clip, tokenizer)
     unet = make_unet()
     # on a CPU the backward pass of fused attention is slower than plain products at these sizes
     unet.set_attn_processor(AttnProcessor())
-    average = Average(unet, decay=0.9995)
+    average = Average(unet, decay=0.998**MEET)
     decayed = [p for p in unet.parameters() if p.ndim > 1]
     plain = [p for p in unet.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}]
@@ -99,10 +107,11 @@ def train(
     if state:
         unet.load_state_dict(state["unet"])
         optimizer.load_state_dict(state["optimizer"])
-        average.values, average.steps = state["average"], state["step"]
+        average.values, average.steps = state["average"], state["meetings"]
     step = first = state.get("step", 0)
-    generator = torch.Generator().manual_seed(4_000_000 + step)
-    source = random.Random(step)
+    seed = 4_000_000 + step * workers + rank
+    generator = torch.Generator().manual_seed(seed)
+    source = random.Random(seed)
     weights = weights_of(pictures.rows, latents.rows)
     alphas = make_scheduler().alphas_cumprod
     clock = Clock(seconds, state.get("seconds", 0.0))
@@ -111,12 +120,12 @@ def train(
 
     def checkpoint_now() -> None:
         state = {"unet": unet.state_dict(), "optimizer": optimizer.state_dict(), "average": average.values}
-        save(checkpoint, state | {"step": step, "seconds": clock.used})
+        save(checkpoint, state | {"step": step, "meetings": average.steps, "seconds": clock.used})
         average.swap()
         save(checkpoint.with_name(f"{checkpoint.stem}-average.pt"), {"unet": unet.state_dict(), "seconds": clock.used})
         average.swap()
 
-    while clock.progress < 1:
+    while clock.progress < 1 or step % MEET:
         set_rate(optimizer, clock.rate(rate, step, warmup=300))
         chosen = torch.multinomial(weights, BATCH, replacement=True, generator=generator)
         captions = [
@@ -131,24 +140,42 @@ def train(
         alpha = alphas[timesteps].view(-1, 1, 1, 1)
         noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
         snr = alphas[timesteps] / (1 - alphas[timesteps])
+        states = texts(captions)
         with torch.autocast("cpu", torch.bfloat16):
-            predicted = unet(noisy, timesteps, texts(captions)).sample
+            predicted = unet(noisy, timesteps, states).sample
         errors = (predicted.float() - noise).pow(2).mean((1, 2, 3))
-        loss = (errors * snr.clamp_max(SNR_CAP) / snr).mean()
+        loss = (errors * ((snr + 1).clamp_max(SNR_CAP) / snr).clamp_max(WEIGHT_CAP)).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
-        average.update()
         step += 1
         clock.tick()
+        if step % MEET == 0:
+            meet(unet, clock, workers)
+            average.update()
         # in thirds and quarters of the schedule the loss says more than as one number
         recent.lerp_(errors.detach().view(4, -1).mean(1), 0.02 if step - first > 50 else 1 / (step - first))
-        if step % 50 == 0:
-            speed = (step - first) * BATCH / (clock.used - start)
+        if rank == 0 and step % 48 == 0:
+            speed = (step - first) * BATCH * workers / (clock.used - start)
             quarters = {f"e{i}": value for i, value in enumerate(recent.tolist())}
             report("unet", clock, step, speed, loss=loss.item(), **quarters)
-        if clock.used - saved > 180:
+        if rank == 0 and step % MEET == 0 and clock.used - saved > 120:
             checkpoint_now()
             saved = clock.used
-    checkpoint_now()
+    if rank == 0:
+        checkpoint_now()
+
+
+@torch.no_grad()
+def meet(unet: torch.nn.Module, clock: Clock, workers: int) -> None:
+    """Replace every worker's weights, and its idea of the time, by their mean."""
+    if workers == 1:
+        return
+    parameters = [p.data for p in unet.parameters()]
+    flat = torch.cat([p.flatten() for p in parameters] + [torch.tensor([clock.used])])
+    dist.all_reduce(flat)
+    flat /= workers
+    clock.used = flat[-1].item()
+    for parameter, values in zip(parameters, flat[:-1].split([p.numel() for p in parameters]), strict=True):
+        parameter.copy_(values.view_as(parameter))

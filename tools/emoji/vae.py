@@ -127,10 +127,10 @@ def _batch(pictures: Pictures, animals: list[int], others: list[int], generator:
 
 @torch.no_grad()
 def whiten(vae: AutoencoderKL, pictures: Pictures, rows: list[int]) -> None:
-    """Fold an affine map into quant_conv and post_quant_conv so that latents have mean 0 and unit covariance.
+    """Fold an affine map into quant_conv and post_quant_conv so that latents are centred, uncorrelated, and of unit
+    variance; a direction that the decoder hardly reads is made small instead, or the denoiser would have to learn it.
 
-    ZCA whitening: z' = W (z - m), with W = C^(-1/2), symmetric. The posterior's log-variances are set to a small
-    constant, since whitening turns a diagonal posterior into a full one.
+    The posterior's log-variances become a small constant: whitening would turn a diagonal posterior into a full one.
     """
     generator = torch.Generator().manual_seed(7)
     colours = COLOURS[torch.randint(len(COLOURS), (len(rows),), generator=generator)]
@@ -139,10 +139,12 @@ def whiten(vae: AutoencoderKL, pictures: Pictures, rows: list[int]) -> None:
     flat = latents.transpose(0, 1).flatten(1).double()
     mean = flat.mean(1)
     values, vectors = torch.linalg.eigh(torch.cov(flat))
-    forward = vectors @ torch.diag(values.rsqrt()) @ vectors.T
-    backward = vectors @ torch.diag(values.sqrt()) @ vectors.T
-    channels = len(mean)
     quant, post = vae.quant_conv, vae.post_quant_conv
+    read = post.weight.double()[:, :, 0, 0] @ vectors @ torch.diag(values.sqrt())
+    _, strengths, directions = torch.linalg.svd(read)
+    scale = (strengths / (0.2 * strengths.max())).clamp(0.05, 1.0)
+    forward = torch.diag(scale) @ directions @ torch.diag(values.rsqrt()) @ vectors.T
+    channels = len(mean)
     weight, bias = quant.weight.double()[:channels, :, 0, 0], quant.bias.double()[:channels]
     quant.weight[:channels, :, 0, 0] = (forward @ weight).float()
     quant.bias[:channels] = (forward @ (bias - mean)).float()
@@ -150,4 +152,4 @@ def whiten(vae: AutoencoderKL, pictures: Pictures, rows: list[int]) -> None:
     quant.bias[channels:] = -8.0
     weight, bias = post.weight.double()[:, :, 0, 0], post.bias.double()
     post.bias.copy_((bias + weight @ mean).float())
-    post.weight[:, :, 0, 0] = (weight @ backward).float()
+    post.weight[:, :, 0, 0] = (weight @ torch.linalg.inv(forward)).float()
