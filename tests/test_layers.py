@@ -1,0 +1,155 @@
+"""Files import from lower layers, or without cycles within their own package; read from the syntax, nothing is run."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SRC = Path(__file__).parents[1] / "src"
+ROOT = SRC / "draftplus"
+
+# top-level files and packages, by layer; those of one set never import one another
+LAYERS = [
+    {"types", "errors", "config", "rng", "distributed"},
+    {"diffusion"},
+    {"models", "rewards", "data", "metrics"},
+    {"engine"},
+    {"api", "cli", "sweep", "report", "__main__"},
+]
+SAME_LAYER = {0, 4}  # files of one vocabulary, and surfaces, may build on one another; without cycles
+BELOW_ALL = {"draftplus"}  # the package itself holds the version and lazy names; anyone may import it
+
+FORBIDDEN = {"torchvision", "lpips"}
+LIGHT = {"omegaconf"}  # what configuration needs
+
+
+def files() -> list[Path]:
+    return sorted(path for path in ROOT.rglob("*.py") if "assets" not in path.relative_to(ROOT).parts)
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(SRC).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for path in files()}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """The modules that a file names in its imports, wherever they stand, those for type checkers alone too."""
+    package = module_of(path) if path.name == "__init__.py" else module_of(path).rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package.split(".")
+                base = ".".join(filter(None, [*above[: len(above) - node.level + 1], base]))
+            for alias in node.names:
+                # `from package import module` imports the module
+                yield f"{base}.{alias.name}" if f"{base}.{alias.name}" in MODULES else base
+
+
+def unit(module: str) -> str:
+    """The top-level file or package of ours that a module belongs to."""
+    return module.split(".")[1] if "." in module else module
+
+
+def layer(name: str) -> int:
+    return next(i for i, names in enumerate(LAYERS) if name in names)
+
+
+def inside(module: str) -> bool:
+    return module.split(".")[0] == "draftplus"
+
+
+def test_every_file_has_a_layer() -> None:
+    units = {unit(module_of(path)) for path in files()} - BELOW_ALL
+    assert units <= set().union(*LAYERS), "name the layer of a new top-level file in LAYERS"
+    assert {"types", "diffusion", "models"} <= units
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_lead_downward(path: Path) -> None:
+    own = unit(module_of(path))
+    for target in imports(path):
+        if not inside(target) or unit(target) == own or unit(target) in BELOW_ALL:
+            continue
+        if own in BELOW_ALL:
+            continue  # the package's own lazy names
+        here, there = layer(own), layer(unit(target))
+        allowed = there < here or (there == here and here in SAME_LAYER)
+        assert allowed, f"{path.relative_to(SRC)} imports {target}, of layer {there} from layer {here}"
+
+
+def cycle(edges: dict[str, set[str]], start: str) -> list[str] | None:
+    """A cycle through `start`, if there is one."""
+    trail, seen = [(start, [start])], set()
+    while trail:
+        at, way = trail.pop()
+        for target in edges[at]:
+            if target == start:
+                return [*way, start]
+            if target not in seen:
+                seen.add(target)
+                trail.append((target, [*way, target]))
+    return None
+
+
+def test_no_cycles() -> None:
+    # a package's own __init__ may gather its files, which then must not import the package back
+    edges = {
+        name: {target for target in imports(path) if target in MODULES and target != name and target != "draftplus"}
+        for name, path in MODULES.items()
+    }
+    for name in edges:
+        found = cycle(edges, name)
+        assert found is None, " -> ".join(found or [])
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_imports_torchvision(path: Path) -> None:
+    assert not FORBIDDEN & {target.split(".")[0] for target in imports(path)}
+
+
+def test_the_mathematics_needs_torch_alone() -> None:
+    outside = {
+        target.split(".")[0]
+        for path in (ROOT / "diffusion").glob("*.py")
+        for target in imports(path)
+        if not inside(target)
+    }
+    assert outside <= {"torch", *sys.stdlib_module_names} and "torch" in outside
+    ours = {unit(target) for path in (ROOT / "diffusion").glob("*.py") for target in imports(path) if inside(target)}
+    assert ours <= LAYERS[0] | {"diffusion"}
+
+
+def test_the_vocabulary_needs_little() -> None:
+    for path in files():
+        if unit(module_of(path)) in LAYERS[0]:
+            outside = {target.split(".")[0] for target in imports(path) if not inside(target)}
+            allowed = LIGHT if unit(module_of(path)) in ("config", "errors") else {"torch"}
+            assert outside <= {*allowed, *sys.stdlib_module_names}, path
+
+
+def test_the_check_sees_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every way to write an import is found, so that the tests above can fail."""
+    file = ROOT / "models" / "imaginary.py"
+    source = (
+        "import torchvision.ops as o\n"
+        "from draftplus.rewards import clip\n"
+        "from .. import engine\n"
+        "from ..data.prompts import x\n"
+        "from . import lora\n"
+        "def f():\n    import lpips\n    from draftplus.engine.train import y\n"
+    )
+    monkeypatch.setattr(Path, "read_text", lambda self, **_: source)
+    assert set(imports(file)) == {
+        "torchvision.ops", "draftplus.rewards.clip", "draftplus.engine", "draftplus.data.prompts",
+        "draftplus.models.lora", "lpips", "draftplus.engine.train",
+    }  # fmt: skip
