@@ -26,7 +26,8 @@ app = typer.Typer(
 
 
 def _epilog(text: str) -> str:
-    return "\b\n" + text  # keeps click from rewrapping the lines
+    # keeps click from rewrapping the lines; it asks for that in each paragraph
+    return "\n\n".join("\b\n" + paragraph for paragraph in text.split("\n\n"))
 
 
 def _version(wanted: bool) -> None:
@@ -59,10 +60,10 @@ def _root(
 )
 def train(
     target: Annotated[
-        str | None, typer.Argument(metavar="[RECIPE|RUN]", help="Recipe, YAML file, or a run to continue.")
+        str | None, typer.Argument(metavar="RECIPE|RUN", help="Recipe, YAML file, or a run to continue.")
     ] = None,
     settings: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Settings over the recipe.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings over the recipe.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and stop.")] = False,
 ) -> None:
@@ -99,7 +100,7 @@ def train(
 def generate(
     target: Annotated[str, typer.Argument(metavar="MODEL|RUN[@step|@best]", help="What to sample.")],
     settings: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Settings, such as sampler.steps=25.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings, such as sampler.steps=25.")
     ] = None,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="A prompt; may be repeated.")] = None,
     prompts: Annotated[
@@ -189,7 +190,7 @@ def main() -> None:
     except UserError as error:
         _fail(str(error))
     except CommandLineError as error:
-        _fail(f"{error.format_message()} See draftplus --help")
+        _fail(f"{error.format_message().rstrip('.')}; see draftplus --help")
     except (Interrupted, typer.Abort, KeyboardInterrupt):
         sys.exit(1)
     except Exception:
