@@ -51,7 +51,7 @@ def generate_images(
     schedule, name = make_schedule(model.scheduler_config, sampler.steps, sampler.solver, sampler.spacing)
     solver = make_solver(name, sampler.eta)
     shape = model.latent_shape(sampler.height, sampler.width)
-    weights = anneal_weights(anneal, len(schedule)) if anneal else None
+    weights = anneal_weights(anneal, len(schedule)) if anneal is not None else None
     unconditional = model.encode([sampler.negative_prompt])
     images = []
 

@@ -24,10 +24,10 @@ def check_mode(mode: str) -> None:
 def reduce_step(parameters: Sequence[nn.Parameter], metrics: Tensor, world: World) -> Tensor:
     """Sums gradients (in place) and a vector of metrics over all processes, in one flat all-reduce.
 
-    metrics: (m,). Returns their sums, (m,), in float64.
+    metrics: (m,). Returns their sums, (m,), in float64 on the CPU.
     """
     if world.size == 1:
-        return metrics.double()
+        return metrics.cpu().double()
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     flat = torch.cat([g.flatten() for g in grads] + [metrics.to(grads[0])])
     world.sum(flat)
@@ -35,4 +35,4 @@ def reduce_step(parameters: Sequence[nn.Parameter], metrics: Tensor, world: Worl
     for parameter, grad in zip(parameters, grads, strict=True):
         parameter.grad = flat[offset : offset + grad.numel()].view_as(grad)
         offset += grad.numel()
-    return flat[offset:].double()
+    return flat[offset:].cpu().double()

@@ -73,7 +73,8 @@ def accumulate(
 
 
 def _metrics(part: Loss, share: float) -> Metrics:
-    saturated = ((part.images <= 0) | (part.images >= 1)).float().mean()
+    precise = torch.float32 if part.images.device.type == "mps" else torch.float64  # Apple's GPUs lack float64
+    saturated = ((part.images <= 0) | (part.images >= 1)).to(precise).mean()
     values: dict[str, Tensor] = {
         "loss": part.value.detach(),
         "reward": part.scores.total.mean(),
@@ -81,4 +82,4 @@ def _metrics(part: Loss, share: float) -> Metrics:
         "kl": part.kl,
         "clipped_fraction": saturated,
     }
-    return Metrics(tuple(values), torch.stack([value.double() for value in values.values()]) * share)
+    return Metrics(tuple(values), torch.stack([value.to(precise) for value in values.values()]) * share)
