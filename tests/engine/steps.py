@@ -1,0 +1,95 @@
+"""Optimizer steps of the tiny model in float64, for comparisons between ways to cut the batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from draftplus.config import ObjectiveConfig
+from draftplus.config.schema import AlignpropConfig, OptimConfig, ReflConfig
+from draftplus.data.batches import batch
+from draftplus.diffusion.objectives import plan
+from draftplus.distributed import World, world
+from draftplus.engine.optim import gradient_norm, make_optimizer
+from draftplus.engine.parallel import reduce_step
+from draftplus.engine.step import accumulate
+from draftplus.models.stable_diffusion import StableDiffusion
+from draftplus.types import Scores
+from tests.tiny import CPU, SHAPE, TinyScorer, problem, randomize, tiny_model
+
+BATCH = 4
+ANIMALS = ["a cat", "a dog", "a bee", "a fox", "a pig", "a cow", "a hen"]
+OBJECTIVES = {
+    "draft": ObjectiveConfig("draft", 2, kl_coeff=0.5),
+    "draft_lv": ObjectiveConfig("draft_lv", 1, kl_coeff=0.5),
+    "refl": ObjectiveConfig("refl", 1, refl=ReflConfig(hinge=-2.0)),
+    "alignprop": ObjectiveConfig("alignprop", 1, alignprop=AlignpropConfig(1, None)),
+    "drtune": ObjectiveConfig("drtune", 2, kl_coeff=0.5, kl_space="x0"),
+    "noisy": ObjectiveConfig("draft", 2),
+    "multistep": ObjectiveConfig("draft", 2),
+}
+SAMPLERS = {"noisy": {"eta": 1.0}, "multistep": {"solver": "dpmpp_2m"}}
+
+
+@dataclass
+class Updates:
+    """What some steps did. update: of all weights, one vector. metrics: by step and name. scores: of each pass."""
+
+    update: Tensor
+    metrics: dict[str, float]
+    windows: list[tuple[int, ...]]
+    prompts: list[list[str]]
+    scores: list[Tensor] = field(default_factory=list)
+
+
+def take_steps(
+    model: StableDiffusion, objective: ObjectiveConfig, micro: int, sampling: int | None, steps: int = 2, seed: int = 0,
+    here: World | None = None,
+) -> Updates:  # fmt: skip
+    """Steps of AdamW from the model's weights, which are restored afterwards."""
+    here = here or World(0, 1, CPU)
+    name = next((name for name, known in OBJECTIVES.items() if known is objective), "")
+    made = problem(model, objective, steps=4, **SAMPLERS.get(name, {}))
+    scores: list[Tensor] = []
+
+    def recording(images: Tensor, prompts: list[str]) -> Scores:
+        given = TinyScorer()(images, prompts)
+        scores.extend(given.total.detach())
+        return given
+
+    recording.differentiable = True  # type: ignore[attr-defined]
+    made = replace(made, scorer=recording)  # type: ignore[arg-type]
+    parameters = model.trainable()
+    before = {key: parameter.detach().clone() for key, parameter in parameters.items()}
+    optimizer = make_optimizer(parameters, OptimConfig(lr=0.01))
+    result = Updates(torch.empty(0), {}, [], [], scores)
+    for step in range(steps):
+        share = batch(ANIMALS, step, seed, BATCH, 1, here.rank, here.size)
+        metrics = accumulate(made, share, SHAPE, seed, step, BATCH, micro, sampling)
+        means = metrics.named(reduce_step(list(parameters.values()), metrics.vector, here))
+        means["grad_norm"] = gradient_norm(parameters, 0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+        result.metrics.update({f"step {step} {key}": value for key, value in means.items()})
+        result.windows.append(plan(objective, 4, seed, step).steps)
+        result.prompts.append(share.prompts)
+    result.update = torch.cat([(p.detach() - before[key]).flatten() for key, p in parameters.items()])
+    with torch.no_grad():
+        for key, parameter in parameters.items():
+            parameter.copy_(before[key])
+    return result
+
+
+def take_steps_on_a_rank(path: str, steps: int) -> None:
+    """All methods on this rank; what came out is saved in the working directory."""
+    model = tiny_model(Path(path))
+    randomize(model)
+    with world("cpu") as here:
+        made = {
+            name: take_steps(model, objective, 1, None, steps=steps, here=here)
+            for name, objective in OBJECTIVES.items()
+        }
+    torch.save({name: vars(updates) for name, updates in made.items()}, "updates.pt")
