@@ -1,0 +1,61 @@
+"""--dry-run says what a run would do, and writes nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from draftplus.engine.build import build_model
+from tests.engine.support import configure
+from tests.tiny import CPU
+
+# settings, and the passes without gradient, with it, and of the frozen model, for 3 sampling steps
+PASSES = {
+    "draft": ([], (2, 1, 0)),
+    "draft+": (["objective.kl_coeff=0.1"], (2, 1, 1)),
+    "draft-2": (["objective.grad_steps=2", "objective.kl_coeff=0.1"], (1, 2, 2)),
+    "draft_lv": (["objective.method=draft_lv", "objective.kl_coeff=0.1"], (2, 3, 3)),
+}
+
+
+@pytest.mark.parametrize("case", PASSES)
+def test_what_it_says(draftplus: Callable[..., Any], settings: list[str], tmp_path: Path, case: str) -> None:
+    overrides, (without, graded, frozen) = PASSES[case]
+    before = sorted(tmp_path.rglob("*"))
+    printed = draftplus("train", *settings, *overrides, "--dry-run")
+    assert (printed.code, printed.err) == (0, "")
+    assert sorted(tmp_path.rglob("*")) == before, "something was written"
+    config = configure([*settings, *overrides])
+    resolved, told = printed.out.split("\n\n", 1)
+    assert OmegaConf.create(resolved).optim.lr == config.optim.lr
+    count = sum(p.numel() for p in build_model(config.model, CPU).trainable().values())
+    assert re.search(rf"trained parameters +{count:,}\n", told)
+    assert re.search(r"prompts +18 to train on, 2 held out", told)
+    assert f"{without} without gradient, {graded} with gradient, {frozen} of the frozen model" in told
+    assert re.search(r"expected time +\d+ min \d+ s: 4 steps of \d+\.\d s, 2 evaluations of 4 images", told)
+
+
+def test_passes_are_those_that_training_makes(
+    draftplus: Callable[..., Any], settings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted at the denoiser, for one step's images."""
+    from draftplus.models.stable_diffusion import StableDiffusion
+
+    calls: list[bool] = []
+    predict = StableDiffusion.predict
+
+    def counting(self: Any, latents: Any, *rest: Any) -> Any:
+        import torch
+
+        calls.append(torch.is_grad_enabled())
+        assert len(latents) == 2 * 4, "guidance in one call"
+        return predict(self, latents, *rest)
+
+    monkeypatch.setattr(StableDiffusion, "predict", counting)
+    draftplus("train", *settings, "objective.grad_steps=2", "objective.kl_coeff=0.1", "--dry-run")
+    assert (calls.count(False), calls.count(True)) == (1 + 2, 2)
