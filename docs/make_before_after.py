@@ -1,6 +1,6 @@
-"""Draws docs/images/before-after.png from a run: the same prompts and seeds, base model on the left, tuned on the right.
+"""Draws docs/images/before-after.png from a run: the same prompts and seeds, base model left, tuned model right.
 
-    python docs/make_before_after.py runs/demo
+python docs/make_before_after.py runs/demo
 """
 
 from __future__ import annotations
