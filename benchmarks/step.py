@@ -1,0 +1,262 @@
+"""What a DRaFT+ step costs on the embedded model, against the bare passes that it needs. Exit status 1 above a target.
+
+    python benchmarks/step.py               a few minutes on two quiet cores
+    python benchmarks/step.py --cpu-time    on a busy machine, with OMP_NUM_THREADS=1
+
+- step: what training does in a step (10 sampling steps, the last with gradient, batch 8, KL), over its floor: the 9
+  guided forwards with adapters folded, the one with adapters and gradient, the one of the frozen model, decoding,
+  reward, one backward through them, the optimizer's update; called on the modules, with text features, noise and
+  folded weights at hand.
+- KL: what the term adds to a step's tail (denoise, decode, reward, backward), over one guided forward of the frozen
+  model. The prefix before the tail is the same with and without it.
+- memory: the highest resident memory while two steps are taken, less what the loaded model held before (VmHWM, set back
+  by /proc/self/clear_refs; Linux only), each in a fresh process. glibc is told to hand every freed tensor back, else
+  the number would be of its caches.
+- help: `draftplus --help` from start to end.
+
+Times are medians of interleaved repeats; that of KL is the median of differences within a repeat.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+TARGETS = {"step": 1.10, "kl": 1.15, "memory of steps": 1.05, "memory of batch": 1.05, "help": 0.5}
+SETTINGS = ["objective.kl_coeff=0.1", "device=cpu"]
+# read by glibc when a process starts: tensors come from mmap, whose pages go back when they are freed
+RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+
+
+class Setup:
+    """The embedded model, its reward and what a step takes, as training builds them."""
+
+    def __init__(self, overrides: Sequence[str] = ()) -> None:
+        from draftplus.config import load_config
+        from draftplus.data.prompts import load_prompts
+        from draftplus.distributed import World, pick_device
+        from draftplus.engine.build import build_model, build_problem, build_rewards, quiet_libraries
+        from draftplus.engine.checkpoint import State
+        from draftplus.engine.optim import make_optimizer
+
+        self.config = load_config("emoji", [*SETTINGS, *overrides])
+        self.here = World(0, 1, pick_device("cpu"))
+        quiet_libraries()
+        self.model: Any = build_model(self.config.model, self.here.device, self.config.seed)
+        self.rewards: Any = build_rewards(self.config.reward, self.here.device)
+        self.problem = build_problem(self.config, self.model, self.rewards)
+        self.shape = self.model.latent_shape()
+        self.prompts = load_prompts(self.config.data.prompts).train
+        parameters = self.model.trainable()
+        self.state = State(parameters, make_optimizer(parameters, self.config.optim), None)
+
+    def step(self) -> None:
+        """As the loop of training does it, but for writing the row."""
+        from draftplus.data.batches import batch
+        from draftplus.engine.parallel import reduce_step
+        from draftplus.engine.step import accumulate
+        from draftplus.engine.train import _update
+
+        sizes, seed, step = self.config.train, self.config.seed, self.state.step
+        share = batch(self.prompts, step, seed, sizes.global_batch_size)
+        metrics = accumulate(
+            self.problem, share, self.shape, seed, step, sizes.global_batch_size, sizes.micro_batch_size,
+            sizes.sampling_batch_size,
+        )  # fmt: skip
+        means = metrics.named(reduce_step(list(self.state.parameters.values()), metrics.vector, self.here))
+        _update(self.state, self.config, means)
+
+    def tail(self, kl_coeff: float) -> Callable[[], None]:
+        """The loss and its gradient from a point before the last step."""
+        from dataclasses import replace
+
+        from draftplus.diffusion.objectives import loss, plan
+        from draftplus.diffusion.sampler import Rollout
+        from draftplus.engine.step import addressed_noise
+
+        problem = replace(self.problem, objective=replace(self.config.objective, kl_coeff=kl_coeff))
+        n = self.config.train.micro_batch_size
+        window = plan(problem.objective, len(problem.schedule), 0, 0)
+        noise = addressed_noise(self.shape, 0, 0, range(n), self.here.device)
+        start, prompts = Rollout(noise("x_T", 0)), self.prompts[:n]
+        conditioning = self.model.encode(prompts)
+
+        def run() -> None:
+            loss(problem, start, window, conditioning, prompts, noise).value.backward()
+            self.state.optimizer.zero_grad()
+
+        return run
+
+    def passes(self) -> tuple[Callable[[], None], Callable[[], None]]:
+        """The floor of a step, and one guided forward of the frozen model; on the modules themselves."""
+        import torch
+
+        from draftplus.models import lora
+
+        config, model = self.config, self.model
+        unet, vae, reward = model.unet, model.vae, self.rewards["emoji_clip"]
+        n = config.train.global_batch_size
+        prompts = self.prompts[:n]
+        text = torch.cat([model.encode([""] * n).hidden, model.encode(prompts).hidden])
+        wanted = torch.stack([reward._text_features(prompt) for prompt in prompts])
+        latents = torch.randn(n, *self.shape, generator=torch.Generator().manual_seed(0))
+        twice = torch.cat([latents, latents])
+        steps = self.problem.schedule.steps
+        times = [torch.tensor(step.timestep, dtype=torch.int64) for step in steps]
+        last = steps[-1]
+        mean, std = (torch.tensor(getattr(reward.preprocessing, key))[:, None, None] for key in ("mean", "std"))
+        crop = reward.preprocessing.crop[0]
+        parameters = self.model.trainable()
+        optimizer = torch.optim.AdamW(parameters.values(), lr=0.0)
+        layers = [layer.get_base_layer() for layer in lora.layers(unet)]
+        with model.folded():
+            merged = [layer.weight.data for layer in layers]
+        originals = [layer.weight.data for layer in layers]
+
+        def guided(at: int) -> Any:
+            without, given = unet(twice, times[at], encoder_hidden_states=text, return_dict=False)[0].chunk(2)
+            return without + config.sampler.guidance_scale * (given - without)
+
+        def reference() -> Any:
+            with torch.no_grad(), model.reference():
+                return guided(-1)
+
+        def frozen() -> None:
+            reference()
+
+        def floor() -> None:
+            for layer, weight in zip(layers, merged, strict=True):
+                layer.weight.data = weight
+            with torch.no_grad(), model.reference():
+                for at in range(len(steps) - 1):
+                    guided(at)
+            for layer, weight in zip(layers, originals, strict=True):
+                layer.weight.data = weight
+            eps = guided(-1)
+            clean = (latents - last.sigma * eps) / last.alpha
+            image = vae.decode(clean / vae.config.scaling_factor, return_dict=False)[0] / 2 + 0.5
+            if image.shape[-1] != crop:
+                image = torch.nn.functional.interpolate(image, (crop, crop), mode="bicubic", antialias=True)
+            features = reward.model.get_image_features(pixel_values=(image.clamp(0, 1) - mean) / std).pooler_output
+            scores = (torch.nn.functional.normalize(features, dim=-1) * wanted).sum(-1)
+            (-scores.mean() + config.objective.kl_coeff * (eps - reference()).square().mean()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return floor, frozen
+
+
+def measure(works: dict[str, Callable[[], None]], repeats: int, clock: Callable[[], float]) -> dict[str, list[float]]:
+    """Seconds of each piece of work, all of them once in every repeat; a first round is not counted."""
+    taken: dict[str, list[float]] = {name: [] for name in works}
+    for repeat in range(repeats + 1):
+        for name, work in works.items():
+            began = clock()
+            work()
+            if repeat:
+                taken[name].append(clock() - began)
+        if sys.stderr.isatty():
+            print(f"repeat {repeat} of {repeats}", end="\r", file=sys.stderr, flush=True)
+    return taken
+
+
+def peak_memory(overrides: Sequence[str]) -> float:
+    """MiB of a step above the loaded model, in this process."""
+    setup = Setup(overrides)
+    setup.prompts = setup.prompts[:4]  # a longer batch has no more texts to remember
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    for _ in range(2):
+        setup.step()
+    return (_status("VmHWM") - before) / 1024
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith(key)))
+
+
+def memory_of(*overrides: str) -> float:
+    """`peak_memory` in a fresh process."""
+    command = [sys.executable, __file__, "--memory", *overrides]
+    done = subprocess.run(command, env={**os.environ, **RETURN_MEMORY}, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}:\n{done.stderr}")
+    return float(done.stdout)
+
+
+def help_seconds() -> float:
+    """The best of 5."""
+    taken = []
+    for _ in range(5):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "draftplus", "--help"], check=True, capture_output=True)
+        taken.append(time.perf_counter() - began)
+    return min(taken)
+
+
+def main(repeats: int, cpu_time: bool, only: Sequence[str]) -> int:
+    """Measures and prints. Returns how many targets were missed."""
+    import torch
+
+    missed = 0
+
+    def tell(name: str, what: str, value: float, detail: str, unit: str = "") -> None:
+        nonlocal missed
+        missed += value > TARGETS[name]
+        word = "met" if value <= TARGETS[name] else "MISSED"
+        print(f"{what:<44} {value:6.3f}{unit:<2} at most {TARGETS[name]:.2f}{unit:<2} {word:<7} {detail}", flush=True)
+
+    clock = time.process_time if cpu_time else time.perf_counter
+    print(
+        f"the embedded model on {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"{'processor' if cpu_time else 'wall'} time, medians of {repeats}"
+    )
+    if "time" in only:
+        setup = Setup()
+        floor, reference = setup.passes()
+        coefficient = setup.config.objective.kl_coeff
+        taken = measure(
+            {
+                "step": setup.step, "floor": floor, "tail": setup.tail(0.0), "tail with KL": setup.tail(coefficient),
+                "reference": reference,
+            },
+            repeats, clock,
+        )  # fmt: skip
+        middle = {name: statistics.median(seconds) for name, seconds in taken.items()}
+        added = statistics.median(a - b for a, b in zip(taken["tail with KL"], taken["tail"], strict=True))
+        detail = f"{middle['step']:.3f} s over {middle['floor']:.3f} s"
+        tell("step", "DRaFT+ step over its bare passes", middle["step"] / middle["floor"], detail)
+        detail = f"{added:.3f} s over {middle['reference']:.3f} s"
+        tell("kl", "KL term over one guided reference forward", added / middle["reference"], detail)
+    if "memory" in only:
+        few, many = (memory_of(f"sampler.steps={steps}") for steps in (10, 50))
+        tell("memory of steps", "peak memory, 50 sampling steps over 10", many / few, f"{many:.0f} MiB over {few:.0f}")
+        sizes = ["train.micro_batch_size=8", "train.sampling_batch_size=8"]
+        small, large = (memory_of(f"train.global_batch_size={size}", *sizes) for size in (16, 64))
+        detail = f"{large:.0f} MiB over {small:.0f}"
+        tell("memory of batch", "peak memory, global batch 64 over 16", large / small, detail)
+    if "help" in only:
+        tell("help", "draftplus --help, best of 5", help_seconds(), "", " s")
+    return missed
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=15, help="of the timings (default 15)")
+    parser.add_argument("--cpu-time", action="store_true", help="processor time instead of wall time")
+    parser.add_argument("--only", nargs="+", choices=["time", "memory", "help"], default=["time", "memory", "help"])
+    parser.add_argument("--memory", nargs="*", metavar="KEY=VALUE", help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.memory is not None:
+        print(peak_memory(chosen.memory))
+        sys.exit(0)
+    sys.exit(1 if main(chosen.repeats, chosen.cpu_time, chosen.only) else 0)
