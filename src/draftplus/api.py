@@ -14,6 +14,7 @@ from draftplus.engine.build import build_model, build_reward, quiet_libraries
 from draftplus.engine.generate import generate_images, jobs_of
 from draftplus.engine.progress import progress
 from draftplus.engine.run import find_weights, plan_run
+from draftplus.engine.step import SAMPLING_BATCH
 from draftplus.engine.train import train as _train
 from draftplus.errors import UserError
 from draftplus.report import write_report
@@ -82,6 +83,6 @@ def generate(
         model.load_adapter(chosen)
     model.set_lora_scale(lora_scale)
     jobs = jobs_of(prompts, list(seeds))
-    size = weights.config.train.sampling_batch_size or 16
+    size = weights.config.train.sampling_batch_size or SAMPLING_BATCH
     with progress("generating", len(jobs)) as advance:
-        return generate_images(model, jobs, weights.config.sampler, size, anneal, advance)
+        return generate_images(model, jobs, weights.config.sampler, size, anneal=anneal, advance=advance)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from draftplus import __version__
-from draftplus.config import describe_keys, recipe_names
+from draftplus.config import RewardConfig, describe_keys, recipe_names
 from draftplus.errors import Interrupted, UserError
 
 # typer brings its own copy of click in some versions, so its base class is reached through typer
@@ -62,9 +62,7 @@ def train(
     target: Annotated[
         str | None, typer.Argument(metavar="RECIPE|RUN", help="Recipe, YAML file, or a run to continue.")
     ] = None,
-    settings: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings over the recipe.")
-    ] = None,
+    settings: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings over the recipe.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and stop.")] = False,
 ) -> None:
     """Fine-tune a model on a reward; the same command again continues an unfinished run."""
@@ -129,10 +127,15 @@ def generate(
         raise UserError(f"--output '{directory}': it cannot be made: {error.strerror}") from None
     from draftplus import api
     from draftplus.distributed import pick_device
+    from draftplus.engine.build import build_reward
     from draftplus.engine.evaluate import score_images
     from draftplus.engine.pictures import save_pictures
+    from draftplus.engine.run import find_weights
 
-    scorers = {name: api.load_reward(name) for name in reward or []}
+    config = find_weights(target, settings or []).config
+    known = {**config.reward, **config.eval.rewards}
+    device = pick_device(config.device)
+    scorers = {name: build_reward(name, known.get(name, RewardConfig()), device) for name in reward or []}
     images = api.generate(target, chosen, numbers, settings or [], adapter, lora_scale, anneal)
     told = [text for text in chosen for _ in numbers]
     repeated = numbers * len(chosen)
@@ -141,7 +144,7 @@ def generate(
         {"file": path.name, "prompt": text, "seed": seed}
         for path, text, seed in zip(paths, told, repeated, strict=True)
     ]
-    scored = score_images(scorers, images, told, pick_device("auto")) if scorers else {}
+    scored = score_images(scorers, images, told, device) if scorers else {}
     for name, scores in scored.items():
         for row, value in zip(rows, scores.tolist(), strict=True):
             row[f"reward/{name}"] = value
@@ -155,13 +158,14 @@ def generate(
 @app.command(epilog=_epilog("Example:\n  draftplus report runs/demo"))
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Where to; report.html in the run.")] = None,
 ) -> None:
     """Write a run's report.html again."""
     from draftplus.report import write_report
 
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} is not a run directory: it has no config.yaml")
-    print(write_report(run))
+    print(write_report(run, output))
 
 
 def _read_prompts(source: str | None) -> list[str]:

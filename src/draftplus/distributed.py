@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from draftplus.errors import UserError
+
+PATIENCE = timedelta(hours=2)  # for a process that evaluates while others wait
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,9 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     Raises UserError for a device that this machine lacks.
     """
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", local_rank)
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -78,7 +81,7 @@ def world(device: str = "auto") -> Iterator[World]:
         torch.cuda.set_device(chosen)
     joins = size > 1 and not dist.is_initialized()
     if joins:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield World(rank, size, chosen)
     finally:

@@ -224,7 +224,7 @@ def test_a_reward_that_is_none(value: str) -> None:
         ["reward={pkg.mod:obj: {weight: 2, path: 'a: b', args: {k: [1, x, null]}}, b: {}}", "name=x y"],
         ["sampler.negative_prompt='blurry: yes, # no'", "data.prompts=a b.txt", "optim.lr=1e-7"],
         ["model.lora.targets=[to_q, conv_in]", "sampler.negative_prompt='3'", "name='null'", "output_dir='1e3'"],
-        ["eval.rewards={a: {weight: 0.5}}", "log.to=[]", "optim.ema=0.999", "optim.grad_clip=null"],
+        ["eval.rewards={a: {path: b}}", "log.to=[]", "optim.ema=0.999", "optim.grad_clip=null"],
     ],
     ids=lambda overrides: " ".join(overrides)[:40],
 )

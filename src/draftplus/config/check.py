@@ -8,6 +8,7 @@ from draftplus.config.keys import flatten, nearest, to_dict
 from draftplus.config.schema import Config
 from draftplus.errors import UserError
 
+LOGGERS = ("tensorboard", "wandb", "trackio")
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("float32", "bfloat16", "float16"),
     "objective.method": ("draft", "draft_lv", "refl", "alignprop", "drtune"),
@@ -46,6 +47,24 @@ def check(config: Config) -> None:
         raise UserError("train.steps and train.epochs are both null; set one of them")
     if not config.reward:
         raise UserError("reward is empty; name one, such as reward=emoji_clip")
+    for name, one in config.eval.rewards.items():
+        if name in config.reward:
+            raise UserError(
+                f"eval.rewards.{name} is also trained on, and so is measured already; name another reward there"
+            )
+        if one.weight != 1:
+            raise UserError(
+                f"eval.rewards.{name}.weight is {one.weight}; held-out rewards are not summed, leave it at 1"
+            )
+    for name, one in config.reward.items():
+        if not math.isfinite(one.weight):
+            raise UserError(f"reward.{name}.weight is {one.weight}; it must be finite")
+    for key in ("sampler.guidance_scale", "objective.refl.hinge"):
+        if flat[key] is not None and not math.isfinite(flat[key]):
+            raise UserError(f"{key} is {flat[key]}; it must be finite")
+    for name in config.log.to:
+        if name not in LOGGERS:
+            raise UserError(f"log.to: unknown logger '{name}'; choose {', '.join(LOGGERS)}")
     for key in ("eval.variants", "stop.diversity_floor", "stop.held_out_drop"):
         if flat[key]:
             raise UserError(f"{key} is not available in this version; leave it at its default")

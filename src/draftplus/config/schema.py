@@ -109,7 +109,7 @@ class TrainConfig:
     epochs: int | None = _key(None, "passes over the prompts, instead of steps")
     global_batch_size: int = _key(8, "images per optimizer step, over all ranks")
     micro_batch_size: int = _key(8, "images per backward pass on one rank")
-    sampling_batch_size: int | None = _key(None, "images per gradient-free pass on one rank; null: the rank's share")
+    sampling_batch_size: int | None = _key(None, "images per gradient-free pass on one rank; null: 16")
 
 
 @dataclass

@@ -60,7 +60,7 @@ def load_prompts(source: str | Path) -> PromptSet:
             raise UserError(f"'{source}' has '{row.prompt}' to train on and held out ({both}): keep one of them.")
     if not train:
         raise UserError(f"'{source}' has held-out prompts only: some must be of split train.")
-    return PromptSet([row.prompt for row in train], [row.prompt for row in held_out])
+    return PromptSet([row.prompt for row in train], list(dict.fromkeys(row.prompt for row in held_out)))
 
 
 def read_prompts(source: str | Path) -> list[str]:

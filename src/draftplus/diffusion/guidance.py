@@ -24,7 +24,8 @@ def guided(model: Model, conditioning: Conditioning, unconditional: Conditioning
     both = Conditioning.concatenate([unconditional.rows(torch.zeros(b, dtype=torch.long)), conditioning])
 
     def denoise(x: Tensor, timestep: Tensor) -> Tensor:
-        without, given = model.predict(torch.cat([x, x]), timestep, both).chunk(2)
+        raw = model.predict(torch.cat([x, x]), timestep, both)
+        without, given = raw.to(torch.promote_types(torch.float32, raw.dtype)).chunk(2)
         return without + scale * (given - without)
 
     return denoise

@@ -103,7 +103,7 @@ def make_schedule(
         if spacing is not None:
             raise UserError("sampler.spacing does not apply to flow-matching models; leave it null")
         return _flow(config, steps, mu), name
-    _refuse_unsupported(config)
+    _refuse_unsupported(config, name)
     return _variance_preserving(config, steps, name, spacing or config.get("timestep_spacing", "leading")), name
 
 
@@ -138,7 +138,14 @@ def alphas_cumprod(config: Mapping[str, Any]) -> Tensor:
     return cumulative
 
 
-def _refuse_unsupported(config: Mapping[str, Any]) -> None:
+def _refuse_unsupported(config: Mapping[str, Any], solver: str) -> None:
+    sigmas = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas")
+    for key in sigmas if solver != "ddim" else ():
+        if config.get(key):
+            raise UserError(
+                f"the model's scheduler_config.json has {key}: true, which {solver} here does not do; "
+                "set it to false, or take sampler.solver=ddim"
+            )
     for key in ("clip_sample", "thresholding"):
         if config.get(key):
             raise UserError(

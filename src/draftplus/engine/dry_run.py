@@ -32,13 +32,13 @@ def describe(config: Config, run: Path) -> str:
         held_out = evaluation_set(config, prompts)
         quiet_libraries()
         model = build_model(config.model, here.device, config.seed)
-        problem = build_problem(config, model, build_rewards({**config.eval.rewards, **config.reward}, here.device))
+        problem = build_problem(config, model, build_rewards({**config.reward, **config.eval.rewards}, here.device))
         shape = model.latent_shape(config.sampler.height, config.sampler.width)
         share = batch(
             prompts.train, 0, config.seed, sizes.global_batch_size, config.data.images_per_prompt, here.rank, here.size
         )
         began = time.perf_counter()
-        accumulate(
+        metrics = accumulate(
             problem,
             share,
             shape,
@@ -48,6 +48,7 @@ def describe(config: Config, run: Path) -> str:
             micro,
             sizes.sampling_batch_size,
         )
+        metrics.vector.cpu()  # waits for a GPU
         seconds = time.perf_counter() - began
     total = total_steps(config, len(prompts.train))
     window = plan(config.objective, len(problem.schedule), config.seed, 0)

@@ -19,7 +19,7 @@ from draftplus.engine.files import whole_directory, write_text
 from draftplus.engine.generate import Job, generate_images
 from draftplus.engine.pictures import save_pictures
 from draftplus.engine.progress import Advance
-from draftplus.engine.step import chunks
+from draftplus.engine.step import SAMPLING_BATCH, chunks
 from draftplus.errors import UserError
 from draftplus.metrics.lpips import lpips_per_prompt
 from draftplus.rewards.combined import Combined
@@ -86,11 +86,11 @@ def evaluate(
     """
     began = time.perf_counter()
     jobs = which.jobs(world.rank, world.size)
-    size = config.train.sampling_batch_size or max(16, config.train.global_batch_size)
+    size = config.train.sampling_batch_size or SAMPLING_BATCH
     mine: list[_Result] = []
     if jobs:
-        images = generate_images(model, jobs, config.sampler, size, advance=advance)
-        mine = _measure(images, jobs, rewards, model.device, size)
+        images = generate_images(model, jobs, config.sampler, size, config.train.micro_batch_size, advance=advance)
+        mine = _measure(images, jobs, rewards, model.device, config.train.micro_batch_size)
     results = sorted((result for part in world.gather(mine) for result in part), key=lambda result: result.seed)
     if world.is_main:
         _save(run / "samples", step, which, results)
@@ -126,7 +126,7 @@ def _measure(images: Tensor, jobs: list[Job], rewards: Rewards, device: torch.de
     lpips = lpips_per_prompt(images.to(device), prompts)
     pixels = (images * 255).round().byte()
     return [
-        _Result(job.prompt, job.seed, pixels[i], {name: scores[name][i] for name in rewards}, lpips[job.prompt])
+        _Result(job.prompt, job.seed, pixels[i].clone(), {name: scores[name][i] for name in rewards}, lpips[job.prompt])
         for i, job in enumerate(jobs)
     ]
 

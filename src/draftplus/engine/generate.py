@@ -18,7 +18,7 @@ from draftplus.diffusion.sampler import Rollout, sample
 from draftplus.diffusion.schedule import make_schedule
 from draftplus.diffusion.solvers import make_solver
 from draftplus.engine.progress import Advance
-from draftplus.engine.step import chunks
+from draftplus.engine.step import SAMPLING_BATCH, chunks
 from draftplus.types import Model
 
 
@@ -40,13 +40,15 @@ def generate_images(
     model: Model,
     jobs: Sequence[Job],
     sampler: SamplerConfig,
-    batch_size: int = 16,
+    batch_size: int = SAMPLING_BATCH,
+    decode_batch_size: int | None = None,
     anneal: str | None = None,
     advance: Advance | None = None,
 ) -> Tensor:
     """The images of all jobs, (n, 3, H, W) in [0, 1] on the CPU.
 
-    anneal: a schedule of annealed importance guidance, such as `power:2`.
+    batch_size, decode_batch_size: images per pass of the denoiser, and of the decoder (None: the same). anneal: a
+    schedule of annealed importance guidance, such as `power:2`.
     """
     schedule, name = make_schedule(model.scheduler_config, sampler.steps, sampler.solver, sampler.spacing)
     solver = make_solver(name, sampler.eta)
@@ -64,7 +66,9 @@ def generate_images(
             denoise = annealed(denoise, model, schedule, weights)
         noise = partial(_solver_noise, shape, seeds, model.device)
         start = Rollout(rng.stock_noise(shape, seeds).to(model.device))
-        return model.decode(sample(denoise, start, schedule, solver, noise=noise).latents).float().cpu()
+        latents = sample(denoise, start, schedule, solver, noise=noise).latents
+        parts = chunks(len(latents), decode_batch_size or batch_size)
+        return torch.cat([model.decode(latents[some]).float().cpu() for some in parts])
 
     # blending evaluates the base model too, so the adapters stay unfolded then
     with nullcontext() if weights else model.folded():

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from draftplus import rng
 from draftplus.engine.files import disk_errors, write_text
 from draftplus.errors import UserError
 
@@ -81,6 +82,8 @@ def _open(name: str, run: Path, config: Mapping[str, Any], step: int) -> Logger:
             module = importlib.import_module(name)
         except ImportError:
             raise UserError(f"log.to names {name}, which is not installed: pip install draftplus[{name}]") from None
-        module.init(project="draftplus", name=run.name, config=dict(config), resume="allow")
+        # wandb continues the run of an id; trackio the one of a name
+        identity = {"id": f"{run.name}-{rng.address(0, str(run.resolve())):x}"} if name == "wandb" else {}
+        module.init(project="draftplus", name=run.name, config=dict(config), resume="allow", **identity)
         return lambda row, at: module.log(dict(row), step=at)
     raise UserError(f"log.to: unknown logger '{name}'; choose tensorboard, wandb, trackio")

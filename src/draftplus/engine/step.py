@@ -15,6 +15,7 @@ from draftplus.diffusion.objectives import Loss, Noise, Problem, loss, plan, pre
 from draftplus.diffusion.sampler import Rollout
 
 Shape = tuple[int, int, int]
+SAMPLING_BATCH = 16  # images per pass without gradient, unless train.sampling_batch_size says otherwise
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,22 @@ def addressed_noise(shape: Shape, seed: int, step: int, indices: Sequence[int], 
 
 
 def accumulate(
-    problem: Problem, batch: Batch, shape: Shape, seed: int, step: int, total: int, micro: int, sampling: int | None
+    problem: Problem,
+    batch: Batch,
+    shape: Shape,
+    seed: int,
+    step: int,
+    total: int,
+    micro: int,
+    sampling: int | None,
+    loss_scale: float = 1.0,
 ) -> Metrics:
     """Adds the gradient of this process's share of a step to the trained parameters.
 
     batch: the share. shape: (c, h, w) of one image's latents. total: the global batch size, which the loss is a mean
-    over. micro, sampling: images per pass with and without gradient. Returns this share's part of the step's means, so
+    over. micro, sampling: images per pass with and without gradient. loss_scale: a factor during the backward pass,
+    which keeps gradients in float16's range; the trained parameters' gradients come without it, and must be empty
+    before where it is not 1. Returns this share's part of the step's means, so
     that summing over processes completes them.
     """
     window = plan(problem.objective, len(problem.schedule), seed, step)
@@ -58,17 +69,21 @@ def accumulate(
     with problem.model.folded() if window.first > 0 else nullcontext():
         starts = [
             prefix(problem, conditioning.rows(rows), noise_of(rows), window)
-            for rows in chunks(len(batch), sampling or len(batch))
+            for rows in chunks(len(batch), sampling or SAMPLING_BATCH)
         ]
     start = Rollout.concatenate(starts)
     metrics: Metrics | None = None
     for rows in chunks(len(batch), micro):
         part = loss(problem, start.rows(rows), window, conditioning.rows(rows), batch.prompts[rows], noise_of(rows))
         share = (rows.stop - rows.start) / total
-        (part.value * share).backward()
+        (part.value * (share * loss_scale)).backward()
         new = _metrics(part, share)
         metrics = new if metrics is None else Metrics(new.names, metrics.vector + new.vector)
     assert metrics is not None
+    if loss_scale != 1:
+        for parameter in problem.model.trainable().values():
+            if parameter.grad is not None:
+                parameter.grad /= loss_scale
     return metrics
 
 

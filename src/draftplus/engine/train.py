@@ -28,6 +28,7 @@ from draftplus.errors import Interrupted, UserError
 from draftplus.types import Model
 
 MOST_SKIPPED_IN_A_ROW = 10
+FLOAT16_LOSS_SCALE = 2.0**12
 
 
 def train(config: Config, run: Path) -> Path:
@@ -52,7 +53,7 @@ def _train(config: Config, run: Path, here: World) -> None:
 
     quiet_libraries()
     model = build_model(config.model, here.device, config.seed)
-    rewards = build_rewards({**config.eval.rewards, **config.reward}, here.device)
+    rewards = build_rewards({**config.reward, **config.eval.rewards}, here.device)
     problem = build_problem(config, model, rewards)
     shape = model.latent_shape(config.sampler.height, config.sampler.width)
     parameters = model.trainable()
@@ -60,12 +61,14 @@ def _train(config: Config, run: Path, here: World) -> None:
     state = State(parameters, optimizer, Ema(parameters, config.optim.ema) if config.optim.ema else None)
 
     restored = checkpoint.restore(run / "checkpoints", state)
+    if len(set(here.gather(state.step))) > 1:
+        raise UserError(f"{run}: the processes found different checkpoints; output_dir must be shared by all machines")
     if here.is_main:
         forget_after(run, state.step if restored else -1)
         write_config(run, config)
         write_best(run, config.reward)
     here.barrier()
-    evaluated = {row["step"] for row in journal.read_rows(run / "eval.jsonl")}
+    evaluated = here.gather({row["step"] for row in journal.read_rows(run / "eval.jsonl")})[0]
     logs = here.is_main and (state.step < total or state.step not in evaluated)  # a finished run has nothing to say
     loggers = journal.open_loggers(config.log.to if logs else (), run, to_dict(config), state.step)
 
@@ -95,7 +98,7 @@ def _train(config: Config, run: Path, here: World) -> None:
                     )  # fmt: skip
                     metrics = accumulate(
                         problem, share, shape, config.seed, state.step, sizes.global_batch_size, micro,
-                        sizes.sampling_batch_size,
+                        sizes.sampling_batch_size, FLOAT16_LOSS_SCALE if config.model.dtype == "float16" else 1.0,
                     )  # fmt: skip
                     means = metrics.named(reduce_step(list(parameters.values()), metrics.vector, here))
 

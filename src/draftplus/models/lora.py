@@ -160,6 +160,9 @@ def attach(denoiser: nn.Module, file: Path) -> None:
     stray = set(state) ^ {f"unet.{name}" for name in export(denoiser)}
     if stray:
         raise UserError(f"{file}: not an adapter of this model: '{min(stray)}' is in only one of them")
+    with torch.no_grad():  # on the way in, peft rounded them to the precision of the layers that they adapt
+        for name, parameter in trained(denoiser).items():
+            parameter.copy_(state["unet." + name.replace(f".{ADAPTER}.", ".")])
 
 
 def set_scale(denoiser: nn.Module, scale: float) -> None:

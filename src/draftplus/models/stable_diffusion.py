@@ -126,6 +126,7 @@ class StableDiffusion:
         elif (directory / "config.json").is_file():
             weights = _denoiser_weights(directory)
             self.reference_unet = self.reference_unet or copy.deepcopy(self.unet)
+            self.unet.to(torch.promote_types(torch.float32, self.unet.dtype))  # tuned weights are not rounded
             try:
                 self.unet.load_state_dict(weights)
             except RuntimeError as error:
@@ -155,6 +156,7 @@ def load(
     """
     frozen = dtype or getattr(torch, config.dtype)
     unet, vae, text_encoder, tokenizer, scheduler_config = _components(config, path, frozen)
+    _refuse_other_families(path, unet.config, vae.config, text_encoder.config)
     for part in (unet, vae, text_encoder):
         part.requires_grad_(False).eval().to(device)
     reference = None
@@ -170,12 +172,23 @@ def load(
     return StableDiffusion(unet, vae, text_encoder, tokenizer, scheduler_config, reference)
 
 
+def _refuse_other_families(path: str, unet: Any, vae: Any, text: Any) -> None:
+    plain = unet.addition_embed_type in (None, "text") and unet.encoder_hid_dim_type is None
+    if not plain or unet.in_channels != vae.latent_channels or unet.cross_attention_dim != text.hidden_size:
+        raise UserError(f"model.path '{path}' is not a text-to-image model of the Stable Diffusion 1.x/2.x family")
+
+
 def _components(config: ModelConfig, path: str, dtype: torch.dtype) -> tuple[Any, Any, Any, Any, Mapping[str, Any]]:
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
     path = os.path.expanduser(path)  # keeps a leading ./
     if path.endswith((".safetensors", ".ckpt")):
+        for key in ("unet", "vae", "revision"):
+            if getattr(config, key) is not None:
+                raise UserError(
+                    f"model.{key} cannot be set beside a single file, '{path}'; convert that to a directory"
+                )
         return _single_file(path, dtype)
     if _looks_local(path) and not Path(path).is_dir():
         raise UserError(f"model.path '{path}': no such directory; give a diffusers directory, a hub id, or emoji")

@@ -71,10 +71,15 @@ def _a_prompt(run: Run) -> str:
     return run.prompts[0] if run.prompts else "a cat"
 
 
+def _planned_steps(run: Run) -> object:
+    keys = flatten(run.config)
+    return None if keys.get("train.epochs") else keys.get("train.steps")  # epochs, where given, decide
+
+
 def _progress(run: Run) -> str:
     if not run.steps:
         return "No training step is recorded."
-    done, planned = int(run.steps[-1]["step"]), flatten(run.config).get("train.steps")
+    done, planned = int(run.steps[-1]["step"]), _planned_steps(run)
     text = f"{done} of {planned} steps" if isinstance(planned, int) and planned != done else f"{done} steps"
     skipped = run.steps[-1].get("skipped")
     text += f", {skipped} of them skipped because their loss or gradient was not finite" if skipped else ""

@@ -50,7 +50,8 @@ def paired(first: Row, row: Row, name: str) -> tuple[float, float | None, int] |
     None where the images' values were not recorded, or not for the same images.
     """
     before, after = ((r.get("per_image") or {}).get(name) for r in (first, row))
-    if not before or not after or len(before) != len(after):
+    same_prompts = (first.get("lpips_per_prompt") or {}).keys() == (row.get("lpips_per_prompt") or {}).keys()
+    if not before or not after or len(before) != len(after) or not same_prompts:
         return None
     gains = np.asarray(after, dtype=float) - np.asarray(before, dtype=float)
     error = float(gains.std(ddof=1) / math.sqrt(len(gains))) if len(gains) > 1 else None
