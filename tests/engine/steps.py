@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ OBJECTIVES = {
     "noisy": ObjectiveConfig("draft", 2),
     "multistep": ObjectiveConfig("draft", 2),
 }
-SAMPLERS = {"noisy": {"eta": 1.0}, "multistep": {"solver": "dpmpp_2m"}}
+SAMPLERS: dict[str, dict[str, Any]] = {"noisy": {"eta": 1.0}, "multistep": {"solver": "dpmpp_2m"}}
 
 
 @dataclass

@@ -16,6 +16,8 @@ from tests.engine.rewards import redness
 from tests.engine.support import configure, rows, small_settings, train_here, weights
 from tests.tiny import CPU
 
+pytestmark = pytest.mark.slow
+
 DECAY = 0.3  # above the warm-up's first two values, 0.1 and 2/11, and below those after the fourth
 
 

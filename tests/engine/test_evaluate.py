@@ -51,6 +51,7 @@ def jobs(run: Path) -> list[tuple[str, range]]:
     return [(prompt, range(3 * number, 3 * number + 3)) for number, prompt in enumerate(prompts)]
 
 
+@pytest.mark.slow
 def test_it_happens_at_the_start_every_so_often_and_at_the_end(run: Path, settings: list[str]) -> None:
     assert [row["step"] for row in rows(run / "eval.jsonl")] == [0, 2, 4]
     other = train_here(settings, "train.steps=3", "eval.every=2")
@@ -135,6 +136,7 @@ def noises(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[bytes]]:
     return drawn
 
 
+@pytest.mark.slow
 def test_noise_is_never_that_of_training(settings: list[str], noises: dict[str, list[bytes]]) -> None:
     """And it is the same at every evaluation, while training never repeats any, in no stream."""
     train_here(settings, *EVERY, "objective.method=draft_lv", "train.micro_batch_size=2")
@@ -152,6 +154,7 @@ def test_noise_is_never_that_of_training(settings: list[str], noises: dict[str, 
     assert not set(noises["x_T"]) & set(noises["draft_lv"])
 
 
+@pytest.mark.slow
 def test_prompts_are_never_those_of_training(settings: list[str], tmp_path: Path) -> None:
     """As they are scored; a prompt that differs only in case and white space is the same."""
     prompts = tmp_path / "prompts.txt"
@@ -164,6 +167,7 @@ def test_prompts_are_never_those_of_training(settings: list[str], tmp_path: Path
     assert not trained & evaluated
 
 
+@pytest.mark.slow
 def test_an_evaluation_prompt_that_is_trained_on_is_refused(settings: list[str], tmp_path: Path) -> None:
     others = tmp_path / "others.txt"
     others.write_text("a zebra\nA   CAT\n")

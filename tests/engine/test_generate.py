@@ -70,6 +70,7 @@ def test_seeds_are_those_of_a_stock_pipeline(small: Path, eta: float) -> None:
     assert far(expected[0], expected[len(SEEDS)]) > 1e-3, "prompts that do not matter"
 
 
+@pytest.mark.slow
 def test_negative_prompt_and_size(small: Path) -> None:
     more = ["sampler.negative_prompt=a dog", "sampler.height=40", "sampler.width=48"]
     expected = stock(stock_pipeline(small, torch.float32), negative_prompt=["a dog"] * len(SEEDS), height=40, width=48)
@@ -78,10 +79,12 @@ def test_negative_prompt_and_size(small: Path) -> None:
     assert far(made, expected) < 1e-3
 
 
+@pytest.mark.slow
 def test_batches_change_nothing(small: Path) -> None:
     assert far(ours(small, "train.sampling_batch_size=1"), ours(small, "train.sampling_batch_size=5")) < 1e-4
 
 
+@pytest.mark.slow
 def test_the_adapter_in_a_stock_pipeline(small: Path, run: Path) -> None:
     pipe = stock_pipeline(small, torch.float32)
     base = stock(pipe)
@@ -92,6 +95,7 @@ def test_the_adapter_in_a_stock_pipeline(small: Path, run: Path) -> None:
     assert far(ours(small, adapter=run / "adapter"), expected) < 1e-3
 
 
+@pytest.mark.slow
 def test_the_full_denoiser_in_a_stock_pipeline(small: Path, full: Path) -> None:
     from diffusers import UNet2DConditionModel
 
@@ -102,6 +106,7 @@ def test_the_full_denoiser_in_a_stock_pipeline(small: Path, full: Path) -> None:
     assert far(ours(full), base) > 1e-2
 
 
+@pytest.mark.slow
 def test_steps_and_best(small: Path, run: Path) -> None:
     assert far(ours(f"{run}@4"), ours(run)) == 0
     assert far(ours(f"{run}@0"), ours(small)) < 1e-5
@@ -127,6 +132,7 @@ def test_a_step_of_what_is_no_run(small: Path) -> None:
         ours(f"{small}@best")
 
 
+@pytest.mark.slow
 def test_the_scale_runs_from_base_to_tuned(small: Path, run: Path) -> None:
     base, half, tuned = (ours(run, lora_scale=scale) for scale in (0.0, 0.5, 1.0))
     assert far(base, ours(small)) < 1e-5
@@ -134,6 +140,7 @@ def test_the_scale_runs_from_base_to_tuned(small: Path, run: Path) -> None:
     assert min(far(half, base), far(half, tuned)) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_scale_between_is_a_stock_pipelines(small: Path, run: Path) -> None:
     pipe = stock_pipeline(small, torch.float32)
     pipe.load_lora_weights(run / "adapter")
@@ -170,6 +177,7 @@ def blended(base: Any, tuned: Any, share: Callable[[float], float]) -> Tensor:
     return torch.cat(pictures)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("anneal", SHARES)
 def test_annealing_is_its_formula(small: Path, run: Path, anneal: str) -> None:
     base, tuned = (stock_pipeline(small, torch.float32) for _ in range(2))
@@ -183,6 +191,7 @@ def test_annealing_is_its_formula(small: Path, run: Path, anneal: str) -> None:
         assert min(far(made, ours(small)), far(made, ours(run))) > 1e-3
 
 
+@pytest.mark.slow
 def test_annealing_of_a_full_denoiser(small: Path, full: Path) -> None:
     from diffusers import UNet2DConditionModel
 
@@ -193,6 +202,7 @@ def test_annealing_of_a_full_denoiser(small: Path, full: Path) -> None:
     assert far(expected, ours(full)) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_full_denoiser_has_no_scale(full: Path) -> None:
     with pytest.raises(UserError, match="fully tuned"):
         ours(full, lora_scale=0.5)

@@ -33,6 +33,7 @@ def test_a_bad_step_changes_nothing_but_the_count(settings: list[str], where: st
     assert numbers["skipped"] == 1 and numbers["skipped_in_a_row"] == 0
 
 
+@pytest.mark.slow
 def test_without_it_the_weights_would_be_lost(settings: list[str]) -> None:
     """The same run with a good third step ends elsewhere, finite both."""
     flaky, good = (
@@ -57,6 +58,7 @@ def test_the_reward_at_fault_is_named(settings: list[str]) -> None:
         train_here(settings, more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [MANY - 1, MANY])
 def test_too_many_in_a_row(settings: list[str], count: int) -> None:
     steps = [*settings, "train.steps=14", "train.global_batch_size=1", "checkpoint.every=1"]
@@ -68,6 +70,7 @@ def test_too_many_in_a_row(settings: list[str], count: int) -> None:
         train_here(steps, reward="Flaky", bad=list(range(1, 1 + count)))
 
 
+@pytest.mark.slow
 def test_the_count_goes_on_where_a_run_is_continued(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Five bad steps before a stop and five after it are ten in a row."""
     steps = [*settings, "train.global_batch_size=1", "checkpoint.every=1"]
@@ -79,6 +82,7 @@ def test_the_count_goes_on_where_a_run_is_continued(settings: list[str], monkeyp
     assert rows(run / "metrics.jsonl")[-1]["skipped"] == 9
 
 
+@pytest.mark.slow
 def test_a_bad_evaluation_is_recorded_and_not_chosen(settings: list[str]) -> None:
     """Evaluation alone does not stop a run: its numbers are null, and no step of them is the best."""
     run = train_here(settings, "eval.every=2", "eval.rewards={tests.engine.rewards:always_nan: {}}")

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from draftplus import api
+from draftplus.engine import checkpoint
 from draftplus.engine.checkpoint import saved_steps
 from draftplus.engine.run import plan_run
 from draftplus.engine.train import train
@@ -24,6 +27,10 @@ SHAPING = ["optim.ema=0.9", "optim.warmup_steps=5", "objective.kl_coeff=0.5", f"
 
 def count(path: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
+
+
+def reached(metrics: Path, rows: int) -> bool:
+    return count(metrics) >= rows
 
 
 def assert_same_run(run: Path, whole: Path) -> None:
@@ -49,7 +56,7 @@ def test_killed_three_times(settings: list[str], tmp_path: Path) -> None:
     for third in range(3):
         child = command(["train", *settings], tmp_path)
         target = max(count(metrics) + 1, moments.randint(1 + 4 * third, 4 + 4 * third))
-        child.wait_until(lambda at=target: count(metrics) >= at)
+        child.wait_until(partial(reached, metrics, target))
         time.sleep(moments.uniform(0, 0.5))
         child.process.kill()
         child.wait()
@@ -109,6 +116,7 @@ def test_a_second_signal_does_not_break_the_saving(settings: list[str], tmp_path
     assert saved_steps(run / "checkpoints") == [count(run / "metrics.jsonl")]
 
 
+@pytest.mark.slow
 def test_further_steps_continue_exactly(settings: list[str]) -> None:
     settings = [*settings, *SHAPING]
     whole = train_here(settings, "name=whole", "train.steps=7")
@@ -118,6 +126,7 @@ def test_further_steps_continue_exactly(settings: list[str]) -> None:
     assert fingerprint(run) == fingerprint(whole)
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_left_as_it_is(settings: list[str]) -> None:
     settings = [*settings, "log.to=[tensorboard]", "eval.every=2", "optim.ema=0.9"]
 
@@ -126,15 +135,16 @@ def test_a_finished_run_is_left_as_it_is(settings: list[str]) -> None:
 
     run = api.train(plan_run(settings[0], settings[1:])[0])
     before = files(run)
-    checkpoint = run / "checkpoints" / "step-000004" / "weights.safetensors"
-    written = checkpoint.stat().st_mtime_ns
+    saved = run / "checkpoints" / "step-000004" / "weights.safetensors"
+    written = saved.stat().st_mtime_ns
     for target, overrides in ((run, []), (settings[0], settings[1:])):
         config, same = plan_run(target, overrides)
         assert train(config, same) == run
     assert files(run) == before
-    assert checkpoint.stat().st_mtime_ns == written, "a complete checkpoint was written again"
+    assert saved.stat().st_mtime_ns == written, "a complete checkpoint was written again"
 
 
+@pytest.mark.slow
 def test_the_result_is_of_the_last_step(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where a longer run was killed between its last checkpoint and the writing of adapter/."""
     whole = train_here(settings, "name=whole", "train.steps=6")
@@ -154,6 +164,7 @@ def test_the_result_is_of_the_last_step(settings: list[str], monkeypatch: pytest
     assert fingerprint(run) == fingerprint(whole)
 
 
+@pytest.mark.slow
 def test_what_lies_past_the_restored_step_is_dropped(settings: list[str]) -> None:
     """Rows, samples, adapters and the best step of a stretch that is done again."""
     settings = [*settings, "checkpoint.every=3", "eval.every=2"]
@@ -176,6 +187,7 @@ def test_what_lies_past_the_restored_step_is_dropped(settings: list[str]) -> Non
     assert fingerprint(run) == fingerprint(whole)
 
 
+@pytest.mark.slow
 def test_a_torn_last_row(settings: list[str]) -> None:
     run = train_here(settings, "train.steps=3")
     whole = train_here(settings, "name=whole", "train.steps=6")
@@ -214,6 +226,7 @@ def test_a_changed_key_that_shapes_the_run_is_refused(settings: list[str]) -> No
     assert (run / "config.yaml").read_text() == config
 
 
+@pytest.mark.slow
 def test_keys_that_do_not_shape_it_may_change(settings: list[str]) -> None:
     run = train_here(settings, "train.steps=2")
     whole = train_here(settings, "name=whole")
@@ -224,6 +237,33 @@ def test_keys_that_do_not_shape_it_may_change(settings: list[str]) -> None:
     assert rows(run / "eval.jsonl")[-1]["images"] == 6
 
 
+@pytest.mark.slow
+def test_killed_before_the_first_checkpoint(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is nothing to continue from, so the same command starts anew, also with other settings."""
+    settings = [*settings, "eval.every=1", "checkpoint.every=100"]
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint, "save", killed)
+        train_here(settings)
+    run = train_here(settings, "optim.lr=0.02", "eval.every=3")
+    assert fingerprint(run) == fingerprint(train_here(settings, "name=whole", "optim.lr=0.02"))
+    assert saved_steps(run / "adapters") == saved_steps(run / "samples") == [0, 3, 4]
+
+
+def test_a_result_without_a_checkpoint_is_not_overwritten(settings: list[str]) -> None:
+    run = train_here(settings)
+    before = weights(run / "adapter")
+    shutil.rmtree(run / "checkpoints")
+    for target in (settings[0], run):
+        with pytest.raises(UserError, match="no checkpoint to continue from"):
+            plan_run(target, ["train.steps=9"])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(run / "adapter").items())
+
+
+@pytest.mark.slow
 def test_a_run_that_could_not_start_does_not_stand_in_the_way(settings: list[str]) -> None:
     with pytest.raises(UserError):
         train_here(settings, "train.micro_batch_size=3")

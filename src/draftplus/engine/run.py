@@ -51,8 +51,8 @@ def plan_run(target: Config | str | Path | None, overrides: Sequence[str]) -> tu
         run = Path(config.output_dir) / config.name
     if is_run(run) and saved_steps(run / "checkpoints"):  # without one there is nothing to continue
         _refuse_changes(load_config(run / "config.yaml"), config, run)
-    elif max(saved_steps(run / "adapters"), default=0) > 0:
-        raise UserError(f"{run} holds results but no checkpoint to continue from; give another name=, or remove it")
+    elif (run / "adapter").is_dir():  # a run that was killed before its first checkpoint has none, and starts anew
+        raise UserError(f"{run} holds a result but no checkpoint to continue from; give another name=, or remove it")
     return config, run
 
 
