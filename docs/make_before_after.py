@@ -1,4 +1,4 @@
-"""Draws docs/images/before-after.png from a run: the same prompts and seeds, base model left, tuned model right.
+"""Draws docs/images/before-after.png from a run: the same prompts and seeds, base model above, tuned model below.
 
 python docs/make_before_after.py runs/demo
 """
@@ -26,19 +26,19 @@ def main(run: Path) -> None:
     rows = {row["step"]: row for row in map(json.loads, (run / "eval.jsonl").read_text().splitlines())}
     grids = [Image.open(run / "samples" / step_name(step) / "grid.png") for step in (steps[0], steps[-1])]
     width, height = grids[0].size
-    figure, axes = plt.subplots(1, 2, figsize=(2 * width * SCALE / 150 + 1.2, height * SCALE / 150 + 0.6), dpi=150)
+    figure, axes = plt.subplots(2, 1, figsize=(width / 90 + 1, 2 * height / 90 + 0.8), dpi=100)
     titles = ("before", f"after {steps[-1]} steps")
     for axis, grid, title, step in zip(axes, grids, titles, (steps[0], steps[-1]), strict=True):
         axis.imshow(grid.resize((width * SCALE, height * SCALE), Image.Resampling.LANCZOS))
         reward = next(value for key, value in rows[step].items() if key.startswith("reward/"))
         axis.set_title(f"{title}: reward {reward:.2f}, LPIPS {rows[step]['lpips']:.3f}", fontsize=9)
         axis.set_xticks([])
-        axis.set_yticks([])
         for spine in axis.spines.values():
             spine.set_visible(False)
     cell = height * SCALE / len(prompts)
-    axes[0].set_yticks([cell * (i + 0.5) for i in range(len(prompts))], prompts, fontsize=8)
-    axes[0].tick_params(length=0)
+    for axis in axes:
+        axis.set_yticks([cell * (i + 0.5) for i in range(len(prompts))], prompts, fontsize=8)
+        axis.tick_params(length=0)
     figure.tight_layout()
     figure.savefig(Path(__file__).parent / "images" / "before-after.png")
 
