@@ -122,8 +122,9 @@ def part_of(noise: Any, rows: slice) -> Any:
     return lambda stream, draw: noise(stream, draw)[rows]
 
 
-@pytest.mark.parametrize("method", EACH)
-@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize(
+    ("method", "folded"), [*((method, True) for method in EACH), ("draft", False), ("drtune", False)]
+)
 def test_one_prefix_batch_equals_many(model: StableDiffusion, method: str, folded: bool) -> None:
     setting = problem(model, objective(method), eta=0.5)
     window, noise = plan(setting.objective, 5, seed=0, step=0), noise_source(3)

@@ -32,6 +32,7 @@ from tests.tiny import (
     tiny_model,
 )
 
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:The `local_dir_use_symlinks`:UserWarning")
 UNET = "unet/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
 TEXT = "text_encoder/model.safetensors"

@@ -41,6 +41,7 @@ def test_missing_and_damaged_files(tmp_path: Path) -> None:
             read_state_dict(tmp_path / name)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_no_bytes_end_in_a_traceback(tmp_path: Path) -> None:
     """Random bytes, text, and whole files with some bytes changed: each is read or refused."""
     draw, file, outcomes = random.Random(0), tmp_path / "w.ckpt", set()

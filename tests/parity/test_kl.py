@@ -10,12 +10,13 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from draftplus.config import ObjectiveConfig
+from draftplus.config import LoraConfig, ObjectiveConfig
 from draftplus.diffusion.objectives import Loss, Problem, loss, plan, prefix
 from draftplus.models.stable_diffusion import StableDiffusion
 from tests.tiny import PROMPTS, SCHEDULER, noise_source, problem, stock_pipeline, tiny_model
 
 STEPS, GUIDANCE = 5, 4.0
+ATTENTION = LoraConfig(rank=2, alpha=4.0)
 
 
 def run(setting: Problem, folded: bool = False) -> Loss:
@@ -71,7 +72,7 @@ def test_zero_at_the_start_of_full_fine_tuning(tiny_path: Path, dtype: torch.dty
 def test_equals_the_formula_after_three_updates(
     tiny_path: Path, tmp_path: Path, k: int, space: str, full: bool
 ) -> None:
-    made = tiny_model(tiny_path, full=full)
+    made = tiny_model(tiny_path, lora=ATTENTION, full=full)
     setting = problem(made, objective(k, space), STEPS, GUIDANCE)
     train(made, setting)
     found = run(setting, folded=True).kl.item()
@@ -113,14 +114,14 @@ def _guided(unet: Any, x: Tensor, t: Tensor, without: Tensor, given: Tensor) -> 
 
 def test_guidance_enters_the_penalty_once(tiny_path: Path) -> None:
     """Guidance scales the difference of both predictions alike, so the penalty is not that of unguided ones."""
-    made = tiny_model(tiny_path)
+    made = tiny_model(tiny_path, lora=ATTENTION)
     train(made, problem(made, objective(1), STEPS, GUIDANCE))
     found = [run(problem(made, objective(1), STEPS, scale)).kl.item() for scale in (1.0, GUIDANCE, 8.0)]
     assert len(set(found)) == 3
 
 
 def test_the_coefficient_multiplies_it(tiny_path: Path) -> None:
-    made = tiny_model(tiny_path)
+    made = tiny_model(tiny_path, lora=ATTENTION)
     train(made, problem(made, objective(1), STEPS, GUIDANCE))
     losses = []
     for coeff in (0.0, 0.5, 2.0):
