@@ -18,7 +18,7 @@ from transformers import CLIPModel, CLIPTokenizer
 
 BATCH = 64
 TEXT_BATCH = 128
-ANIMAL_SHARE = 0.6
+ANIMAL_SHARE = 0.75
 TARGETS = 192
 MAX_SCALE = math.log(50.0)
 
