@@ -108,6 +108,9 @@ def train(
         unet.load_state_dict(state["unet"])
         optimizer.load_state_dict(state["optimizer"])
         average.values, average.steps = state["average"], state["meetings"]
+    elif (start_weights := restore(checkpoint.with_name(f"{checkpoint.stem}-start.pt"))) is not None:
+        unet.load_state_dict(start_weights["unet"])
+        average = Average(unet, decay=average.decay)
     step = first = state.get("step", 0)
     seed = 4_000_000 + step * workers + rank
     generator = torch.Generator().manual_seed(seed)
