@@ -50,7 +50,9 @@ class Child:
         os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "src"), *([before] if before else [])])
         try:  # the server takes its environment from here when the first process is started
             self.process = _context.Process(
-                target=_run, args=(target, tuple(arguments), directory, dict(environment), self.out, self.err)
+                target=_run,
+                args=(target, tuple(arguments), directory, dict(environment), self.out, self.err),
+                daemon=True,  # a test that fails leaves none behind
             )
             self.process.start()
         finally:

@@ -21,7 +21,8 @@ def brightness(images: Tensor, prompts: Sequence[str], gain: float = 100.0) -> T
 
 def by_prompt(images: Tensor, prompts: Sequence[str]) -> Tensor:
     """Another weighting of the colours for every prompt, so that a score against the wrong one shows."""
-    weights = images.new_tensor([[len(prompt) % 3, len(prompt) % 5, len(prompt) % 7] for prompt in prompts])
+    numbers = [sum(map(ord, prompt)) for prompt in prompts]
+    weights = images.new_tensor([[n % 5, n % 7, n % 11] for n in numbers])
     return 10 * (images.mean((2, 3)) * weights).sum(1)
 
 

@@ -37,13 +37,17 @@ SAMPLERS: dict[str, dict[str, Any]] = {"noisy": {"eta": 1.0}, "multistep": {"sol
 
 @dataclass
 class Updates:
-    """What some steps did. update: of all weights, one vector. metrics: by step and name. scores: of each pass."""
+    """What some steps did.
+
+    update: of all weights, one vector. metrics: by step and name. scores: of each image. scored: each pass's prompts.
+    """
 
     update: Tensor
     metrics: dict[str, float]
     windows: list[tuple[int, ...]]
     prompts: list[list[str]]
     scores: list[Tensor] = field(default_factory=list)
+    scored: list[list[str]] = field(default_factory=list)
 
 
 def take_steps(
@@ -55,10 +59,12 @@ def take_steps(
     name = next((name for name, known in OBJECTIVES.items() if known is objective), "")
     made = problem(model, objective, steps=4, **SAMPLERS.get(name, {}))
     scores: list[Tensor] = []
+    scored: list[list[str]] = []
 
     def recording(images: Tensor, prompts: list[str]) -> Scores:
         given = TinyScorer()(images, prompts)
         scores.extend(given.total.detach())
+        scored.append(list(prompts))
         return given
 
     recording.differentiable = True  # type: ignore[attr-defined]
@@ -66,7 +72,7 @@ def take_steps(
     parameters = model.trainable()
     before = {key: parameter.detach().clone() for key, parameter in parameters.items()}
     optimizer = make_optimizer(parameters, OptimConfig(lr=0.01))
-    result = Updates(torch.empty(0), {}, [], [], scores)
+    result = Updates(torch.empty(0), {}, [], [], scores, scored)
     for step in range(steps):
         share = batch(ANIMALS, step, seed, BATCH, 1, here.rank, here.size)
         metrics = accumulate(made, share, SHAPE, seed, step, BATCH, micro, sampling)

@@ -98,6 +98,7 @@ def test_no_space_left_for_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         journal.append_row(tmp_path / "metrics.jsonl", {"step": 1})
 
 
+@pytest.mark.slow
 def test_no_space_left_for_the_result(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """What stood at adapter/ is untouched."""
     run = train_here(settings, "train.steps=2")
@@ -162,6 +163,7 @@ def test_a_damaged_checkpoint_is_said(settings: list[str], name: str, whole: Pat
     assert fingerprint(run) == fingerprint(whole)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_model_is_said(settings: list[str]) -> None:
     run = train_here(settings, "train.steps=2")
     config = (run / "config.yaml").read_text()

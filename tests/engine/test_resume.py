@@ -216,6 +216,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 def test_a_changed_key_that_shapes_the_run_is_refused(settings: list[str]) -> None:
     run = train_here(settings, "train.steps=2")
     config = (run / "config.yaml").read_text()

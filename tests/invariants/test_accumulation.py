@@ -36,19 +36,26 @@ def assert_same(ours: Updates, theirs: Updates) -> None:
 
 
 @pytest.mark.parametrize("method", OBJECTIVES)
-@pytest.mark.parametrize("micro", [1, 2])
+@pytest.mark.parametrize("micro", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_micro_batches_equal_the_batch(
     tuned: StableDiffusion, whole: dict[str, Updates], method: str, micro: int
 ) -> None:
     assert_same(take_steps(tuned, OBJECTIVES[method], micro, None), whole[method])
 
 
-@pytest.mark.parametrize("sampling", range(1, BATCH + 1))
+@pytest.mark.parametrize("sampling", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in range(2, BATCH + 1))])
 @pytest.mark.parametrize("method", ["draft", "multistep"])
 def test_the_prefix_may_be_cut_anywhere(
     tuned: StableDiffusion, whole: dict[str, Updates], method: str, sampling: int
 ) -> None:
     assert_same(take_steps(tuned, OBJECTIVES[method], 2, sampling), whole[method])
+
+
+def test_each_image_is_scored_against_its_own_prompt(tuned: StableDiffusion, whole: dict[str, Updates]) -> None:
+    assert whole["draft"].scored == whole["draft"].prompts
+    cut = take_steps(tuned, OBJECTIVES["draft"], 2, 1, steps=1)
+    assert cut.scored == [cut.prompts[0][:2], cut.prompts[0][2:]]
+    assert len(set(cut.prompts[0])) == BATCH
 
 
 def test_the_numbers_are_means_over_the_images(tuned: StableDiffusion) -> None:
