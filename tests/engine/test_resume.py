@@ -53,6 +53,7 @@ def test_killed_three_times(settings: list[str], tmp_path: Path) -> None:
     run, metrics = tmp_path / "runs" / "run", tmp_path / "runs" / "run" / "metrics.jsonl"
     seed = random.SystemRandom().randrange(10**6)
     moments = random.Random(seed)
+    (tmp_path / "hold-at").write_text("13")  # so that it cannot end before it is killed
     for third in range(3):
         child = command(["train", *settings], tmp_path)
         target = max(count(metrics) + 1, moments.randint(1 + 4 * third, 4 + 4 * third))
@@ -61,6 +62,7 @@ def test_killed_three_times(settings: list[str], tmp_path: Path) -> None:
         child.process.kill()
         child.wait()
         assert count(metrics) < 14, "it had ended before it was killed"
+    (tmp_path / "hold-at").unlink()
     assert command(["train", *settings], tmp_path).wait() == 0
     try:
         assert_same_run(run, whole)
