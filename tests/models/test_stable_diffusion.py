@@ -117,12 +117,12 @@ def test_each_prompt_is_encoded_once(tiny_path: Path) -> None:
     made = tiny_model(tiny_path, trainable=False)
     seen = calls(made)
     first = made.encode(["a cat", "a dog", "a cat", "a cat"]).hidden
-    assert seen == [2]
+    assert seen == [1, 1]
     assert torch.equal(first[0], first[2]) and not torch.equal(first[0], first[1])
     again = made.encode(["a dog", "a cat"]).hidden
-    assert seen == [2] and torch.equal(again, first[:2].flip(0))
+    assert seen == [1, 1] and torch.equal(again, first[:2].flip(0))
     made.encode(["a dog", "a bee"])
-    assert seen == [2, 1]
+    assert seen == [1, 1, 1]
 
 
 def test_the_cache_is_bounded_and_changes_nothing(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,6 +144,12 @@ def test_the_cache_is_bounded_and_changes_nothing(tiny_path: Path, monkeypatch: 
     assert seen == [1]
     made.encode([texts[6]])
     assert seen == [1, 1]
+
+
+def test_an_embedding_does_not_depend_on_its_batch(tiny_path: Path) -> None:
+    together = tiny_model(tiny_path, trainable=False).encode(PROMPTS).hidden
+    alone = tiny_model(tiny_path, trainable=False)
+    assert torch.equal(together, torch.cat([alone.encode([prompt]).hidden for prompt in PROMPTS]))
 
 
 def test_a_cache_too_small_for_one_prompt(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,17 @@ blueness = Redness(2)
 def make(channel):
     return Redness(channel)
 
+def make_measured():
+    return lambda images, prompts: images.mean(dim=(1, 2, 3))
+make_measured.differentiable = False
+
+class Network(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+    def forward(self, images, prompts):
+        return self.scale * images.mean(dim=(1, 2, 3))
+
 def wrong_names(pictures, captions):
     return pictures
 
@@ -93,10 +104,16 @@ def test_path_and_dtype_reach_a_class_that_names_them(module):
 
 
 @pytest.mark.parametrize(
-    ("name", "differentiable"), [("brightness", True), ("file_size", False), ("Redness", True), ("Measured", False)]
+    ("name", "differentiable"),
+    [("brightness", True), ("file_size", False), ("Redness", True), ("Measured", False), ("make_measured", False)],
 )
 def test_differentiable_unless_said_otherwise(module, name, differentiable):
     assert load(f"{module}:{name}").differentiable is differentiable
+
+
+def test_a_network_is_frozen(module):
+    network = load(f"{module}:Network").function
+    assert not network.training and not any(parameter.requires_grad for parameter in network.parameters())
 
 
 def test_a_package_in_the_working_directory(module, tmp_path, images):

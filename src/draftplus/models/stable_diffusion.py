@@ -43,28 +43,25 @@ class StableDiffusion:
         self._cached_bytes = 0
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._cache]
-        fresh = dict(zip(missing, self._embed(missing), strict=True)) if missing else {}
-        found = {prompt: fresh[prompt] if prompt in fresh else self._cache[prompt] for prompt in prompts}
-        for prompt, hidden in found.items():
-            self._remember(prompt, hidden)
+        found = {prompt: self._embed(prompt) for prompt in dict.fromkeys(prompts)}
         return Conditioning(torch.stack([found[prompt] for prompt in prompts]))  # (b, n, d)
 
     @torch.no_grad()
-    def _embed(self, prompts: Sequence[str]) -> Tensor:
-        tokens = self.tokenizer(
-            list(prompts), padding="max_length", max_length=self.tokenizer.model_max_length, truncation=True,
-            return_tensors="pt",
-        ).to(self.device)  # fmt: skip
-        mask = tokens.attention_mask if getattr(self.text_encoder.config, "use_attention_mask", False) else None
-        hidden: Tensor = self.text_encoder(tokens.input_ids, attention_mask=mask)[0]
-        return hidden
+    def _embed(self, prompt: str) -> Tensor:
+        # one prompt at a time: its embedding must not depend, not even in the last bit, on what shared its batch, or a
+        # resumed run with an empty cache would leave the uninterrupted one
+        if prompt not in self._cache:
+            tokens = self.tokenizer(
+                [prompt], padding="max_length", max_length=self.tokenizer.model_max_length, truncation=True,
+                return_tensors="pt",
+            ).to(self.device)  # fmt: skip
+            mask = tokens.attention_mask if getattr(self.text_encoder.config, "use_attention_mask", False) else None
+            self._remember(prompt, self.text_encoder(tokens.input_ids, attention_mask=mask)[0][0])
+        self._cache.move_to_end(prompt)
+        return self._cache[prompt]  # (n, d)
 
     def _remember(self, prompt: str, hidden: Tensor) -> None:
-        if prompt in self._cache:
-            self._cache.move_to_end(prompt)
-            return
-        self._cache[prompt] = hidden.clone()  # a row of a batch would keep the whole batch alive
+        self._cache[prompt] = hidden
         self._cached_bytes += hidden.nbytes
         while self._cached_bytes > CACHE_BYTES and len(self._cache) > 1:
             self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes

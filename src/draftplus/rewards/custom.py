@@ -37,7 +37,8 @@ def load_custom(spec: str, path: str | None, args: Mapping[str, Any], device: An
     - Anything else, a class or a function, makes the reward: it is called once with `args` as keywords and returns a
       callable of `(images, prompts)`.
     - `path`, `device` and `dtype` of the configuration are passed too where the signature names them.
-    - `differentiable` is True unless the reward, or the function, has the attribute and it is False.
+    - `differentiable` is True unless the reward, or what made it, has the attribute and it is False.
+    - A reward that is an `nn.Module` is frozen and put into evaluation mode.
 
     UserError for a missing module or object, one that cannot be called, and arguments that do not fit. Exceptions of
     the user's own code pass through.
@@ -64,7 +65,9 @@ def load_custom(spec: str, path: str | None, args: Mapping[str, Any], device: An
             f"reward '{spec}' made a {type(made).__name__}, which cannot be called with (images, prompts).\n"
             "If it is itself the reward, its first parameters must be named images and prompts."
         )
-    return CustomReward(made, {}, bool(getattr(made, "differentiable", True)))
+    if isinstance(made, torch.nn.Module):
+        made.requires_grad_(False).eval()
+    return CustomReward(made, {}, bool(getattr(made, "differentiable", getattr(target, "differentiable", True))))
 
 
 def _resolve(spec: str) -> Any:
