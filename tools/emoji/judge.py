@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from clip import augment
-from data import Pictures, balanced_weights
+from data import COLOURS, Pictures, balanced_weights, draw_images
 from subjects import ANIMALS, STYLES
 from torch import nn
 from training import Clock, report, restore, save, set_rate
@@ -72,7 +72,12 @@ def train(pictures: Pictures, checkpoint: Path, seconds: float) -> None:
     while clock.progress < 1:
         set_rate(optimizer, clock.rate(2e-3, step))
         chosen = torch.tensor(rows)[torch.multinomial(weights, BATCH, replacement=True, generator=generator)]
-        images = augment(pictures, chosen, generator).images
+        # half as the model is to draw them, for the styles; half strongly varied, for what it draws badly
+        varied, plain = chosen.chunk(2)
+        colours = COLOURS[torch.randint(len(COLOURS), (len(plain),), generator=generator)]
+        images = torch.cat(
+            [augment(pictures, varied, generator).images, draw_images(pictures, plain, colours, generator)]
+        )
         animal, style = judge(images)
         loss = F.cross_entropy(animal, animals[chosen]) + 0.5 * F.cross_entropy(style, styles[chosen])
         optimizer.zero_grad()
