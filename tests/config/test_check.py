@@ -59,6 +59,10 @@ def test_choices(override: str, choices: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
+        (["stop.diversity_floor=0"], "stop.diversity_floor is 0.0; it is a fraction"),
+        (["stop.diversity_floor=1"], "stop.diversity_floor is 1.0; it is a fraction"),
+        (["stop.held_out_drop=1"], "name one in eval.rewards"),
+        (["stop.held_out_drop=0", "eval.rewards={clip_score: {}}"], "it must be finite and above 0"),
         (["objective.grad_steps=0"], "objective.grad_steps is 0; give a number from 1 to 10, or all"),
         (["objective.grad_steps=-2"], "give a number"),
         (["objective.grad_steps=1.5"], "objective.grad_steps is 1.5"),

@@ -15,6 +15,11 @@ def redness(images: Tensor, prompts: Sequence[str]) -> Tensor:
     return 100 * (images[:, 0] - images[:, 1:].mean(1)).mean((1, 2))
 
 
+def paleness(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Falls as redness rises."""
+    return -redness(images, prompts)
+
+
 def brightness(images: Tensor, prompts: Sequence[str], gain: float = 100.0) -> Tensor:
     return gain * images.mean((1, 2, 3))
 

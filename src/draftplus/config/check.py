@@ -31,7 +31,7 @@ def check(config: Config) -> None:
                 "train.sampling_batch_size", "data.images_per_prompt", "eval.every", "eval.images_per_prompt",
                 "eval.max_prompts", "checkpoint.every", "checkpoint.keep", "objective.draft_lv.samples",
                 "objective.alignprop.min_steps", "objective.alignprop.max_steps", "model.lora.rank", "model.lora.alpha",
-                "sampler.height", "sampler.width", "optim.lr", "optim.grad_clip")  # fmt: skip
+                "sampler.height", "sampler.width", "optim.lr", "optim.grad_clip", "stop.held_out_drop")  # fmt: skip
     for key in positive:
         value = flat.get(key)
         if value is not None and not 0 < value < math.inf:
@@ -65,9 +65,13 @@ def check(config: Config) -> None:
     for name in config.log.to:
         if name not in LOGGERS:
             raise UserError(f"log.to: unknown logger '{name}'; choose {', '.join(LOGGERS)}")
-    for key in ("eval.variants", "stop.diversity_floor", "stop.held_out_drop"):
-        if flat[key]:
-            raise UserError(f"{key} is not available in this version; leave it at its default")
+    if flat["eval.variants"]:
+        raise UserError("eval.variants is not available in this version; leave it at its default")
+    floor, drop = config.stop.diversity_floor, config.stop.held_out_drop
+    if floor is not None and not 0 < floor < 1:
+        raise UserError(f"stop.diversity_floor is {floor}; it is a fraction of the base model's LPIPS, between 0 and 1")
+    if drop is not None and not config.eval.rewards:
+        raise UserError("stop.held_out_drop needs a reward that is not optimised; name one in eval.rewards")
     _check_windows(config)
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from draftplus.config import Config, RewardConfig, load_config, run_name, shaping_keys, to_yaml
+from draftplus.config import Config, load_config, run_name, shaping_keys, to_yaml
 from draftplus.engine import journal
 from draftplus.engine.checkpoint import saved_steps, step_name
 from draftplus.engine.files import write_text
@@ -99,21 +99,6 @@ def forget_after(run: Path, step: int) -> None:
         for late in saved_steps(parent):
             if late > step:
                 shutil.rmtree(parent / step_name(late))
-
-
-def write_best(run: Path, rewards: Mapping[str, RewardConfig]) -> None:
-    """Writes best.json: the evaluated step, past the base model, with the highest held-out value of what is trained.
-
-    Removes it where no such step was evaluated.
-    """
-    rows = [row for row in journal.read_rows(run / "eval.jsonl") if row["step"] > 0 and row["reward"] is not None]
-    if not rows:
-        (run / "best.json").unlink(missing_ok=True)
-        return
-    best = max(rows, key=lambda row: float(row["reward"]))
-    terms = " + ".join(name if one.weight == 1 else f"{one.weight:g} x {name}" for name, one in rewards.items())
-    rule = f"highest mean of {terms} on the held-out prompts, over the evaluated steps"
-    write_text(run / "best.json", json.dumps({"step": best["step"], "value": best["reward"], "rule": rule}, indent=1))
 
 
 def find_weights(target: str, overrides: Sequence[str] = ()) -> Weights:

@@ -18,11 +18,12 @@ from draftplus.engine.build import build_model, build_problem, build_rewards, qu
 from draftplus.engine.checkpoint import State, step_name
 from draftplus.engine.evaluate import EvaluationSet, Rewards, evaluate, evaluation_set
 from draftplus.engine.files import whole_directory
+from draftplus.engine.guards import stop_reason, write_best, write_stopped
 from draftplus.engine.interrupt import interruption
 from draftplus.engine.optim import Ema, gradient_norm, learning_rate, make_optimizer
 from draftplus.engine.parallel import check_mode, reduce_step
 from draftplus.engine.progress import Advance, progress
-from draftplus.engine.run import forget_after, locked, write_best, write_config
+from draftplus.engine.run import forget_after, locked, write_config
 from draftplus.engine.step import accumulate
 from draftplus.errors import Interrupted, UserError
 from draftplus.types import Model
@@ -66,25 +67,29 @@ def _train(config: Config, run: Path, here: World) -> None:
     if here.is_main:
         forget_after(run, state.step if restored else -1)
         write_config(run, config)
-        write_best(run, config.reward)
+        write_best(run, config.reward, config.stop)
     here.barrier()
-    evaluated = here.gather({row["step"] for row in journal.read_rows(run / "eval.jsonl")})[0]
+    evaluations = here.gather(journal.read_rows(run / "eval.jsonl"))[0]
+    evaluated = {row["step"] for row in evaluations}
     logs = here.is_main and (state.step < total or state.step not in evaluated)  # a finished run has nothing to say
     loggers = journal.open_loggers(config.log.to if logs else (), run, to_dict(config), state.step)
 
     with interruption() as interrupt, progress("training", total, here.is_main) as advance:
         try:
             while True:
-                last = state.step >= total
+                stopped = stop_reason(evaluations, config.stop, config.eval.rewards)
+                last = state.step >= total or stopped is not None
                 if state.step not in evaluated and (state.step % config.eval.every == 0 or last):
                     with _averaged(state), interrupt.abandonable():
                         row = _evaluate(model, state, rewards, held_out, config, run, here, advance)
                     evaluated.add(state.step)
+                    evaluations.append(row)
                     if here.is_main:
                         _save_weights(model, state, run / "adapters" / step_name(state.step))
                         journal.append_row(run / "eval.jsonl", row)
-                        write_best(run, config.reward)
+                        write_best(run, config.reward, config.stop)
                         _log(loggers, "held_out/", row, state.step)
+                    continue  # what it found may end the run
                 if state.step > 0 and (state.step % config.checkpoint.every == 0 or last):
                     _save(run, state, here, config)
                 if last:
@@ -118,6 +123,9 @@ def _train(config: Config, run: Path, here: World) -> None:
             raise Interrupted from None
 
     if here.is_main:
+        write_stopped(run, state.step, stopped)
+        if stopped is not None:
+            print(f"stopped after step {state.step}: {stopped}", file=sys.stderr)
         _save_weights(model, state, run / "adapter")
     here.barrier()
 
