@@ -40,7 +40,7 @@ def main(run: Path) -> None:
         axis.set_yticks([cell * (i + 0.5) for i in range(len(prompts))], prompts, fontsize=8)
         axis.tick_params(length=0)
     figure.tight_layout()
-    figure.savefig(Path(__file__).parent / "images" / "before-after.png")
+    figure.savefig(Path(__file__).parent / "images" / "before-after.png", bbox_inches="tight")
 
 
 if __name__ == "__main__":

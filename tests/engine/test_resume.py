@@ -94,7 +94,7 @@ def test_asked_to_stop(settings: list[str], tmp_path: Path, number: int, during:
     began = time.monotonic()
     child.signal(number)
     assert child.wait() == 1
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - began < 20  # seconds even on a busy machine
     (tmp_path / f"wait-in-{during}").unlink()
     message = child.err.read_text()
     assert "Traceback" not in message
