@@ -153,7 +153,7 @@ def test_a_stop_reaches_all_ranks(settings: list[str], tmp_path: Path) -> None:
     for child in children:
         child.signal(signal.SIGTERM)
     assert [child.wait() for child in children] == [1, 1]
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 20  # seconds even on a busy machine
     assert "continue with" in children[0].err.read_text()
     done = len(metrics.read_text().splitlines())
     assert (tmp_path / "runs" / "run" / "checkpoints" / f"step-{done:06d}").is_dir()
