@@ -110,7 +110,8 @@ def find_weights(target: str, overrides: Sequence[str] = ()) -> Weights:
     if not is_run(path):
         if at:
             raise UserError(f"'{target}': {path} is not a run directory, so it has no '{at}'")
-        return Weights(load_config("emoji", [f"model.path={target}", *overrides]), None, target)
+        recipe = target if target == "emoji" else None  # it has its own guidance
+        return Weights(load_config(recipe, [f"model.path={target}", *overrides]), None, target)
     run = Path(path)
     config = load_config(run / "config.yaml", overrides)
     steps = saved_steps(run / "adapters")
