@@ -109,6 +109,8 @@ def _check_windows(config: Config) -> None:
 
 def _check_ddpo(config: Config) -> None:
     settings = config.objective.ddpo
+    if config.objective.method != "ddpo":
+        return
     if settings.min_history < 2:
         raise UserError(f"objective.ddpo.min_history is {settings.min_history}; a deviation needs at least 2 rewards")
     if settings.history is not None and settings.history < settings.min_history:
@@ -116,8 +118,6 @@ def _check_ddpo(config: Config) -> None:
             f"objective.ddpo.history is {settings.history} but min_history is {settings.min_history}, which it would "
             f"never reach; set objective.ddpo.min_history={max(2, settings.history)}, or history=null"
         )
-    if config.objective.method != "ddpo":
-        return
     if config.sampler.eta == 0:
         raise UserError(
             "sampler.eta is 0, where sampling is deterministic and method ddpo has no probabilities to learn from; "
