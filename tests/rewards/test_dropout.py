@@ -113,7 +113,7 @@ def test_it_zeroes_at_its_rate_and_keeps_the_mean() -> None:
 @pytest.mark.parametrize("rate", [1, -0.1, "much", True])
 def test_what_is_no_rate_is_refused(checkpoint: str, rate: object) -> None:
     for load in (load_emoji_clip, load_pickscore, load_clip_score):
-        with pytest.raises(UserError, match="has dropout .* in args: a number from 0 to below 1"):
+        with pytest.raises(UserError, match=r"has dropout .* in args: a number from 0 to below 1"):
             load(checkpoint, {"dropout": rate}, "cpu", None)
 
 

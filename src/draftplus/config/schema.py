@@ -116,7 +116,7 @@ class OptimConfig:
 
 @dataclass
 class TrainConfig:
-    steps: int | None = _key(60, "optimizer steps; null: as epochs says")
+    steps: int | None = _key(60, "steps, each on one batch of images; null: as epochs says")
     epochs: int | None = _key(None, "passes over the prompts, instead of steps")
     global_batch_size: int = _key(8, "images per step, over all ranks")
     micro_batch_size: int = _key(8, "images per backward pass on one rank")
