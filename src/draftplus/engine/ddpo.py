@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from draftplus import rng
 from draftplus.data.batches import Batch
 from draftplus.diffusion.objectives import Problem
 from draftplus.diffusion.policy import StepLoss, Trajectory, normalized_advantages, rollout, step_loss
@@ -101,7 +102,8 @@ def experience(setup: Setup, step: int) -> Experience:
         parts.append(rollout(problem, conditioning.rows(rows), noise))
     trajectory = Trajectory.concatenate(parts)
     for rows in chunks(len(share), setup.micro):
-        images += _score(problem, trajectory.latents[rows, -1], share.prompts[rows], share.indices[rows])
+        with rng.samples(setup.config.seed, step, share.indices[rows]):  # for rewards that draw noise
+            images += _score(problem, trajectory.latents[rows, -1], share.prompts[rows], share.indices[rows])
     everyone = sorted((image for part in setup.here.gather(images) for image in part), key=lambda image: image.index)
     return Experience(conditioning, trajectory, share.indices, everyone)
 
