@@ -44,8 +44,8 @@ class Setup:
         from draftplus.data.prompts import load_prompts
         from draftplus.distributed import World, pick_device
         from draftplus.engine.build import build_model, build_problem, build_rewards, quiet_libraries
-        from draftplus.engine.checkpoint import State
-        from draftplus.engine.optim import make_optimizer
+        from draftplus.engine.step import Setup
+        from draftplus.engine.train import initial_state
 
         self.config = load_config("emoji", [*SETTINGS, *overrides])
         self.here = World(0, 1, pick_device("cpu"))
@@ -55,24 +55,18 @@ class Setup:
         self.problem = build_problem(self.config, self.model, self.rewards)
         self.shape = self.model.latent_shape()
         self.prompts = load_prompts(self.config.data.prompts).train
-        parameters = self.model.trainable()
-        self.state = State(parameters, make_optimizer(parameters, self.config.optim), None)
+        micro = self.config.train.micro_batch_size
+        self.setup = Setup(self.config, self.problem, self.prompts, self.shape, micro, self.here)
+        self.state = initial_state(self.config, self.model)
 
     def step(self) -> None:
         """As the loop of training does it, but for writing the row."""
-        from draftplus.data.batches import batch
-        from draftplus.engine.parallel import reduce_step
-        from draftplus.engine.step import accumulate
-        from draftplus.engine.train import _update
+        from contextlib import nullcontext
 
-        sizes, seed, step = self.config.train, self.config.seed, self.state.step
-        share = batch(self.prompts, step, seed, sizes.global_batch_size)
-        metrics = accumulate(
-            self.problem, share, self.shape, seed, step, sizes.global_batch_size, sizes.micro_batch_size,
-            sizes.sampling_batch_size,
-        )  # fmt: skip
-        means = metrics.named(reduce_step(list(self.state.parameters.values()), metrics.vector, self.here))
-        _update(self.state, self.config, means)
+        from draftplus.engine.step import gradient_step
+
+        gradient_step(self.setup, self.state, nullcontext)
+        self.state.step += 1
 
     def tail(self, kl_coeff: float) -> Callable[[], None]:
         """The loss and its gradient from a point before the last step."""

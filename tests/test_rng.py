@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import combinations
 
+import pytest
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -82,3 +83,33 @@ def test_stock_noise_is_diffusers() -> None:
     expected = randn_tensor((3, *SHAPE), generator=generators)
     assert torch.equal(rng.stock_noise(SHAPE, seeds), expected)
     assert torch.equal(rng.stock_noise(SHAPE, [14]), expected[1:2])
+
+
+def test_samples_say_where_a_draw_is() -> None:
+    """By seed, step and image; a second call is another draw, and images may be cut anywhere."""
+
+    def drawn(seed: int, step: int, indices: list[int], calls: int = 1) -> list[torch.Tensor]:
+        with rng.samples(seed, step, indices):
+            for _ in range(calls):
+                made = [torch.randn(256, generator=g) for g in rng.generators("dropout", len(indices))]
+        return made
+
+    before = torch.get_rng_state()
+    whole = drawn(0, 3, [4, 5, 6])
+    assert torch.equal(torch.stack(drawn(0, 3, [5, 6])), torch.stack(whole[1:]))
+    assert torch.equal(whole[0], torch.randn(256, generator=rng.generator(0, "dropout", 3, 4)))
+    others = [*drawn(1, 3, [4]), *drawn(0, 4, [4]), *drawn(0, 3, [4], calls=2), *whole]
+    for a, b in combinations(others, 2):
+        assert torch.corrcoef(torch.stack([a, b]))[0, 1].abs() < 0.25
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(ValueError, match="2 samples, but the step is at 3"), rng.samples(0, 0, [1, 2, 3]):
+        rng.generators("dropout", 2)
+
+
+def test_without_samples_draws_come_from_the_global_generator() -> None:
+    made = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        made.append(torch.stack([torch.randn(8, generator=g) for g in rng.generators("dropout", 2)]))
+    assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
+    assert not torch.equal(made[0][0], made[0][1])

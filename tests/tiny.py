@@ -151,7 +151,8 @@ def problem(
 ) -> Problem:  # fmt: skip
     """What the objectives take, around a tiny model."""
     schedule, name = make_schedule(scheduler or SCHEDULER, steps, solver)
-    return Problem(model, TinyScorer(), schedule, make_solver(name, eta), guidance_scale, negative_prompt, objective)
+    solve = make_solver(name, eta)
+    return Problem(model, TinyScorer(), schedule, solve, guidance_scale, negative_prompt, objective, eta)
 
 
 def gradients(parameters: dict[str, nn.Parameter], loss: Tensor) -> dict[str, Tensor]:

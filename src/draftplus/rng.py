@@ -7,7 +7,11 @@ eight and eight processes with one sample each draw the same noise, and resuming
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -45,3 +49,40 @@ def stock_noise(shape: Sequence[int], seeds: Iterable[int]) -> Tensor:
     """Initial noise as stock diffusers draws it with one CPU generator per image: (len(seeds), *shape), float32."""
     # diffusers draws (1, c, h, w) per generator; the leading 1 does not change the values
     return torch.cat([torch.randn(1, *shape, generator=torch.Generator("cpu").manual_seed(s)) for s in seeds])
+
+
+@dataclass(frozen=True)
+class _Samples:
+    seed: int
+    step: int
+    indices: Sequence[int]
+    draws: Counter[str] = field(default_factory=Counter)
+
+
+_SAMPLES: ContextVar[_Samples | None] = ContextVar("samples", default=None)
+
+
+@contextmanager
+def samples(seed: int, step: int, indices: Sequence[int]) -> Iterator[None]:
+    """Inside, `generators` draws for these samples, so that what is called there needs not be told where it is."""
+    token = _SAMPLES.set(_Samples(seed, step, indices))
+    try:
+        yield
+    finally:
+        _SAMPLES.reset(token)
+
+
+def generators(stream: str, count: int) -> list[torch.Generator]:
+    """One CPU generator for each of `count` samples; every call is the stream's next draw.
+
+    Outside of `samples`, where nothing has an address, torch's own generator seeds them. ValueError where `samples` are
+    not so many.
+    """
+    here = _SAMPLES.get()
+    if here is None:
+        return [torch.Generator("cpu").manual_seed(seed) for seed in torch.randint(2**62, (count,)).tolist()]
+    if len(here.indices) != count:
+        raise ValueError(f"{count} samples, but the step is at {len(here.indices)}")
+    draw = here.draws[stream]
+    here.draws[stream] += 1
+    return [generator(here.seed, stream, here.step, index, draw) for index in here.indices]

@@ -12,9 +12,11 @@ POSITIVE = [
     "train.micro_batch_size", "train.sampling_batch_size", "data.images_per_prompt", "eval.every",
     "eval.images_per_prompt", "eval.max_prompts", "checkpoint.every", "checkpoint.keep", "objective.draft_lv.samples",
     "objective.alignprop.min_steps", "objective.alignprop.max_steps", "model.lora.rank", "model.lora.alpha",
-    "optim.lr", "optim.grad_clip",
+    "optim.lr", "optim.grad_clip", "objective.ddpo.inner_epochs", "objective.ddpo.updates", "objective.ddpo.clip",
+    "objective.ddpo.adv_clip",
 ]  # fmt: skip
-FRACTIONAL = ["optim.lr", "optim.grad_clip", "model.lora.alpha"]
+FRACTIONAL = ["optim.lr", "optim.grad_clip", "model.lora.alpha", "objective.ddpo.clip", "objective.ddpo.adv_clip"]
+DDPO = ["objective.method=ddpo", "sampler.eta=1"]
 NOT_NEGATIVE = ["objective.kl_coeff", "optim.weight_decay", "optim.warmup_steps", "objective.drtune.early_stop"]
 
 
@@ -46,7 +48,8 @@ def test_not_negative(key: str) -> None:
     [
         ("model.dtype=fp16", "float32, bfloat16, float16"),
         ("objective.method=drft", "did you mean 'draft'?"),
-        ("objective.method=ppo", "draft, draft_lv, refl, alignprop, drtune"),
+        ("objective.method=ppo", "did you mean 'ddpo'?"),
+        ("objective.method=x", "draft, draft_lv, refl, alignprop, drtune, ddpo"),
         ("objective.kl_space=pixels", "noise, x0"),
         ("parallel.mode=ddp", "auto, replicate, shard"),
     ],
@@ -81,6 +84,12 @@ def test_choices(override: str, choices: str) -> None:
             "must not decrease",
         ),
         (["objective.method=drtune", "objective.drtune.early_stop=10"], "must be below sampler.steps, 10"),
+        (["objective.method=ddpo"], "sampler.eta is 0, where sampling is deterministic"),
+        (["objective.method=ddpo"], "set sampler.eta=1"),
+        ([*DDPO, "objective.grad_steps=2"], "learns from all steps; set objective.grad_steps=all"),
+        ([*DDPO, "objective.ddpo.min_history=1"], "objective.ddpo.min_history is 1; a deviation needs at least 2"),
+        ([*DDPO, "objective.ddpo.history=8"], "set objective.ddpo.min_history=8, or history=null"),
+        ([*DDPO, "train.global_batch_size=1"], "give at least 2, such as 64"),
         (["objective.refl.first=1"], "objective.refl.first is 1.0"),
         (["objective.refl.first=-0.1"], "a fraction in [0, 1)"),
         (["optim.ema=1"], "optim.ema is 1.0"),
@@ -104,6 +113,8 @@ def test_what_does_not_fit_together(overrides: list[str], says: str) -> None:
         ["objective.method=refl", "objective.refl.first=0", "objective.refl.hinge=-3"],
         ["objective.method=alignprop", "objective.alignprop.min_steps=3", "objective.alignprop.max_steps=3"],
         ["objective.method=drtune", "objective.grad_steps=all", "objective.drtune.early_stop=9"],
+        DDPO,
+        [*DDPO, "sampler.eta=0.1", "objective.grad_steps=all", "objective.ddpo.history=null", "objective.kl_coeff=1"],
         ["objective.alignprop.max_steps=40"],  # another method's settings do not matter
         ["train.steps=null", "train.epochs=2"],
         ["model.lora=null", "optim.grad_clip=null", "optim.ema=0.999", "optim.betas=[0, 0.5]"],

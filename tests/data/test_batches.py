@@ -69,6 +69,11 @@ def test_steps_of_epochs_is_the_fewest_that_suffice(epochs, size, repeats):
             r"train.global_batch_size=8 .*train.micro_batch_size=3.\nMake the first 9, say, or the second [24]",
         ),
         ((8, 8, 1, 2), "2 ranks, the share of each in train.global_batch_size=4 .*train.micro_batch_size=8"),
+        ((8, 1, 1, 1, 3), "train.global_batch_size=8 .*objective.ddpo.updates=3"),
+        (
+            (8, 4, 1, 2, 2),
+            "2 ranks, the share of each in 2 updates, the share of each in train.global_batch_size=2 .*=4",
+        ),
         ((0, 1, 1, 1), "train.global_batch_size=0: it must be at least 1"),
         ((8, 0, 1, 1), "train.micro_batch_size=0"),
         ((8, 8, 0, 1), "data.images_per_prompt=0"),
@@ -81,3 +86,4 @@ def test_sizes_that_do_not_divide_are_refused(sizes, words):
 
 def test_sizes_that_divide_pass():
     check_batch_sizes(8, 2, images_per_prompt=4, world_size=2)
+    check_batch_sizes(8, 2, images_per_prompt=4, world_size=2, updates=2)

@@ -72,6 +72,19 @@ class Flaky:
         return scores * float("nan")
 
 
+class NanAt:
+    """Redness without gradient, not finite at some of its calls, counted from 0 over training and evaluation."""
+
+    differentiable = False
+
+    def __init__(self, bad: Sequence[int]) -> None:
+        self.bad, self.calls = set(bad), 0
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        self.calls += 1
+        return redness(images.detach(), prompts) * (float("nan") if self.calls - 1 in self.bad else 1.0)
+
+
 def always_nan(images: Tensor, prompts: Sequence[str]) -> Tensor:
     return redness(images, prompts) * float("nan")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from draftplus.config import ObjectiveConfig
-from draftplus.config.schema import AlignpropConfig, OptimConfig, ReflConfig
-from draftplus.data.batches import batch
+from draftplus.config import Config, ObjectiveConfig
+from draftplus.config.schema import AlignpropConfig, DdpoConfig, OptimConfig, ReflConfig, TrainConfig
 from draftplus.diffusion.objectives import plan
 from draftplus.distributed import World, world
-from draftplus.engine.optim import gradient_norm, make_optimizer
-from draftplus.engine.parallel import reduce_step
-from draftplus.engine.step import accumulate
+from draftplus.engine.step import Setup
+from draftplus.engine.train import initial_state, step_of
 from draftplus.models.stable_diffusion import StableDiffusion
 from draftplus.types import Scores
 from tests.tiny import CPU, SHAPE, TinyScorer, problem, randomize, tiny_model
@@ -31,8 +30,14 @@ OBJECTIVES = {
     "drtune": ObjectiveConfig("drtune", 2, kl_coeff=0.5, kl_space="x0"),
     "noisy": ObjectiveConfig("draft", 2),
     "multistep": ObjectiveConfig("draft", 2),
+    "ddpo": ObjectiveConfig("ddpo", "all", ddpo=DdpoConfig(history=3, min_history=2)),
+    "ddpo-updates": ObjectiveConfig(
+        "ddpo", "all", kl_coeff=0.5, ddpo=DdpoConfig(inner_epochs=2, updates=2, clip=1e-3, history=None)
+    ),
 }
-SAMPLERS: dict[str, dict[str, Any]] = {"noisy": {"eta": 1.0}, "multistep": {"solver": "dpmpp_2m"}}
+SAMPLERS: dict[str, dict[str, Any]] = {
+    "noisy": {"eta": 1.0}, "multistep": {"solver": "dpmpp_2m"}, "ddpo": {"eta": 1.0}, "ddpo-updates": {"eta": 0.7},
+}  # fmt: skip
 
 
 @dataclass
@@ -71,18 +76,18 @@ def take_steps(
     made = replace(made, scorer=recording)  # type: ignore[arg-type]
     parameters = model.trainable()
     before = {key: parameter.detach().clone() for key, parameter in parameters.items()}
-    optimizer = make_optimizer(parameters, OptimConfig(lr=0.01))
+    config = Config(
+        seed=seed, objective=objective, optim=OptimConfig(lr=0.01, grad_clip=0.1),
+        train=TrainConfig(global_batch_size=BATCH, sampling_batch_size=sampling),
+    )  # fmt: skip
+    setup, state = Setup(config, made, ANIMALS, SHAPE, micro, here), initial_state(config, model)
     result = Updates(torch.empty(0), {}, [], [], scores, scored)
     for step in range(steps):
-        share = batch(ANIMALS, step, seed, BATCH, 1, here.rank, here.size)
-        metrics = accumulate(made, share, SHAPE, seed, step, BATCH, micro, sampling)
-        means = metrics.named(reduce_step(list(parameters.values()), metrics.vector, here))
-        means["grad_norm"] = gradient_norm(parameters, 0.1)
-        optimizer.step()
-        optimizer.zero_grad()
+        means = step_of(config)(setup, state, nullcontext)
+        state.step += 1
         result.metrics.update({f"step {step} {key}": value for key, value in means.items()})
         result.windows.append(plan(objective, 4, seed, step).steps)
-        result.prompts.append(share.prompts)
+        result.prompts.append(setup.share(step).prompts)
     result.update = torch.cat([(p.detach() - before[key]).flatten() for key, p in parameters.items()])
     with torch.no_grad():
         for key, parameter in parameters.items():

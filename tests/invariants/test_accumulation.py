@@ -44,7 +44,7 @@ def test_micro_batches_equal_the_batch(
 
 
 @pytest.mark.parametrize("sampling", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in range(2, BATCH + 1))])
-@pytest.mark.parametrize("method", ["draft", "multistep"])
+@pytest.mark.parametrize("method", ["draft", "multistep", "ddpo"])
 def test_the_prefix_may_be_cut_anywhere(
     tuned: StableDiffusion, whole: dict[str, Updates], method: str, sampling: int
 ) -> None:

@@ -11,7 +11,7 @@ from draftplus.errors import UserError
 LOGGERS = ("tensorboard", "wandb", "trackio")
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("float32", "bfloat16", "float16"),
-    "objective.method": ("draft", "draft_lv", "refl", "alignprop", "drtune"),
+    "objective.method": ("draft", "draft_lv", "refl", "alignprop", "drtune", "ddpo"),
     "objective.kl_space": ("noise", "x0"),
     "parallel.mode": ("auto", "replicate", "shard"),
 }
@@ -31,7 +31,9 @@ def check(config: Config) -> None:
                 "train.sampling_batch_size", "data.images_per_prompt", "eval.every", "eval.images_per_prompt",
                 "eval.max_prompts", "checkpoint.every", "checkpoint.keep", "objective.draft_lv.samples",
                 "objective.alignprop.min_steps", "objective.alignprop.max_steps", "model.lora.rank", "model.lora.alpha",
-                "sampler.height", "sampler.width", "optim.lr", "optim.grad_clip", "stop.held_out_drop")  # fmt: skip
+                "sampler.height", "sampler.width", "optim.lr", "optim.grad_clip", "objective.ddpo.inner_epochs",
+                "objective.ddpo.updates", "objective.ddpo.clip", "objective.ddpo.adv_clip",
+                "stop.held_out_drop")  # fmt: skip
     for key in positive:
         value = flat.get(key)
         if value is not None and not 0 < value < math.inf:
@@ -73,6 +75,7 @@ def check(config: Config) -> None:
     if drop is not None and not config.eval.rewards:
         raise UserError("stop.held_out_drop needs a reward that is not optimised; name one in eval.rewards")
     _check_windows(config)
+    _check_ddpo(config)
 
 
 def _check_windows(config: Config) -> None:
@@ -107,3 +110,30 @@ def _check_windows(config: Config) -> None:
         )
     if not 0 <= config.objective.refl.first < 1:
         raise UserError(f"objective.refl.first is {config.objective.refl.first}; it is a fraction in [0, 1)")
+
+
+def _check_ddpo(config: Config) -> None:
+    settings = config.objective.ddpo
+    if config.objective.method != "ddpo":
+        return
+    if settings.min_history < 2:
+        raise UserError(f"objective.ddpo.min_history is {settings.min_history}; a deviation needs at least 2 rewards")
+    if settings.history is not None and settings.history < settings.min_history:
+        raise UserError(
+            f"objective.ddpo.history is {settings.history} but min_history is {settings.min_history}, which it would "
+            f"never reach; set objective.ddpo.min_history={max(2, settings.history)}, or history=null"
+        )
+    if config.sampler.eta == 0:
+        raise UserError(
+            "sampler.eta is 0, where sampling is deterministic and method ddpo has no probabilities to learn from; "
+            "set sampler.eta=1"
+        )
+    if config.objective.grad_steps not in (1, "all"):
+        raise UserError(
+            f"objective.grad_steps is {config.objective.grad_steps} but method ddpo learns from all steps; "
+            f"set objective.grad_steps=all"
+        )
+    if config.train.global_batch_size == 1:
+        raise UserError(
+            "train.global_batch_size is 1 but method ddpo compares the rewards of a batch; give at least 2, such as 64"
+        )

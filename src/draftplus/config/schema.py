@@ -69,8 +69,18 @@ class DrtuneConfig:
 
 
 @dataclass
+class DdpoConfig:
+    inner_epochs: int = _key(1, "passes over each batch of rollouts")
+    updates: int = _key(1, "optimizer updates in each pass, each on its part of the batch")
+    clip: float = _key(1e-4, "the ratio of probabilities is clipped to 1 - clip, 1 + clip")
+    adv_clip: float = _key(5.0, "advantages are clipped to -adv_clip, adv_clip")
+    history: int | None = _key(16, "latest rewards of a prompt that normalise its advantages; null: only the batch's")
+    min_history: int = _key(16, "the batch's rewards serve as long as a prompt has fewer than this")
+
+
+@dataclass
 class ObjectiveConfig:
-    method: str = _key("draft", "draft | draft_lv | refl | alignprop | drtune")
+    method: str = _key("draft", "draft | draft_lv | refl | alignprop | drtune | ddpo")
     grad_steps: Any = _key(1, 'K, the steps that carry gradient, or "all"')
     kl_coeff: float = _key(0.0, "weight of the KL term; above 0 makes it DRaFT+")
     kl_space: str = _key("noise", "noise | x0: distance of the predicted noises or clean latents")
@@ -78,6 +88,7 @@ class ObjectiveConfig:
     refl: ReflConfig = _key(ReflConfig, "of method refl")
     alignprop: AlignpropConfig = _key(AlignpropConfig, "of method alignprop")
     drtune: DrtuneConfig = _key(DrtuneConfig, "of method drtune")
+    ddpo: DdpoConfig = _key(DdpoConfig, "of method ddpo")
 
 
 @dataclass
@@ -105,11 +116,13 @@ class OptimConfig:
 
 @dataclass
 class TrainConfig:
-    steps: int | None = _key(60, "optimizer steps; null: as epochs says")
+    steps: int | None = _key(60, "steps, each on one batch of images; null: as epochs says")
     epochs: int | None = _key(None, "passes over the prompts, instead of steps")
-    global_batch_size: int = _key(8, "images per optimizer step, over all ranks")
+    global_batch_size: int = _key(8, "images per step, over all ranks")
     micro_batch_size: int = _key(8, "images per backward pass on one rank")
-    sampling_batch_size: int | None = _key(None, "images per gradient-free pass on one rank; null: 16")
+    sampling_batch_size: int | None = _key(
+        None, "images per gradient-free pass on one rank; null: 16, or micro_batch_size in ddpo's rollouts"
+    )
 
 
 @dataclass

@@ -50,9 +50,12 @@ def steps_of_epochs(epochs: int, prompts: int, global_batch_size: int, images_pe
 
 
 def check_batch_sizes(
-    global_batch_size: int, micro_batch_size: int, images_per_prompt: int = 1, world_size: int = 1
+    global_batch_size: int, micro_batch_size: int, images_per_prompt: int = 1, world_size: int = 1, updates: int = 1
 ) -> None:
-    """UserError where prompts, ranks or micro-batches do not divide the batch; it names both values and a mend."""
+    """UserError where prompts, ranks, DDPO's updates or micro-batches do not divide the batch.
+
+    It names both values and a mend.
+    """
     for key, value in (
         ("train.global_batch_size", global_batch_size),
         ("train.micro_batch_size", micro_batch_size),
@@ -64,7 +67,9 @@ def check_batch_sizes(
     _divides("train.global_batch_size", global_batch_size, "the number of ranks", world_size)
     local = global_batch_size // world_size
     ranks = "" if world_size == 1 else f"{world_size} ranks, the share of each in "
-    _divides(f"{ranks}train.global_batch_size", local, "train.micro_batch_size", micro_batch_size)
+    _divides(f"{ranks}train.global_batch_size", local, "objective.ddpo.updates", updates)
+    parts = "" if updates == 1 else f"{updates} updates, the share of each in "
+    _divides(f"{ranks}{parts}train.global_batch_size", local // updates, "train.micro_batch_size", micro_batch_size)
 
 
 def _divides(whole: str, size: int, part: str, divisor: int) -> None:

@@ -39,6 +39,7 @@ class Problem:
     guidance_scale: float
     negative_prompt: str
     objective: ObjectiveConfig
+    eta: float = 0.0  # the solver's, which DDPO's probabilities depend on
 
     def denoiser(self, conditioning: Conditioning) -> Callable[[Tensor, Tensor], Tensor]:
         """The guided denoiser of some prompts."""

@@ -66,10 +66,17 @@ def ddim_gaussian(step: Step, now: Denoised, eta: float) -> tuple[Tensor, float]
     """Mean (b, c, h, w) and standard deviation of p(x_next | x) under DDIM with eta."""
     if step.sigma == 0:
         return step.next_alpha * now.x0, 0.0
-    ratio = step.alpha / step.next_alpha
-    deviation = eta * step.next_sigma / step.sigma * math.sqrt(max(0.0, 1 - ratio**2))
+    deviation = ddim_deviation(step, eta)
     direction = math.sqrt(max(0.0, step.next_sigma**2 - deviation**2))
     return step.next_alpha * now.x0 + direction * now.eps, deviation
+
+
+def ddim_deviation(step: Step, eta: float) -> float:
+    """The standard deviation of a DDIM step's fresh noise; 0 where the next level has no noise."""
+    if step.sigma == 0:
+        return 0.0
+    ratio = step.alpha / step.next_alpha
+    return eta * step.next_sigma / step.sigma * math.sqrt(max(0.0, 1 - ratio**2))
 
 
 def ddim_log_prob(step: Step, now: Denoised, eta: float, x_next: Tensor) -> Tensor:

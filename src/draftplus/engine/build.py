@@ -16,6 +16,7 @@ import torch
 
 from draftplus.config import Config, ModelConfig, RewardConfig, nearest
 from draftplus.diffusion.objectives import Problem
+from draftplus.diffusion.policy import random_steps
 from draftplus.diffusion.schedule import make_schedule
 from draftplus.diffusion.solvers import make_solver
 from draftplus.errors import UserError
@@ -38,6 +39,7 @@ REWARDS = {
     "clip_score": "draftplus.rewards.clip:load_clip_score",
     "jpeg_compressibility": "draftplus.rewards.jpeg:load_jpeg_compressibility",
     "jpeg_incompressibility": "draftplus.rewards.jpeg:load_jpeg_incompressibility",
+    "dissimilarity": "draftplus.rewards.dissimilarity:load_dissimilarity",
 }
 
 
@@ -109,17 +111,35 @@ def build_rewards(configs: Mapping[str, RewardConfig], device: torch.device) -> 
 def build_problem(config: Config, model: Model, rewards: Mapping[str, Reward]) -> Problem:
     """What an optimizer step needs besides prompts and noise. rewards: at least those of `config.reward`, by name.
 
-    Raises UserError where the sampler does not fit the model, or a reward carries no gradient.
+    Raises UserError where the sampler does not fit the model or the method, or a reward the method.
     """
-    for name in config.reward:
-        if not rewards[name].differentiable:
+    method = config.objective.method
+    for name, one in config.reward.items():
+        if method != "ddpo" and not rewards[name].differentiable:
             raise UserError(
-                f"reward '{name}' carries no gradient (differentiable is False), which "
-                f"objective.method={config.objective.method} needs"
+                f"reward '{name}' carries no gradient (differentiable is False), which objective.method={method} "
+                "needs; objective.method=ddpo does without"
+            )
+        if method == "ddpo" and name in REWARDS and one.args.get("dropout"):
+            raise UserError(
+                f"reward.{name}.args.dropout is {one.args['dropout']}, which acts on gradients, and method ddpo takes "
+                "none of the reward; remove it"
             )
     scorer = Combined({name: (rewards[name], one.weight) for name, one in config.reward.items()})
     s = config.sampler
     schedule, solver = make_schedule(model.scheduler_config, s.steps, s.solver, s.spacing)
-    return Problem(
-        model, scorer, schedule, make_solver(solver, s.eta), s.guidance_scale, s.negative_prompt, config.objective
+    problem = Problem(
+        model,
+        scorer,
+        schedule,
+        make_solver(solver, s.eta),
+        s.guidance_scale,
+        s.negative_prompt,
+        config.objective,
+        s.eta,
     )
+    if method == "ddpo" and not random_steps(schedule, s.eta):
+        raise UserError(
+            f"sampler.steps is {s.steps}, none of which draws noise for ddpo to learn from; take more steps"
+        )
+    return problem

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from draftplus.diffusion.policy import History
 from draftplus.engine.files import whole_directory
 from draftplus.engine.optim import Ema, Parameters, load_optimizer_tensors, optimizer_tensors
 from draftplus.errors import UserError
@@ -19,7 +22,11 @@ from draftplus.errors import UserError
 
 @dataclass
 class State:
-    """Where training stands. step: complete optimizer steps. skipped: non-finite ones among them, `row` in a row."""
+    """Where training stands.
+
+    step: complete steps. skipped: updates that were not finite, `skipped_in_a_row` at the end. history: each prompt's
+    latest rewards, which DDPO remembers.
+    """
 
     parameters: Parameters
     optimizer: torch.optim.AdamW
@@ -28,6 +35,7 @@ class State:
     images: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
+    history: History = field(default_factory=dict)
     counters: tuple[str, ...] = field(default=("step", "images", "skipped", "skipped_in_a_row"), repr=False)
 
 
@@ -53,7 +61,7 @@ def save(directory: Path, state: State, keep: int) -> None:
             _write(target / "ema.safetensors", state.ema.shadow)
         numbers = {name: getattr(state, name) for name in state.counters}
         numbers["ema_updates"] = state.ema.updates if state.ema else 0
-        (target / "state.json").write_text(json.dumps(numbers), encoding="utf-8")
+        (target / "state.json").write_text(json.dumps({**numbers, "history": state.history}), encoding="utf-8")
     for step in saved_steps(directory)[:-keep]:
         shutil.rmtree(directory / step_name(step))
 
@@ -85,10 +93,38 @@ def restore(directory: Path, state: State) -> bool:
     load_optimizer_tensors(state.parameters, state.optimizer, moments)
     for name in state.counters:
         setattr(state, name, numbers[name])
+    state.history = numbers.get("history", {})  # earlier versions had none
     if state.ema is not None:
         state.ema.shadow = {name: averages[name].to(p) for name, p in state.parameters.items()}
         state.ema.updates = numbers["ema_updates"]
     return True
+
+
+@contextmanager
+def whole_or_not(state: State) -> Iterator[None]:
+    """Several updates as one: where an exception ends them, a stop or an error, the state is as it was before."""
+    weights = {name: p.detach().cpu().clone() for name, p in state.parameters.items()}
+    moments = {
+        name: tensor.cpu().clone() for name, tensor in optimizer_tensors(state.parameters, state.optimizer).items()
+    }
+    averages = {name: tensor.cpu().clone() for name, tensor in state.ema.shadow.items()} if state.ema else {}
+    numbers = {name: getattr(state, name) for name in state.counters}
+    updates = state.ema.updates if state.ema else 0
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for name, parameter in state.parameters.items():
+                parameter.copy_(weights[name])
+        state.optimizer.state.clear()
+        load_optimizer_tensors(state.parameters, state.optimizer, moments)
+        state.optimizer.zero_grad(set_to_none=True)
+        for name, number in numbers.items():
+            setattr(state, name, number)
+        if state.ema is not None:
+            state.ema.shadow = {name: averages[name].to(p) for name, p in state.parameters.items()}
+            state.ema.updates = updates
+        raise
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:

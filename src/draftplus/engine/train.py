@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from draftplus.config import Config, to_dict
-from draftplus.data.batches import batch, check_batch_sizes, steps_of_epochs
+from draftplus.data.batches import check_batch_sizes, steps_of_epochs
 from draftplus.data.prompts import load_prompts
 from draftplus.distributed import World, world
 from draftplus.engine import checkpoint, journal
 from draftplus.engine.build import build_model, build_problem, build_rewards, quiet_libraries
 from draftplus.engine.checkpoint import State, step_name
+from draftplus.engine.ddpo import ddpo_step
 from draftplus.engine.evaluate import EvaluationSet, Rewards, evaluate, evaluation_set
 from draftplus.engine.files import whole_directory
 from draftplus.engine.guards import stop_reason, write_best, write_stopped
 from draftplus.engine.interrupt import interruption
-from draftplus.engine.optim import Ema, gradient_norm, learning_rate, make_optimizer
-from draftplus.engine.parallel import check_mode, reduce_step
+from draftplus.engine.optim import Ema, learning_rate, make_optimizer
+from draftplus.engine.parallel import check_mode
 from draftplus.engine.progress import Advance, progress
 from draftplus.engine.run import forget_after, locked, write_config
-from draftplus.engine.step import accumulate
+from draftplus.engine.step import Abandonable, Setup, Shape, gradient_step
 from draftplus.errors import Interrupted, UserError
 from draftplus.types import Model
-
-MOST_SKIPPED_IN_A_ROW = 10
-FLOAT16_LOSS_SCALE = 2.0**12
 
 
 def train(config: Config, run: Path) -> Path:
@@ -46,7 +44,6 @@ def train(config: Config, run: Path) -> Path:
 
 
 def _train(config: Config, run: Path, here: World) -> None:
-    sizes = config.train
     micro = micro_batch_size(config, here.size)
     prompts = load_prompts(config.data.prompts)
     held_out = evaluation_set(config, prompts)
@@ -56,10 +53,9 @@ def _train(config: Config, run: Path, here: World) -> None:
     model = build_model(config.model, here.device, config.seed)
     rewards = build_rewards({**config.reward, **config.eval.rewards}, here.device)
     problem = build_problem(config, model, rewards)
-    shape = model.latent_shape(config.sampler.height, config.sampler.width)
-    parameters = model.trainable()
-    optimizer = make_optimizer(parameters, config.optim)
-    state = State(parameters, optimizer, Ema(parameters, config.optim.ema) if config.optim.ema else None)
+    setup = Setup(config, problem, prompts.train, latent_shape(config, model), micro, here)
+    state = initial_state(config, model)
+    take_step = step_of(config)
 
     restored = checkpoint.restore(run / "checkpoints", state)
     if len(set(here.gather(state.step))) > 1:
@@ -96,19 +92,14 @@ def _train(config: Config, run: Path, here: World) -> None:
                     break
 
                 began = time.perf_counter()
-                with interrupt.abandonable():
-                    share = batch(
-                        prompts.train, state.step, config.seed, sizes.global_batch_size, config.data.images_per_prompt,
-                        here.rank, here.size,
-                    )  # fmt: skip
-                    metrics = accumulate(
-                        problem, share, shape, config.seed, state.step, sizes.global_batch_size, micro,
-                        sizes.sampling_batch_size, FLOAT16_LOSS_SCALE if config.model.dtype == "float16" else 1.0,
-                    )  # fmt: skip
-                    means = metrics.named(reduce_step(list(parameters.values()), metrics.vector, here))
-
-                row = _update(state, config, means)
-                row["seconds"] = round(time.perf_counter() - began, 4)
+                means = take_step(setup, state, interrupt.abandonable)
+                rate = learning_rate(config.optim, state.step)
+                state.step += 1
+                state.images += config.train.global_batch_size
+                row = {
+                    "step": state.step, **means, "lr": rate, "images": state.images, "skipped": state.skipped,
+                    "seconds": round(time.perf_counter() - began, 4),
+                }  # fmt: skip
                 if here.is_main:
                     journal.append_row(run / "metrics.jsonl", row)
                     _log(loggers, "train/", row, state.step)
@@ -140,48 +131,32 @@ def total_steps(config: Config, prompts: int) -> int:
 
 
 def micro_batch_size(config: Config, ranks: int) -> int:
-    """Images per backward pass: `train.micro_batch_size`, or a rank's whole share of the batch where that is smaller.
+    """Images per backward pass: `train.micro_batch_size`, or a rank's whole share of an update where that is smaller.
 
-    Raises UserError where ranks or micro-batches do not divide the batch.
+    Raises UserError where ranks, DDPO's updates or micro-batches do not divide the batch.
     """
-    sizes = config.train
-    micro = min(sizes.micro_batch_size, max(1, sizes.global_batch_size // ranks))
-    check_batch_sizes(sizes.global_batch_size, micro, config.data.images_per_prompt, ranks)
+    sizes, objective = config.train, config.objective
+    updates = objective.ddpo.updates if objective.method == "ddpo" else 1
+    micro = min(sizes.micro_batch_size, max(1, sizes.global_batch_size // (ranks * updates)))
+    check_batch_sizes(sizes.global_batch_size, micro, config.data.images_per_prompt, ranks, updates)
     return micro
 
 
-def _update(state: State, config: Config, means: dict[str, float]) -> dict[str, Any]:
-    """One optimizer step from the gradients that are there; a non-finite one is skipped and counted."""
-    norm = gradient_norm(state.parameters, config.optim.grad_clip)
-    rate = learning_rate(config.optim, state.step)
-    if math.isfinite(norm) and math.isfinite(means["loss"]):
-        for group in state.optimizer.param_groups:
-            group["lr"] = rate
-        state.optimizer.step()
-        if state.ema is not None:
-            state.ema.update(state.parameters)
-        state.skipped_in_a_row = 0
-    else:
-        state.skipped += 1
-        state.skipped_in_a_row += 1
-        _refuse_non_finite(state, means, norm)
-    state.optimizer.zero_grad(set_to_none=True)
-    state.step += 1
-    state.images += config.train.global_batch_size
-    return {
-        "step": state.step, **means, "grad_norm": norm, "lr": rate, "images": state.images, "skipped": state.skipped,
-    }  # fmt: skip
+def step_of(config: Config) -> Callable[[Setup, State, Abandonable], dict[str, float]]:
+    """The function that takes one step of the configuration's method."""
+    return ddpo_step if config.objective.method == "ddpo" else gradient_step
 
 
-def _refuse_non_finite(state: State, means: dict[str, float], norm: float) -> None:
-    if state.step > 0 and state.skipped_in_a_row < MOST_SKIPPED_IN_A_ROW:
-        return
-    bad = [name for name, value in {**means, "grad_norm": norm}.items() if not math.isfinite(value)]
-    rewards = [name for name in bad if name.startswith("reward/")]
-    when = "at the first step" if state.step == 0 else f"in {MOST_SKIPPED_IN_A_ROW} steps in a row"
-    what = f"reward '{rewards[0].removeprefix('reward/')}' is" if rewards else f"{', '.join(bad)} is"
-    mend = "look at what it returns for images in [0, 1]" if rewards else "lower optim.lr, or use model.dtype=float32"
-    raise UserError(f"{what} not finite {when} (step {state.step + 1}); {mend}. Nothing of this step was kept")
+def initial_state(config: Config, model: Model) -> State:
+    """The state of a run that has not begun."""
+    parameters = model.trainable()
+    average = Ema(parameters, config.optim.ema) if config.optim.ema else None
+    return State(parameters, make_optimizer(parameters, config.optim), average)
+
+
+def latent_shape(config: Config, model: Model) -> Shape:
+    """(c, h, w) of one image's latents."""
+    return model.latent_shape(config.sampler.height, config.sampler.width)
 
 
 def _evaluate(

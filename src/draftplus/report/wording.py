@@ -7,7 +7,10 @@ from typing import Any
 
 from draftplus.config import flatten
 
-METHODS = {"draft": "DRaFT", "draft_lv": "DRaFT-LV", "refl": "ReFL", "alignprop": "AlignProp", "drtune": "DRTune"}
+METHODS = {
+    "draft": "DRaFT", "draft_lv": "DRaFT-LV", "refl": "ReFL", "alignprop": "AlignProp", "drtune": "DRTune",
+    "ddpo": "DDPO",
+}  # fmt: skip
 
 
 def describe(config: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from torch import Tensor
 from draftplus.errors import UserError
 from draftplus.rewards.arguments import refuse_unknown
 from draftplus.rewards.checkpoints import has_file, lacks, load_frozen, locate
+from draftplus.rewards.dropout import Dropout, dropout_rate
 from draftplus.rewards.preprocessing import Preprocessing, has_preprocessing, preprocess, read_preprocessing
 from draftplus.types import Reward
 
@@ -31,28 +33,38 @@ class ClipReward:
 
     kind "logit": exp(logit_scale)·cos, about 20-23 for PickScore (Kirstain et al. 2023). kind "cosine100":
     100·max(cos, 0), CLIPScore (Hessel et al. 2021, who scale by 2.5); no gradient where the cosine is negative.
+
+    dropout: the rate in the image tower, only where a gradient is taken: scores that measure are without noise.
     """
 
     differentiable = True
 
-    def __init__(self, model: Any, tokenizer: Any, preprocessing: Preprocessing, kind: Kind = "logit") -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, preprocessing: Preprocessing, kind: Kind = "logit", dropout: float = 0.0
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.preprocessing = preprocessing
         self.kind = kind
+        self.dropout = Dropout(model.vision_model.encoder.layers, dropout) if dropout else None
         self._text_features = lru_cache(CACHED_PROMPTS)(self._encode)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """images: (b, 3, H, W) in [0, 1]; prompts: b strings. Returns (b,) in float32, or wider if the weights are."""
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
-        pixels = preprocess(images, self.preprocessing)  # (b, 3, h, w)
-        features = self.model.get_image_features(pixel_values=pixels.to(self.model.dtype)).pooler_output
         text = torch.stack([self._text_features(prompt) for prompt in prompts])  # (b, d)
-        cosine = (_normalized(features) * text).sum(dim=-1)  # (b,)
+        cosine = (self.image_features(images) * text).sum(dim=-1)  # (b,)
         if self.kind == "cosine100":
             return 100 * cosine.clamp(min=0)
         return self.model.logit_scale.to(cosine.dtype).exp() * cosine
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """images: (b, 3, H, W) in [0, 1]. Returns (b, d) of length 1."""
+        pixels = preprocess(images, self.preprocessing).to(self.model.dtype)  # (b, 3, h, w)
+        noisy = self.dropout is not None and images.requires_grad and torch.is_grad_enabled()
+        with self.dropout.active(len(images)) if self.dropout and noisy else nullcontext():
+            return _normalized(self.model.get_image_features(pixel_values=pixels).pooler_output)
 
     @torch.no_grad()
     def _encode(self, prompt: str) -> Tensor:
@@ -75,12 +87,13 @@ def load_clip_reward(
     revision: str | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    dropout: float = 0.0,
 ) -> ClipReward:
     """The reward of a transformers `CLIPModel` checkpoint.
 
     path: directory or hub id, at `revision`. processor: the directory or hub id of tokenizer and preprocessing; None:
-    path. dtype: of the weights, float32 unless given, whatever they are stored in. UserError where files are missing or
-    broken, or the weights are a pickle that needs code.
+    path. dtype: of the weights, float32 unless given, whatever they are stored in. dropout: in [0, 1). UserError where
+    files are missing or broken, or the weights are a pickle that needs code.
     """
     from transformers import AutoTokenizer, CLIPModel
 
@@ -95,16 +108,16 @@ def load_clip_reward(
     size = model.config.vision_config.image_size
     if preprocessing.crop is not None and preprocessing.crop != (size, size):
         raise UserError(f"'{source}' crops to {preprocessing.crop}, the network in '{weights}' takes {(size, size)}.")
-    return ClipReward(model, tokenizer, preprocessing, kind)
+    return ClipReward(model, tokenizer, preprocessing, kind, dropout)
 
 
 def load_emoji_clip(path: str | None, args: Mapping[str, Any], device: Any, dtype: torch.dtype | None) -> Reward:
-    """The embedded reward of emoji, exp(logit_scale)·cos. args: processor, revision."""
+    """The embedded reward of emoji, exp(logit_scale)·cos. args: processor, revision, dropout."""
     return _load("emoji_clip", path or str(EMOJI_CLIP), args, "logit", device, dtype)
 
 
 def load_pickscore(path: str | None, args: Mapping[str, Any], device: Any, dtype: torch.dtype | None) -> Reward:
-    """PickScore v1 (Kirstain et al. 2023), exp(logit_scale)·cos, about 20-23. args: processor, revision.
+    """PickScore v1 (Kirstain et al. 2023), exp(logit_scale)·cos, about 20-23. args: processor, revision, dropout.
 
     The published weights come without tokenizer and preprocessing: those of the network that they were tuned from
     serve, unless the directory in `path` has its own or args.processor names others.
@@ -115,10 +128,11 @@ def load_pickscore(path: str | None, args: Mapping[str, Any], device: Any, dtype
 
 
 def load_clip_score(path: str | None, args: Mapping[str, Any], device: Any, dtype: torch.dtype | None) -> Reward:
-    """CLIPScore, 100·max(cos, 0) of any CLIPModel, ViT-B/32 unless given. args: processor, revision."""
+    """CLIPScore, 100·max(cos, 0) of any CLIPModel, ViT-B/32 unless given. args: processor, revision, dropout."""
     return _load("clip_score", path or CLIP_SCORE, args, "cosine100", device, dtype)
 
 
 def _load(name: str, path: str, args: Mapping[str, Any], kind: Kind, device: Any, dtype: torch.dtype | None) -> Reward:
-    refuse_unknown(name, args, ("processor", "revision"))
+    refuse_unknown(name, args, ("processor", "revision", "dropout"))
+    args = {**args, "dropout": dropout_rate(name, args)}
     return load_clip_reward(path, kind=kind, device=device, dtype=dtype, **args)

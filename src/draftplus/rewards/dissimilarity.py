@@ -1,0 +1,65 @@
+"""How unlike the other images of its batch an image is: the second remedy that DRaFT's authors tried."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from draftplus.errors import UserError
+from draftplus.rewards.arguments import refuse_unknown
+from draftplus.rewards.clip import EMOJI_CLIP, load_clip_reward
+from draftplus.types import Reward
+
+
+@dataclass
+class Dissimilarity:
+    """The mean of 1 - cos to the other images that are scored with it, in [0, 2]; differentiable in all of them.
+
+    features: images (b, 3, H, W) to (b, d) of length 1. same_prompt: compare with images of the same prompt only.
+    Unlike other rewards it is a property of a batch: of the micro-batch in training, on one process.
+    """
+
+    features: Callable[[Tensor], Tensor]
+    same_prompt: bool = False
+    differentiable: bool = True
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """images: (b, 3, H, W) in [0, 1]; prompts: b strings. Returns (b,). UserError for an image without another."""
+        alike = [[not self.same_prompt or one == other for other in prompts] for one in prompts]
+        others = torch.tensor(alike, device=images.device).fill_diagonal_(False)  # (b, b)
+        counts = others.sum(1)
+        if counts.min() == 0:
+            raise UserError(_alone(len(images), prompts[int(counts.argmin())], self.same_prompt))
+        features = self.features(images)
+        distances = 1 - features @ features.T  # (b, b)
+        return (distances * others).sum(1) / counts
+
+
+def _alone(images: int, prompt: str, same_prompt: bool) -> str:
+    if images == 1 or not same_prompt:
+        return (
+            "reward 'dissimilarity' compares the images of a micro-batch and was given one; set train.micro_batch_size "
+            "to 2 or more, such that no single image is left over in training or evaluation"
+        )
+    return (
+        f"reward 'dissimilarity' with same_prompt was given one image only of '{prompt}', of {images} images; set "
+        "data.images_per_prompt to 2 or more and train.micro_batch_size to a multiple of it"
+    )
+
+
+def load_dissimilarity(path: str | None, args: Mapping[str, Any], device: Any, dtype: torch.dtype | None) -> Reward:
+    """In the image space of a CLIPModel, emoji_clip's unless `path` names one.
+
+    args: same_prompt (default false), processor, revision.
+    """
+    refuse_unknown("dissimilarity", args, ("same_prompt", "processor", "revision"))
+    same_prompt = args.get("same_prompt", False)
+    if not isinstance(same_prompt, bool):
+        raise UserError(f"reward 'dissimilarity' has same_prompt {same_prompt!r} in args: true or false is needed.")
+    where = {key: args[key] for key in ("processor", "revision") if key in args}
+    network = load_clip_reward(path or EMOJI_CLIP, device=device, dtype=dtype, **where)
+    return Dissimilarity(network.image_features, same_prompt)

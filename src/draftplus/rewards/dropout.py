@@ -1,0 +1,57 @@
+"""Dropout inside a frozen reward network, against overfitting to it; one of two remedies that DRaFT's authors tried."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from draftplus import rng
+from draftplus.errors import UserError
+
+
+def dropout_rate(name: str, args: Mapping[str, Any]) -> float:
+    """`args.dropout` of a reward, 0 where it is not given. UserError for what is not in [0, 1)."""
+    rate = args.get("dropout", 0.0)
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < 1:
+        raise UserError(f"reward '{name}' has dropout {rate!r} in args: a number from 0 to below 1, such as 0.1.")
+    return float(rate)
+
+
+class Dropout:
+    """Dropout on the outputs of each attention and each MLP block, before they join the residual stream.
+
+    Those are the places of Vaswani et al. 2017 (section 5.4). It acts inside `active` alone. Each image's noise is
+    addressed (`rng.samples`), so that neither micro-batches nor ranks nor resuming change it.
+    """
+
+    def __init__(self, blocks: Iterable[Any], rate: float) -> None:
+        """blocks: transformer layers with `self_attn` and `mlp`, whose outputs are (b, tokens, width)."""
+        self.rate = rate
+        self._generators: list[torch.Generator] = []
+        for block in blocks:
+            for part in (block.self_attn, block.mlp):
+                part.register_forward_hook(self._hook)
+
+    @contextmanager
+    def active(self, images: int) -> Iterator[None]:
+        """Inside, a forward pass of so many images is noisy; each time by another draw."""
+        self._generators = rng.generators("dropout", images)
+        try:
+            yield
+        finally:
+            self._generators = []
+
+    def _hook(self, module: nn.Module, inputs: Any, output: Any) -> Any:
+        if not self._generators:
+            return output
+        if isinstance(output, tuple):  # attention returns its weights too
+            return self._drop(output[0]), *output[1:]
+        return self._drop(output)
+
+    def _drop(self, hidden: Tensor) -> Tensor:
+        kept = [torch.empty(hidden.shape[1:]).bernoulli_(1 - self.rate, generator=g) for g in self._generators]
+        return hidden * (torch.stack(kept) / (1 - self.rate)).to(hidden)
