@@ -191,7 +191,9 @@ def sweep(
     failed = list(manifest.with_status("failed"))
     for entry in failed:
         print(f"failed: {entry.name}: {entry.error}", file=sys.stderr)
-    print(f"{sum(1 for _ in manifest.with_status('finished'))} of {len(manifest.runs)} runs finished: {planned.directory}")
+    print(
+        f"{sum(1 for _ in manifest.with_status('finished'))} of {len(manifest.runs)} runs finished: {planned.directory}"
+    )
     if page is not None:
         print(f"report:  {page}")
     if failed:

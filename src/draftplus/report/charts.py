@@ -17,8 +17,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 # placeholder colour -> CSS variable; values that no chart would use
-INK, GRID, FAINT, LINE, MARK = "#010203", "#010204", "#010205", "#010206", "#010207"
-VARIABLES = {INK: "--muted", GRID: "--grid", FAINT: "--line-faint", LINE: "--line", MARK: "--mark"}
+INK, GRID, FAINT, LINE, MARK, TEXT, PAGE = (f"#0102{i:02x}" for i in range(3, 10))
+SERIES = tuple(f"#0103{i:02x}" for i in range(10))
+VARIABLES = {INK: "--muted", GRID: "--grid", FAINT: "--line-faint", LINE: "--line", MARK: "--mark", TEXT: "--ink",
+             PAGE: "--page", **{colour: f"--s{i}" for i, colour in enumerate(SERIES)}}  # fmt: skip
 
 STYLE = {
     "svg.fonttype": "none",
@@ -94,10 +96,10 @@ def draw(chart: Chart, prefix: str) -> str:
         figure.savefig(
             buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
         )
-    return _inline(buffer.getvalue(), prefix, chart.title)
+    return inline(buffer.getvalue(), prefix, chart.title)
 
 
-def _inline(svg: str, prefix: str, title: str) -> str:
+def inline(svg: str, prefix: str, title: str) -> str:
     """Matplotlib's SVG document as an element of an HTML page: its own ids, the page's colours, any width."""
     body = svg[svg.index("<svg") :]
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)

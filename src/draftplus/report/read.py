@@ -24,7 +24,8 @@ class Run:
     """What a run directory holds.
 
     steps: the rows of metrics.jsonl. evaluations: the rows of eval.jsonl. samples: by step, the picture of each
-    (prompt index, seed). missing: what was not there, in words.
+    (prompt index, seed). best, stopped: best.json, and stopped.json of a run that a guard ended. missing: what was
+    not there, in words.
     """
 
     directory: Path
@@ -35,6 +36,7 @@ class Run:
     grids: dict[int, Path] = field(default_factory=dict)
     prompts: list[str] = field(default_factory=list)
     best: dict[str, Any] = field(default_factory=dict)
+    stopped: dict[str, Any] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
 
     @property
@@ -54,8 +56,8 @@ def read_run(directory: Path) -> Run:
     run.steps = _read_rows(run, "metrics.jsonl", "no training curves")
     run.evaluations = _read_rows(run, "eval.jsonl", "no held-out numbers")
     _read_samples(run)
-    best = _read_json(run, "best.json")
-    run.best = best if isinstance(best, dict) else {}
+    run.best = _read_object(run, "best.json")
+    run.stopped = _read_object(run, "stopped.json")
     if not (run.config or run.steps or run.evaluations or run.samples or run.grids):
         raise UserError(
             f"{directory}: not a run directory; it has no config.yaml, metrics.jsonl, eval.jsonl or samples/"
@@ -118,6 +120,11 @@ def _read_samples(run: Run) -> None:
         run.prompts = [str(prompt) for prompt in prompts]
     else:
         run.missing.append("samples/prompts.json (prompts are shown by number)")
+
+
+def _read_object(run: Run, name: str) -> dict[str, Any]:
+    value = _read_json(run, name)
+    return value if isinstance(value, dict) else {}
 
 
 def _read_json(run: Run, name: str) -> Any:

@@ -111,9 +111,7 @@ def expand(grid: Mapping[str, Sequence[str]], runs: Sequence[Mapping[str, Sequen
     if count > MOST_RUNS:
         sizes = ", ".join(f"{key}: {len(values)}" for key, values in grids[0].items() if len(values) > 1)
         raise UserError(f"the grid has {count:,} runs ({sizes}); a sweep has at most {MOST_RUNS:,}")
-    expanded = [
-        dict(zip(one, values, strict=True)) for one in grids for values in itertools.product(*one.values())
-    ]
+    expanded = [dict(zip(one, values, strict=True)) for one in grids for values in itertools.product(*one.values())]
     for i, settings in enumerate(expanded):
         if settings in expanded[:i]:
             raise UserError(f"{' '.join(arguments(settings))} is in the sweep twice; give each value once")

@@ -163,7 +163,9 @@ def _show(plan: Plan, manifest: Manifest, active: Sequence[_Attempt], advance: A
         over = _entry(manifest, run).status in ("finished", "failed")  # a failed one has no steps left either
         done += run.steps if over else _steps(plan.directory / run.name) if run.name in under_way else 0
     over_count = sum(_entry(manifest, run).status in ("finished", "failed") for run in plan.runs)
-    advance(done, f"steps; run {min(over_count + 1, len(plan.runs))} of {len(plan.runs)}: {', '.join(sorted(under_way))}")
+    advance(
+        done, f"steps; run {min(over_count + 1, len(plan.runs))} of {len(plan.runs)}: {', '.join(sorted(under_way))}"
+    )
 
 
 def _steps(run: Path) -> int:

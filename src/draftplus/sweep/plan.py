@@ -143,7 +143,9 @@ def _refuse_twins(runs: Sequence[PlannedRun]) -> None:
     for run in runs:
         key = json.dumps({**to_dict(run.config), "name": None}, sort_keys=True)
         if key in seen:
-            raise UserError(f"{' '.join(run.settings)} is the same run as {' '.join(seen[key].settings)}; leave one out")
+            raise UserError(
+                f"{' '.join(run.settings)} is the same run as {' '.join(seen[key].settings)}; leave one out"
+            )
         seen[key] = run
 
 

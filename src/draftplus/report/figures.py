@@ -1,0 +1,283 @@
+"""The figures of a comparison: the trade-off, both sides of it against the KL coefficient, and training curves.
+
+Each is drawn by one function, in the page's colours for the page and in print colours for the files. What the page's
+script needs to find is told in the ids of the groups of the SVG: `mark-POINT-SERIES`, `line-SERIES`, `run-RUN-SERIES`.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from draftplus.report import charts
+from draftplus.report.looks import ON_PAGE, ON_PAPER, Ink, Look
+from draftplus.report.points import FINAL, Figures, Mean, Point, Series, pareto
+
+DASHES = (0, (3, 2))
+SVG_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure that can be drawn in any colours. paint: draws on axes. legend: the series that it shows, by look.
+
+    wide, narrow: sizes in inches, of the file and the page, and of a narrow page; None where one size is for both.
+    """
+
+    name: str
+    title: str
+    paint: Callable[[Axes, Ink], None]
+    legend: Mapping[str, Look]
+    wide: tuple[float, float] = (4.6, 3.0)
+    narrow: tuple[float, float] | None = None
+
+    def element(self, prefix: str) -> str:
+        """The figure as <svg> elements for the page, in its colours, each size with a class."""
+        sizes = [(self.wide, "wide"), (self.narrow, "narrow")] if self.narrow else [(self.wide, "any")]
+        return "".join(
+            f'<div class="size-{name}">{self._svg(size, f"{prefix}-{name}")}</div>' for size, name in sizes if size
+        )
+
+    def _svg(self, size: tuple[float, float], prefix: str) -> str:
+        with rc_context(ON_PAGE.style()):
+            figure = Figure(figsize=size)
+            self.paint(_axes(figure, size), ON_PAGE)
+            buffer = io.StringIO()
+            figure.savefig(buffer, format="svg", transparent=True, metadata=SVG_METADATA)
+        svg = charts.inline(buffer.getvalue(), prefix, self.title)
+        svg = re.sub(rf'id="{prefix}-mark-(\d+)-(\d+)"', r'class="mark" data-point="\1" data-series="\2"', svg)
+        svg = re.sub(rf'id="{prefix}-run-(\d+)-(\d+)"', r'class="run" data-run="\1" data-series="\2"', svg)
+        svg = re.sub(rf'id="{prefix}-flag-(\d+)-(\d+)"', r'class="flag" data-run="\1" data-series="\2"', svg)
+        return re.sub(rf'id="{prefix}-line-(\d+)"', r'data-series="\1"', svg)
+
+    def save(self, directory: Path) -> list[Path]:
+        """Writes the figure as PNG and SVG, with a title and a legend, and returns the paths."""
+        with rc_context({**ON_PAPER.style(), "font.size": 10}):
+            rows = -(-len(self.legend) // 3) if len(self.legend) > 1 else 0
+            height = self.wide[1] + 0.35 + 0.24 * rows
+            figure = Figure(figsize=(max(self.wide[0], 5.6), height), facecolor=ON_PAPER.page)
+            axes = figure.add_axes((0.11, (0.55 + 0.24 * rows) / height, 0.86, 1 - (0.95 + 0.24 * rows) / height))
+            self.paint(axes, ON_PAPER)
+            axes.set_title(self.title, color=ON_PAPER.text, fontsize=11, loc="left")
+            if rows:
+                figure.legend(
+                    [_handle(look) for look in self.legend.values()], list(self.legend), loc="lower center", ncols=3,
+                    frameon=False, fontsize=8.5, labelcolor=ON_PAPER.text,
+                )  # fmt: skip
+            paths = [directory / f"{self.name}.{kind}" for kind in ("png", "svg")]
+            figure.savefig(paths[0], dpi=200)
+            figure.savefig(paths[1], metadata=SVG_METADATA)
+        return paths
+
+
+def _axes(figure: Figure, size: tuple[float, float]) -> Axes:
+    left, bottom = 0.58 / size[0], 0.5 / size[1]
+    return figure.add_axes((left, bottom, 1 - left - 0.12 / size[0], 1 - bottom - 0.12 / size[1]))
+
+
+def _handle(look: Look) -> object:
+    from matplotlib.lines import Line2D
+
+    colour = ON_PAPER.series[look.colour]
+    return Line2D(
+        [], [], color=colour, marker=look.marker, markersize=5, linestyle=DASHES if look.dashed else "-",
+        markerfacecolor=ON_PAPER.page if look.hollow else colour,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Numbering:
+    """The places of series and points in the page's data."""
+
+    series: Mapping[str, int]
+    points: Mapping[int, int]  # by id() of the point
+
+    def mark(self, point: Point) -> str:
+        return f"mark-{self.points[id(point)]}-{self.series[point.series]}"
+
+
+def trade_off(figures: Figures, reward: str, looks: Mapping[str, Look], numbers: Numbering, unit: str) -> Drawing:
+    """Diversity against reward: a line for each method, the base model, and the Pareto front as rings."""
+
+    def paint(axes: Axes, ink: Ink) -> None:
+        front = pareto(figures.shown(), reward)
+        for series in figures.series:
+            if ink is ON_PAGE or series.shown:
+                _line(axes, ink, looks[series.name], numbers, series, lambda p: p.reward(reward), lambda p: p.lpips)
+        for point in figures.base:
+            _base_mark(axes, ink, numbers, point, reward)
+        for point in front:
+            at = point.reward(reward)
+            assert at is not None
+            gid = f"line-{numbers.series[point.series]}"
+            axes.plot(
+                at.value, point.lpips.value, "o", markersize=12, markerfacecolor="none", markeredgecolor=ink.text,
+                markeredgewidth=0.9, alpha=0.55, gid=gid, zorder=1.5,
+            )  # fmt: skip
+        axes.grid(True, axis="both")
+        axes.set_xlabel(f"held-out reward, {reward}{unit} (higher is better)")
+        axes.set_ylabel("diversity, mean pairwise LPIPS")
+        axes.margins(0.06, 0.08)
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+        axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+
+    legend = {series.name: looks[series.name] for series in figures.series if series.shown}
+    name = "trade-off" if len(figures.rewards) == 1 else f"trade-off-{slug(reward)}"
+    return Drawing(name, f"Diversity against reward ({reward})", paint, legend, (7.6, 4.3), (4.4, 4.3))
+
+
+def _base_mark(axes: Axes, ink: Ink, numbers: Numbering, point: Point, reward: str) -> None:
+    at = point.reward(reward)
+    if at is None:
+        return
+    axes.plot(
+        at.value, point.lpips.value, "*", markersize=15, color=ink.text, markeredgecolor=ink.page, zorder=5,
+        gid=numbers.mark(point),
+    )  # fmt: skip
+    axes.annotate(
+        point.label, (at.value, point.lpips.value), xytext=(10, 6), textcoords="offset points", color=ink.text
+    )
+
+
+def _line(
+    axes: Axes, ink: Ink, look: Look, numbers: Numbering, series: Series, across: Callable[[Point], Mean | None],
+    up: Callable[[Point], Mean | None],
+) -> None:  # fmt: skip
+    """A line through the series' path, its own points marked, with error bars over seeds."""
+    colour, gid = ink.series[look.colour], f"line-{numbers.series[series.name]}"
+    path = [(x.value, y.value) for p in series.path() if (x := across(p)) is not None and (y := up(p)) is not None]
+    if len(path) > 1:
+        axes.plot(
+            *zip(*path, strict=True), color=colour, linewidth=1.3 if look.dashed else 2.2, zorder=2, gid=gid,
+            linestyle=DASHES if look.dashed else "-", alpha=0.85,
+        )  # fmt: skip
+    for point in series.points:
+        x, y = across(point), up(point)
+        if x is None or y is None:
+            continue
+        if x.error or y.error:
+            bar = axes.errorbar(
+                x.value, y.value, y.error or None, x.error or None, fmt="none", ecolor=colour, elinewidth=1.1, alpha=0.7
+            )
+            for artist in bar.get_children():
+                artist.set_gid(gid)
+        axes.plot(
+            x.value, y.value, look.marker, markersize=5 if look.hollow else 7.5, color=colour, zorder=4,
+            markerfacecolor=ink.page if look.hollow else colour, gid=numbers.mark(point),
+            markeredgecolor=colour if look.hollow else ink.page, markeredgewidth=1.2 if look.hollow else 0.8,
+        )  # fmt: skip
+
+
+def against_kl(
+    figures: Figures, reward: str | None, looks: Mapping[str, Look], numbers: Numbering, unit: str = ""
+) -> Drawing | None:
+    """Diversity (reward None) or a reward against the KL coefficient, 0 included; None with fewer than two of them."""
+    lines = [s for s in figures.series if s.kind == FINAL and any(p.x > 0 for p in s.points)]
+    coefficients = sorted({point.x for series in lines for point in series.path()})
+    if len(coefficients) < 2:
+        return None
+    place = _places(coefficients)
+
+    def up(point: Point) -> Mean | None:
+        return point.lpips if reward is None else point.reward(reward)
+
+    def paint(axes: Axes, ink: Ink) -> None:
+        for series in lines:
+            _line(axes, ink, looks[series.name], numbers, series, lambda p: Mean(place[p.x]), up)
+            if series.start is not None and (at := up(series.start)) is not None:
+                own = looks[series.start.series]
+                axes.plot(
+                    place[0.0], at.value, own.marker, markersize=7.5, color=ink.series[own.colour], zorder=4,
+                    markeredgecolor=ink.page, gid=numbers.mark(series.start),
+                )  # fmt: skip
+        for point in figures.base:
+            if (at := up(point)) is not None:
+                axes.axhline(at.value, color=ink.text, linewidth=1.1, linestyle=DASHES, zorder=1)
+                above = reward is None
+                axes.annotate(
+                    point.label, (0.01 if reward is None else 0.99, at.value), xycoords=("axes fraction", "data"),
+                    xytext=(0, 4 if above else 4), textcoords="offset points", color=ink.text,
+                    ha="left" if reward is None else "right",
+                )  # fmt: skip
+        shown = coefficients if len(coefficients) <= 9 else coefficients[:: -(-len(coefficients) // 9)]
+        axes.set_xticks([place[one] for one in shown], [f"{one:g}" for one in shown])
+        axes.set_xlabel("KL coefficient β (logarithmic; 0 is DRaFT)" if 0 in place else "KL coefficient β")
+        axes.set_ylabel("diversity, mean LPIPS" if reward is None else f"held-out reward, {reward}{unit}")
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+        axes.margins(0.05, 0.14)
+
+    several = len(figures.rewards) > 1 and reward is not None
+    name = "diversity-kl" if reward is None else f"reward-kl-{slug(reward)}" if several else "reward-kl"
+    title = (
+        "Diversity against the KL coefficient" if reward is None else f"Reward ({reward}) against the KL coefficient"
+    )
+    return Drawing(name, title, paint, {series.name: looks[series.name] for series in lines})
+
+
+def _places(coefficients: Sequence[float]) -> dict[float, float]:
+    """Where each coefficient stands: by its logarithm, and 0 as far from the smallest as they are apart."""
+    positive = [one for one in coefficients if one > 0]
+    logs = [math.log10(one) for one in positive]
+    gap = (logs[-1] - logs[0]) / (len(logs) - 1) if len(logs) > 1 else 1.0
+    return {one: math.log10(one) if one > 0 else logs[0] - gap for one in coefficients}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One run's curve. series: the method that it is coloured by. flags: (step, value, marker) of best and stopped."""
+
+    run: int
+    series: str
+    steps: Sequence[int]
+    values: Sequence[float]
+    marked: bool
+    flags: Sequence[tuple[int, float, str]] = ()
+
+
+def training(name: str, title: str, unit: str, curves: Sequence[Curve], looks: Mapping[str, Look],
+             numbers: Mapping[str, int]) -> Drawing:  # fmt: skip
+    """The curves of all runs over optimizer steps, coloured by method."""
+
+    def paint(axes: Axes, ink: Ink) -> None:
+        width = 1.7 if len(curves) <= 12 else 1.1
+        for curve in curves:
+            colour, series = ink.series[looks[curve.series].colour], numbers[curve.series]
+            marker = looks[curve.series].marker if curve.marked and len(curves) <= 12 else None
+            axes.plot(
+                curve.steps, curve.values, color=colour, linewidth=width, alpha=0.8, gid=f"run-{curve.run}-{series}",
+                marker=marker or ("o" if len(curve.steps) == 1 else None), markersize=4,
+            )  # fmt: skip
+            for step, value, flag in curve.flags:
+                axes.plot(
+                    step, value, flag, markersize=9 if flag == "*" else 8, color=colour, zorder=5,
+                    markeredgecolor=ink.page if flag == "*" else ink.text, markeredgewidth=0.7 if flag == "*" else 1.8,
+                    gid=f"flag-{curve.run}-{series}",
+                )  # fmt: skip
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel(unit)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+        axes.margins(0.02, 0.08)
+
+    shown = dict.fromkeys(curve.series for curve in curves)
+    return Drawing(f"training-{name}", title, paint, {series: looks[series] for series in shown}, (4.6, 2.7))
+
+
+def thinned(values: Sequence[float], most: int) -> np.ndarray:
+    """The places of at most `most` values, evenly spaced, the last included."""
+    return np.unique(np.linspace(0, len(values) - 1, min(most, len(values))).round().astype(int))
+
+
+def slug(text: str) -> str:
+    """A name for a file."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower() or "reward"
