@@ -16,7 +16,7 @@ from typing import Any
 from draftplus import __version__
 from draftplus.report import figures, mosaics, summary, tables
 from draftplus.report.figures import Curve, Drawing, Numbering
-from draftplus.report.grouping import Comparison, comparisons, finished, seed_of
+from draftplus.report.grouping import Comparison, comparisons, differing_keys, finished, seed_of
 from draftplus.report.inputs import Target
 from draftplus.report.looks import looks_of, spare_look
 from draftplus.report.markup import cards, chips, figure_block, missing_block, problems_block
@@ -91,7 +91,7 @@ class Report:
         told = section.figures
         for reward in told.rewards:
             if sum(point.reward(reward) is not None for point in told.points()) > 1:
-                yield figures.trade_off(told, reward, self.looks, self.numbering, "")
+                yield figures.trade_off(told, reward, self.looks, self.numbering)
         for which in (None, *told.rewards):
             drawing = figures.against_kl(told, which, self.looks, self.numbering)
             if drawing is not None:
@@ -133,7 +133,7 @@ class Report:
             kept = [kept[i] for i in figures.thinned(kept, MOST_VERTICES)]
         flags: list[tuple[int, float, str]] = []
         if held_out:
-            best = [(s, v, "*") for s, v in kept if s == run.best.get("step")]
+            best = [(s, v, "*") for s, v in kept if s == run.best.get("step") != kept[-1][0]]
             flags = [*(best if key != "lpips" else []), *([(*kept[-1], "x")] if run.stopped else [])]
         steps, values = [step for step, _ in kept], [value for _, value in kept]
         return Curve(self.run_numbers[id(run)], self.methods[id(run)], steps, values, held_out, flags)
@@ -201,7 +201,7 @@ class Report:
 
     def _search(self, run: Run) -> str:
         section = next(one for one in self.sections if run in one.comparison.runs)
-        return tables.search_text(run, tables.differing_keys(section.comparison.runs))
+        return tables.search_text(run, differing_keys(section.comparison.runs))
 
     def _told(self, number: int, point: Point) -> dict[str, Any]:
         rows = []
@@ -229,16 +229,16 @@ class Report:
         parts += self._drawn(section, drawings, missing)
         parts += self._pictures(section, missing)
         told = []
-        for drawing in self.curves(section):
+        for name, (title, unit, note, lines) in self.curve_data(section).items():
+            drawing = figures.training(name, title, unit, lines, self.looks, self.series)
             prefix = f"{section.prefix}{drawing.name}"
-            data = self.curve_data(section)[drawing.name.removeprefix("training-")]
-            curves[prefix] = {c.run: [list(c.steps), [float(f"{v:.5g}") for v in c.values]] for c in data[3]}
-            caption = f"<strong>{escape(drawing.title)}</strong> {escape(data[2][0].upper() + data[2][1:])}."
+            curves[prefix] = {line.run: [list(line.steps), [float(f"{v:.5g}") for v in line.values]] for line in lines}
+            caption = f"<strong>{escape(title)}</strong> {escape(note[0].upper() + note[1:])}."
             told.append(figure_block(drawing.element(f"c{prefix}"), caption, "curve", f' data-curves="{prefix}"'))
         if told:
             parts.append(
                 "<section><h2>Training curves</h2><p>A line is a run, coloured by its method. "
-                "★ is the best evaluation, × the step at which a guard ended the run.</p>"
+                "★ is the best evaluation where it is not the last, × where a guard ended the run.</p>"
                 f'<div class="charts">{"".join(told)}</div></section>'
             )
         if not told:
@@ -247,8 +247,9 @@ class Report:
             series_of = {id(run): self.series[self.methods[id(run)]] for run in section.comparison.runs}
             table = tables.runs_table(section.comparison, section.figures.rewards, series_of)
             parts.append(
-                f"<section><h2>What differs, and what came out</h2><p>A row is a run. A click on a heading sorts.</p>{table}</section>"
-            )  # noqa: E501
+                "<section><h2>What differs, and what came out</h2><p>A row is a run. A click on a heading sorts.</p>"
+                f"{table}</section>"
+            )
         if self.targets and section is self.sections[-1]:
             parts.append(
                 "<section><h2>Evaluated models</h2><p>From <code>draftplus evaluate</code>; brackets are 95% "
@@ -269,8 +270,8 @@ class Report:
                 "<section><h2>The trade-off</h2><p>Up is more varied, right is a higher reward: the best place is the "
                 "upper right. A line is one method; its marks are its settings. Dashed lines need no further training: "
                 "stopping early, scaling the LoRA, or annealing from the base model. Rings are the Pareto front, the "
-                "marks that no other beats in both. Bars are one standard error of the mean over training seeds; a mark "
-                f"without bars is one run.</p>{blocks}</section>"
+                "marks that no other beats in both. Bars are one standard error of the mean over training seeds; a "
+                f"mark without bars is one run.</p>{blocks}</section>"
             )
         else:
             missing.append(("trade-off", "needs eval.jsonl with a reward and LPIPS of two settings or more"))
@@ -285,7 +286,7 @@ class Report:
                 f'<div class="charts">{blocks}</div></section>'
             )
         else:
-            told = "needs runs of one method at two KL coefficients or more: draftplus sweep emoji objective.kl_coeff=0,1,10"
+            told = "needs one method at two KL coefficients or more: draftplus sweep emoji objective.kl_coeff=0,1,10"
             missing += [("diversity against the KL coefficient", told), ("reward against the KL coefficient", told)]
 
     def _pictures(self, section: Section, missing: list[tuple[str, str]]) -> Iterator[str]:
@@ -301,8 +302,8 @@ class Report:
             for n, p in enumerate(shown)
         )
         yield (
-            '<section class="grids"><h2>The same noise, by method</h2><p>A row is one seed: all its pictures start from '
-            "the same noise. Columns go from the base model over strong to weak KL terms to the methods without.</p>"
+            '<section class="grids"><h2>The same noise, by method</h2><p>A row is one seed: all its pictures start '
+            "from the same noise. Columns: the base model, strong to weak KL terms, the methods without.</p>"
             f'<p><label>Prompt <select class="prompts">{options}</select></label></p>'
             f"{mosaics.same_seed_grids(columns, prompts, self.series)}</section>"
             "<section><h2>Base against tuned</h2><p>A column is one prompt and seed, a row one model.</p>"

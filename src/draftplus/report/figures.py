@@ -12,16 +12,19 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from draftplus.report import charts
+from draftplus.report.grouping import Mean
 from draftplus.report.looks import ON_PAGE, ON_PAPER, Ink, Look
-from draftplus.report.points import FINAL, Figures, Mean, Point, Series, pareto
+from draftplus.report.points import FINAL, Figures, Point, Series, pareto
 
 DASHES = (0, (3, 2))
 SVG_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -85,9 +88,7 @@ def _axes(figure: Figure, size: tuple[float, float]) -> Axes:
     return figure.add_axes((left, bottom, 1 - left - 0.12 / size[0], 1 - bottom - 0.12 / size[1]))
 
 
-def _handle(look: Look) -> object:
-    from matplotlib.lines import Line2D
-
+def _handle(look: Look) -> Line2D:
     colour = ON_PAPER.series[look.colour]
     return Line2D(
         [], [], color=colour, marker=look.marker, markersize=5, linestyle=DASHES if look.dashed else "-",
@@ -106,7 +107,7 @@ class Numbering:
         return f"mark-{self.points[id(point)]}-{self.series[point.series]}"
 
 
-def trade_off(figures: Figures, reward: str, looks: Mapping[str, Look], numbers: Numbering, unit: str) -> Drawing:
+def trade_off(figures: Figures, reward: str, looks: Mapping[str, Look], numbers: Numbering) -> Drawing:
     """Diversity against reward: a line for each method, the base model, and the Pareto front as rings."""
 
     def paint(axes: Axes, ink: Ink) -> None:
@@ -125,15 +126,44 @@ def trade_off(figures: Figures, reward: str, looks: Mapping[str, Look], numbers:
                 markeredgewidth=0.9, alpha=0.55, gid=gid, zorder=1.5,
             )  # fmt: skip
         axes.grid(True, axis="both")
-        axes.set_xlabel(f"held-out reward, {reward}{unit} (higher is better)")
+        axes.set_xlabel(f"held-out reward, {reward} (higher is better)")
         axes.set_ylabel("diversity, mean pairwise LPIPS")
         axes.margins(0.06, 0.08)
-        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
-        axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+        axes.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 2.5, 5, 10], min_n_ticks=3))
+        axes.yaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 2.5, 5, 10], min_n_ticks=3))
+        _name_coefficients(axes, ink, numbers, figures, reward)
 
     legend = {series.name: looks[series.name] for series in figures.series if series.shown}
     name = "trade-off" if len(figures.rewards) == 1 else f"trade-off-{slug(reward)}"
-    return Drawing(name, f"Diversity against reward ({reward})", paint, legend, (7.6, 4.3), (4.4, 4.3))
+    return Drawing(name, f"Diversity against reward ({reward})", paint, legend, (8.6, 4.7), (4.6, 4.5))
+
+
+def _name_coefficients(axes: Axes, ink: Ink, numbers: Numbering, figures: Figures, reward: str) -> None:
+    """The KL coefficient beside each mark of a line over several, on the side that is freest of other marks."""
+    drawn = [(at.value, p.lpips.value) for p in figures.shown() if (at := p.reward(reward)) is not None]
+    marks = axes.transData.transform(drawn)
+    figure = axes.figure
+    scale = figure.dpi / 72  # pixels of a point
+    for series in figures.series:
+        if series.kind != FINAL or len(series.points) < 2:
+            continue
+        for point in series.points:
+            at = point.reward(reward)
+            if at is None:
+                continue
+            here = axes.transData.transform((at.value, point.lpips.value))
+            others = marks[np.hypot(*(marks - here).T) > 0.5]
+
+            def room(side: tuple[int, int], here: np.ndarray = here, others: np.ndarray = others) -> float:
+                middle = here + scale * np.array([26 * side[0], 11 * side[1]])
+                return float(np.min(np.hypot(*((others - middle) / scale * [0.5, 1]).T), initial=20))
+
+            right, up = max(((1, 1), (-1, -1), (1, -1), (-1, 1)), key=room)
+            axes.annotate(
+                f"β = {point.x:g}", (at.value, point.lpips.value), xytext=(8 * right, 6 * up), fontsize=8.5,
+                textcoords="offset points", color=ink.muted, zorder=6, gid=f"line-{numbers.series[series.name]}",
+                ha="left" if right > 0 else "right", va="bottom" if up > 0 else "top",
+            )  # fmt: skip
 
 
 def _base_mark(axes: Axes, ink: Ink, numbers: Numbering, point: Point, reward: str) -> None:
@@ -178,9 +208,7 @@ def _line(
         )  # fmt: skip
 
 
-def against_kl(
-    figures: Figures, reward: str | None, looks: Mapping[str, Look], numbers: Numbering, unit: str = ""
-) -> Drawing | None:
+def against_kl(figures: Figures, reward: str | None, looks: Mapping[str, Look], numbers: Numbering) -> Drawing | None:
     """Diversity (reward None) or a reward against the KL coefficient, 0 included; None with fewer than two of them."""
     lines = [s for s in figures.series if s.kind == FINAL and any(p.x > 0 for p in s.points)]
     coefficients = sorted({point.x for series in lines for point in series.path()})
@@ -203,17 +231,16 @@ def against_kl(
         for point in figures.base:
             if (at := up(point)) is not None:
                 axes.axhline(at.value, color=ink.text, linewidth=1.1, linestyle=DASHES, zorder=1)
-                above = reward is None
                 axes.annotate(
                     point.label, (0.01 if reward is None else 0.99, at.value), xycoords=("axes fraction", "data"),
-                    xytext=(0, 4 if above else 4), textcoords="offset points", color=ink.text,
+                    xytext=(0, 4), textcoords="offset points", color=ink.text,
                     ha="left" if reward is None else "right",
                 )  # fmt: skip
         shown = coefficients if len(coefficients) <= 9 else coefficients[:: -(-len(coefficients) // 9)]
         axes.set_xticks([place[one] for one in shown], [f"{one:g}" for one in shown])
         axes.set_xlabel("KL coefficient β (logarithmic; 0 is DRaFT)" if 0 in place else "KL coefficient β")
-        axes.set_ylabel("diversity, mean LPIPS" if reward is None else f"held-out reward, {reward}{unit}")
-        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+        axes.set_ylabel("diversity, mean LPIPS" if reward is None else f"held-out reward, {reward}")
+        axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10], min_n_ticks=3))
         axes.margins(0.05, 0.14)
 
     several = len(figures.rewards) > 1 and reward is not None
@@ -266,14 +293,14 @@ def training(name: str, title: str, unit: str, curves: Sequence[Curve], looks: M
         axes.set_xlabel("optimizer step")
         axes.set_ylabel(unit)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
-        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+        axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10], min_n_ticks=3))
         axes.margins(0.02, 0.08)
 
     shown = dict.fromkeys(curve.series for curve in curves)
     return Drawing(f"training-{name}", title, paint, {series: looks[series] for series in shown}, (4.6, 2.7))
 
 
-def thinned(values: Sequence[float], most: int) -> np.ndarray:
+def thinned(values: Sequence[Any], most: int) -> np.ndarray:
     """The places of at most `most` values, evenly spaced, the last included."""
     return np.unique(np.linspace(0, len(values) - 1, min(most, len(values))).round().astype(int))
 

@@ -44,7 +44,7 @@ def read_inputs(paths: Sequence[Path]) -> Inputs:
     found, seen = Inputs(), set[Path]()
     for path in paths:
         if not path.exists():
-            raise UserError(f"{path}: no such run, sweep or eval.json")
+            raise UserError(f"{path}: no such run directory, sweep or eval.json")
         if path.is_file():
             _read_evaluation(path, found)
         elif (path / MANIFEST).is_file():
@@ -58,7 +58,7 @@ def read_inputs(paths: Sequence[Path]) -> Inputs:
             for one in inside:
                 _read_run(one, found, seen)
             if not inside:
-                found.problems.append(f"{path}: no run in it; a run has config.yaml, metrics.jsonl or eval.jsonl")
+                found.problems.append(f"{path}: not a run, and none in it; a run has config.yaml and eval.jsonl")
     if not found.runs and not found.targets:
         told = "; ".join(found.problems[:3])
         raise UserError(f"{', '.join(map(str, paths))}: no runs found{': ' + told if told else ''}")
@@ -67,7 +67,7 @@ def read_inputs(paths: Sequence[Path]) -> Inputs:
 
 def is_run(path: Path) -> bool:
     """Whether a directory has anything of a run."""
-    return any((path / name).exists() for name in ("config.yaml", "metrics.jsonl", "eval.jsonl"))
+    return any((path / name).exists() for name in ("config.yaml", "metrics.jsonl", "eval.jsonl", "samples"))
 
 
 def _read_run(path: Path, found: Inputs, seen: set[Path]) -> None:

@@ -71,7 +71,7 @@ def same_seed_grids(columns: Sequence[Column], prompts: Sequence[str], numbers: 
     blocks = []
     for n, (prompt, seeds) in enumerate(list(common_pictures(columns).items())[:MOST_PROMPTS]):
         head = "".join(
-            f'<th scope="col" data-series="{numbers[c.series]}" title="{escape(c.note)}">{escape(c.label)}</th>'
+            f'<th scope="col" data-series="{numbers[c.series]}" title="{escape(c.note)}">{_broken(c.label)}</th>'
             for c in columns
         )
         rows = "".join(
@@ -93,7 +93,7 @@ def many_prompts(columns: Sequence[Column], prompts: Sequence[str], numbers: dic
     chosen = across(columns)
     head = "".join(f'<th scope="col">{escape(_text(prompts, p))}<br><small>seed {s}</small></th>' for p, s in chosen)
     rows = "".join(
-        f'<tr data-series="{numbers[c.series]}"><th scope="row" title="{escape(c.note)}">{escape(c.label)}</th>'
+        f'<tr data-series="{numbers[c.series]}"><th scope="row" title="{escape(c.note)}">{_broken(c.label)}</th>'
         + "".join(_cell(c, p, s, _text(prompts, p), None) for p, s in chosen)
         + "</tr>"
         for c in columns
@@ -120,6 +120,10 @@ def _cell(column: Column, prompt: int, seed: int, text: str, numbers: dict[str, 
     series = f' data-series="{numbers[column.series]}"' if numbers is not None else ""
     source = jpeg_uri(thumbnail(column.pictures[prompt, seed]))
     return f'<td{series}><img class="tile" loading="lazy" src="{source}" alt="{label}" title="{label}"></td>'
+
+
+def _broken(label: str) -> str:
+    return "<br>".join(escape(part).replace("β = ", "β&nbsp;=&nbsp;") for part in label.split(", "))
 
 
 def _text(prompts: Sequence[str], index: int) -> str:
@@ -177,26 +181,39 @@ def save_many(columns: Sequence[Column], prompts: Sequence[str], directory: Path
 def _save(
     cells: Sequence[Sequence[Path]], rows: Sequence[str], columns: Sequence[str], title: str, directory: Path, name: str
 ) -> list[Path]:
-    unit, gap, left, top = 0.9, 0.05, 1.5, 0.85
+    unit, gap, left, top = 0.9, 0.05, 1.5, 0.85  # inches
     width, height = left + len(columns) * (unit + gap) + 0.1, top + len(rows) * (unit + gap) + 0.1
+    sheet = _sheet(cells, round(TILE * gap / unit))
     with rc_context(ON_PAPER.style()):
         figure = Figure(figsize=(width, height), facecolor=ON_PAPER.page)
         figure.text(0.1 / width, 1 - 0.1 / height, title, va="top", fontsize=11, color=ON_PAPER.text)
-        for r, row in enumerate(cells):
-            y = height - top - (r + 1) * (unit + gap) + gap
-            told = textwrap.fill(rows[r], 20)
-            figure.text((left - 0.1) / width, (y + unit / 2) / height, told, ha="right", va="center", fontsize=8.5,
+        extent = (len(columns) * (unit + gap) - gap, len(rows) * (unit + gap) - gap)
+        bottom = height - top - extent[1]
+        axes = figure.add_axes((left / width, bottom / height, extent[0] / width, extent[1] / height))
+        axes.imshow(sheet, aspect="auto")
+        axes.set_axis_off()
+        for r, text in enumerate(rows):
+            y = height - top - r * (unit + gap) - unit / 2
+            figure.text((left - 0.1) / width, y / height, textwrap.fill(text, 20), ha="right", va="center",
+                        fontsize=8.5, color=ON_PAPER.text)  # fmt: skip
+        for c, text in enumerate(columns):
+            x = left + c * (unit + gap) + unit / 2
+            head = text if "\n" in text else textwrap.fill(text, 14)
+            figure.text(x / width, 1 - (top - 0.06) / height, head, ha="center", va="bottom", fontsize=7.5,
                         color=ON_PAPER.text)  # fmt: skip
-            for c, path in enumerate(row):
-                x = left + c * (unit + gap)
-                axes = figure.add_axes((x / width, y / height, unit / width, unit / height))
-                axes.imshow(thumbnail(path), interpolation="lanczos")
-                axes.set_axis_off()
-                if r == 0:
-                    head = textwrap.fill(columns[c], 14) if "\n" not in columns[c] else columns[c]
-                    figure.text((x + unit / 2) / width, (y + unit + 0.06) / height, head, ha="center", va="bottom",
-                                fontsize=7.5, color=ON_PAPER.text)  # fmt: skip
         paths = [directory / f"{name}.{kind}" for kind in ("png", "svg")]
-        figure.savefig(paths[0], dpi=160)
+        figure.savefig(paths[0], dpi=TILE / unit)
         figure.savefig(paths[1], metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     return paths
+
+
+def _sheet(cells: Sequence[Sequence[Path]], gap: int) -> Image.Image:
+    """All pictures in one, on white."""
+    step = TILE + gap
+    sheet = Image.new("RGB", (len(cells[0]) * step - gap, len(cells) * step - gap), "white")
+    for r, row in enumerate(cells):
+        for c, path in enumerate(row):
+            with Image.open(path) as image:
+                tile = image.convert("RGB").resize((TILE, TILE), Image.Resampling.LANCZOS)
+            sheet.paste(tile, (c * step, r * step))
+    return sheet

@@ -14,13 +14,13 @@ from draftplus.report.read import read_run
 FIGURES = "figures"
 
 
-def write_report(inputs: Path | Sequence[Path], output: Path | None = None, figures: bool = True) -> Path:
+def write_report(inputs: Path | Sequence[Path], output: Path | None = None, figures: bool | None = None) -> Path:
     """Writes the report and returns its path.
 
     inputs: a run gives the page of that run; a sweep, or several runs, sweeps and eval.json files give the page that
     compares them. output: null means report.html in the one directory that was given, else in the working directory.
-    figures: whether the figures are also written as PNG and SVG, to the folder `figures` beside the page. Whatever an
-    input lacks is named in the page.
+    figures: whether the figures are also written as PNG and SVG, to the folder `figures` beside the page; null means of
+    a comparison only. Whatever an input lacks is named in the page.
 
     Raises UserError where an input does not exist, nothing of a run is found, or the page cannot be written.
     """
@@ -40,7 +40,7 @@ def write_report(inputs: Path | Sequence[Path], output: Path | None = None, figu
         drawings = comparison.Report(found.runs, found.targets, found.problems, _title(paths, at))
         text = drawings.render(at.parent)
     try:
-        if drawings is not None and figures:
+        if drawings is not None and figures is not False:
             drawings.save(at.parent / FIGURES)
         _write(at, text)
     except OSError as error:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
+from omegaconf import OmegaConf
 
 from draftplus.errors import UserError
 
@@ -71,7 +71,7 @@ def parse_grid(arguments: Sequence[str]) -> dict[str, list[str]]:
 
 def written(value: Any) -> str:
     """A value of a YAML file or of Python as it is written in KEY=VALUE."""
-    if isinstance(value, str) and yaml.safe_load(f"[{value}]" if PLAIN.fullmatch(value) else "0") == [value]:
+    if isinstance(value, str) and PLAIN.fullmatch(value) and list(OmegaConf.create(f"[{value}]")) == [value]:
         return value
     return json.dumps(value, ensure_ascii=False)
 

@@ -59,7 +59,7 @@ def plan_sweep(
     naming its key and value.
     """
     file = read_sweep_file(recipe)
-    cells = {**file.grid, **over}
+    cells = {**file.grid, **{key: list(values) for key, values in over.items()}}
     settings = grid.expand(cells, file.runs)
     chosen = name or (file.name if not over else None) or f"{Path(recipe).stem}-{_hash(file.recipe, settings)}"
     if "/" in chosen or chosen in (".", "..") or "=" in chosen:
@@ -98,10 +98,10 @@ def read_sweep_file(path: str | Path) -> SweepFile:
         raise UserError(f"{path}: not a YAML file: {str(error).splitlines()[0]}") from None
     if not isinstance(loaded, dict) or not {"grid", "runs", "recipe"} & loaded.keys():
         return SweepFile(str(path), None, {}, [])  # a recipe, which is checked with its settings
-    for key in loaded:
+    for key in _strings(loaded):
         if key not in FILE_KEYS:
-            near = nearest(str(key), FILE_KEYS)
-            raise UserError(f"{path}: unknown key '{key}'; {near or 'a sweep file has'} {'' if near else FILE_KEYS}")
+            near = nearest(key, FILE_KEYS)
+            raise UserError(f"{path}: unknown key '{key}'; {near or 'it may have ' + ', '.join(FILE_KEYS)}")
     recipe, name = loaded.get("recipe", "emoji"), loaded.get("name")
     for key, value in (("recipe", recipe), ("name", name)):
         if value is not None and not isinstance(value, str):
