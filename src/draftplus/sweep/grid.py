@@ -140,7 +140,7 @@ def names(runs: Sequence[Settings]) -> list[str]:
     short = _short_keys(differing)
     told = []
     for settings in runs:
-        parts = [f"{short[key]}-{_slug(settings[key])}" for key in differing if key in settings]
+        parts = [f"{short[key]}-{_slug(settings[key])}" for key in settings if key in differing]
         told.append(_bounded("_".join(parts) or "base", settings))
     return [
         name if told.count(name) == 1 else _bounded(name, settings, always=True)

@@ -20,6 +20,7 @@ from draftplus.errors import Interrupted, UserError
 from draftplus.sweep.manifest import Entry, Manifest, read_manifest
 from draftplus.sweep.plan import Plan, PlannedRun
 
+COMMAND = (sys.executable, "-m", "draftplus", "train")
 LOGS = "logs"
 BETWEEN_LOOKS = 0.2  # seconds
 PATIENCE = 120.0  # seconds for a run to save itself when the sweep is stopped
@@ -106,7 +107,7 @@ def _start(plan: Plan, manifest: Manifest, run: PlannedRun, slot: str | None) ->
         environment["CUDA_VISIBLE_DEVICES"] = slot
     with log_path(plan.directory, run.name).open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "draftplus", "train", *plan.arguments(run)],
+            [*COMMAND, *plan.arguments(run)],
             stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment,
         )  # fmt: skip
     attempt = _Attempt(run, entry, process, slot, time.monotonic(), entry.seconds)
