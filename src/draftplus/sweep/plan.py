@@ -14,8 +14,9 @@ from omegaconf import OmegaConf
 
 from draftplus.config import Config, load_config, nearest, recipe_path, to_dict
 from draftplus.data.prompts import PromptSet, load_prompts
+from draftplus.engine.checkpoint import saved_steps
 from draftplus.engine.evaluate import evaluation_set
-from draftplus.engine.run import is_run, plan_run
+from draftplus.engine.run import plan_run
 from draftplus.engine.train import micro_batch_size, total_steps
 from draftplus.errors import UserError
 from draftplus.sweep import grid
@@ -127,7 +128,7 @@ def _strings(mapping: Mapping[Any, Any]) -> dict[str, Any]:
 def _plan_run(directory: Path, name: str, recipe: str, settings: list[str], prompts: Any) -> PlannedRun:
     try:
         config = load_config(recipe, [*settings, f"output_dir={json.dumps(str(directory))}", f"name={name}"])
-        if is_run(directory / name):
+        if saved_steps(directory / name / "checkpoints"):
             plan_run(config, [])  # refuses a key that shaped the run and has changed
         micro_batch_size(config, 1)
         data: PromptSet = prompts(config.data.prompts)
