@@ -190,7 +190,7 @@ def _save(
         extent = (len(columns) * (unit + gap) - gap, len(rows) * (unit + gap) - gap)
         bottom = height - top - extent[1]
         axes = figure.add_axes((left / width, bottom / height, extent[0] / width, extent[1] / height))
-        axes.imshow(sheet, aspect="auto")
+        axes.imshow(sheet, aspect="auto", interpolation="nearest")  # a pixel of the sheet is one of the file
         axes.set_axis_off()
         for r, text in enumerate(rows):
             y = height - top - r * (unit + gap) - unit / 2
