@@ -16,7 +16,7 @@ from draftplus.report.inputs import read_inputs
 from draftplus.report.points import BASE, EARLY, Point, figures_of, pareto, without_kl
 from tests.report.page import LOADING, Page
 from tests.report.synthetic import BASE as BASE_NUMBERS
-from tests.report.synthetic import configuration, write_run, write_sweep
+from tests.report.synthetic import PROMPTS, configuration, write_run, write_sweep
 
 REWARD = "emoji_clip"
 
@@ -212,13 +212,13 @@ def test_guards_and_the_best_step_are_marked(tmp_path):
     assert "ended by a guard at step 60: diversity fell below 0.8" in Page(write_report(run).read_text()).text
 
 
-def evaluation(path: Path, **changes) -> Path:
+def evaluation(path: Path, prompts=PROMPTS, **changes) -> Path:
     metrics = {
         "reward/emoji_clip": {"mean": 13.5, "standard_error": 0.1, "interval": [13.3, 13.7], "images": 48},
         "lpips": {"mean": 0.31, "standard_error": 0.01, "interval": [0.29, 0.33], "images": 48},
     }
     target = {"target": "runs/a@best", "label": "a@best", "metrics": metrics, **changes}
-    path.write_text(json.dumps({"draftplus": "0.1.0", "prompts": [], "seeds": [], "targets": [target]}))
+    path.write_text(json.dumps({"draftplus": "0.1.0", "prompts": prompts, "seeds": [], "targets": [target]}))
     return path
 
 
@@ -232,7 +232,9 @@ def test_evaluations_are_a_table_and_points(tmp_path):
         assert (point.label, point.rewards[REWARD].value, point.lpips.value) == ("a@best", 13.5, 0.31)
         assert "13.50 [13.30, 13.70]" in page_of(run, given).text
     alone = page_of(path, evaluation(tmp_path / "f.json", label="b")).text
-    assert "Evaluated models" in alone
+    assert "Evaluated models; 4 prompts" in alone and "apart" not in alone
+    elsewhere = page_of(run, evaluation(tmp_path / "g.json", ["a hen"])).text
+    assert "these are apart: Model emoji" in elsewhere and "Evaluated models; 1 prompt" in elsewhere
     path.write_text('{"targets": [{"label": 3}]}')
     assert "not what draftplus evaluate writes" in page_of(run, path).text
 

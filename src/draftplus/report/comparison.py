@@ -7,7 +7,6 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from string import Template
@@ -15,26 +14,19 @@ from typing import Any
 
 from draftplus import __version__
 from draftplus.report import figures, mosaics, summary, tables
-from draftplus.report.figures import Curve, Drawing, Numbering
-from draftplus.report.grouping import Comparison, comparisons, differing_keys, finished, seed_of
+from draftplus.report.drawing import Drawing, Numbering, slug
+from draftplus.report.figures import Curve
+from draftplus.report.grouping import Comparison, differing_keys
 from draftplus.report.inputs import Target
 from draftplus.report.looks import looks_of, spare_look
 from draftplus.report.markup import cards, chips, figure_block, missing_block, problems_block
-from draftplus.report.points import BASE, Figures, Point, figures_of, seeds_told
+from draftplus.report.points import BASE, Point, seeds_told
 from draftplus.report.read import Run
-from draftplus.report.wording import duration, show
+from draftplus.report.sections import Section, notes, sections_of, summary_line
+from draftplus.report.wording import show
 
 MOST_SHEETS = 240  # points with pictures on hover, so that the page of a large sweep stays light
 MOST_VERTICES = 150  # of one curve
-
-
-@dataclass(frozen=True)
-class Section:
-    """One comparison with everything that is drawn of it. prefix: makes names of files and ids unique."""
-
-    comparison: Comparison
-    figures: Figures
-    prefix: str
 
 
 class Report:
@@ -45,12 +37,7 @@ class Report:
 
     def __init__(self, runs: Sequence[Run], targets: Sequence[Target], problems: Sequence[str], title: str) -> None:
         self.runs, self.targets, self.problems, self.title = list(runs), list(targets), list(problems), title
-        sets = comparisons(self.runs) or [Comparison("Evaluated models", [])]
-        self.sections = [
-            # eval.json files do not tell their base model, so they are drawn where there is no doubt
-            Section(one, figures_of(one, self.targets if len(sets) == 1 else ()), f"{i}-" if i else "")
-            for i, one in enumerate(sets)
-        ]
+        self.sections = sections_of(runs, targets)
         names = dict.fromkeys([BASE, *(s.name for section in self.sections for s in section.figures.series)])
         names.update(dict.fromkeys(group.method for section in self.sections for group in section.comparison.groups))
         self.series = {name: i for i, name in enumerate(names)}
@@ -117,7 +104,7 @@ class Report:
         for key, title, unit, note, held_out in wanted:
             curves = [curve for run in section.comparison.runs if (curve := self._curve(run, key, held_out))]
             if curves and not (key == "kl" and not any(any(curve.values) for curve in curves)):
-                name = figures.slug(f"{'held-out' if held_out and key != 'lpips' else ''} {key}")
+                name = slug(f"{'held-out' if held_out and key != 'lpips' else ''} {key}")
                 told[name] = (title, unit, note, curves)
         return told
 
@@ -158,46 +145,12 @@ class Report:
             script=(files / "comparison.js").read_text(encoding="utf-8"),
             data=json.dumps(data, ensure_ascii=False, allow_nan=False).replace("</", "<\\/"),
             name=escape(self.title),
-            summary=escape(self._summary()),
-            problems=problems_block(self.problems + self._short()),
+            summary=escape(summary_line(self.runs, self.targets, self.sections)),
+            problems=problems_block(self.problems + notes(self.sections)),
             chips=chips(self.looks, self.series, self.shown),
             sections=sections,
             version=escape(__version__),
         )
-
-    def _summary(self) -> str:
-        groups = [group for section in self.sections for group in section.comparison.groups]
-        seeds = {str(seed_of(run)) for run in self.runs}
-        total = sum((summary.training_seconds(run) or (0.0,))[0] + summary.evaluation_seconds(run) for run in self.runs)
-        told = [f"{len(self.runs)} run{'s' if len(self.runs) != 1 else ''} of {len(groups)} settings"]
-        told += [f"{len(seeds)} training seeds"] if len(seeds) > 1 else []
-        told += [f"{duration(total)} in all"] if total else []
-        told += [f"{len(self.targets)} evaluated models"] if self.targets else []
-        return ", ".join(told) + "."
-
-    def _short(self) -> list[str]:
-        told = [
-            f"{run.name}: {tables.ended(run)}; not in the averages over seeds"
-            for section in self.sections
-            for group in section.comparison.groups
-            for run in group.short
-        ]
-        unfinished = {
-            id(run): f"{run.name}: {tables.ended(run)}; shown as far as it got"
-            for section in self.sections
-            for group in section.comparison.groups
-            for run in group.runs
-            if not finished(run)
-        }
-        separated = []
-        if len(self.sections) > 1:
-            names = "; ".join(section.comparison.title for section in self.sections)
-            separated = [
-                f"Runs of different base models or evaluations are never in one figure, so they are apart: {names}"
-            ]
-            if self.targets:
-                separated.append("eval.json files are shown as a table only, because the runs are not all comparable")
-        return [*separated, *told, *unfinished.values()]
 
     def _search(self, run: Run) -> str:
         section = next(one for one in self.sections if run in one.comparison.runs)

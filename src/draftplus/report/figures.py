@@ -1,110 +1,20 @@
-"""The figures of a comparison: the trade-off, both sides of it against the KL coefficient, and training curves.
-
-Each is drawn by one function, in the page's colours for the page and in print colours for the files. What the page's
-script needs to find is told in the ids of the groups of the SVG: `mark-POINT-SERIES`, `line-SERIES`, `run-RUN-SERIES`.
-"""
+"""The figures of a comparison: the trade-off, both sides of it against the KL coefficient, and training curves."""
 
 from __future__ import annotations
 
-import io
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from draftplus.report import charts
+from draftplus.report.drawing import DASHES, Drawing, Numbering, slug
 from draftplus.report.grouping import Mean
-from draftplus.report.looks import ON_PAGE, ON_PAPER, Ink, Look
-from draftplus.report.points import FINAL, Figures, Point, Series, pareto
-
-DASHES = (0, (3, 2))
-SVG_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """A figure that can be drawn in any colours. paint: draws on axes. legend: the series that it shows, by look.
-
-    wide, narrow: sizes in inches, of the file and the page, and of a narrow page; None where one size is for both.
-    """
-
-    name: str
-    title: str
-    paint: Callable[[Axes, Ink], None]
-    legend: Mapping[str, Look]
-    wide: tuple[float, float] = (4.6, 3.0)
-    narrow: tuple[float, float] | None = None
-
-    def element(self, prefix: str) -> str:
-        """The figure as <svg> elements for the page, in its colours, each size with a class."""
-        sizes = [(self.wide, "wide"), (self.narrow, "narrow")] if self.narrow else [(self.wide, "any")]
-        return "".join(
-            f'<div class="size-{name}">{self._svg(size, f"{prefix}-{name}")}</div>' for size, name in sizes if size
-        )
-
-    def _svg(self, size: tuple[float, float], prefix: str) -> str:
-        with rc_context(ON_PAGE.style()):
-            figure = Figure(figsize=size)
-            self.paint(_axes(figure, size), ON_PAGE)
-            buffer = io.StringIO()
-            figure.savefig(buffer, format="svg", transparent=True, metadata=SVG_METADATA)
-        svg = charts.inline(buffer.getvalue(), prefix, self.title)
-        svg = re.sub(rf'id="{prefix}-mark-(\d+)-(\d+)"', r'class="mark" data-point="\1" data-series="\2"', svg)
-        svg = re.sub(rf'id="{prefix}-run-(\d+)-(\d+)"', r'class="run" data-run="\1" data-series="\2"', svg)
-        svg = re.sub(rf'id="{prefix}-flag-(\d+)-(\d+)"', r'class="flag" data-run="\1" data-series="\2"', svg)
-        return re.sub(rf'id="{prefix}-line-(\d+)"', r'data-series="\1"', svg)
-
-    def save(self, directory: Path) -> list[Path]:
-        """Writes the figure as PNG and SVG, with a title and a legend, and returns the paths."""
-        with rc_context({**ON_PAPER.style(), "font.size": 10}):
-            rows = -(-len(self.legend) // 3) if len(self.legend) > 1 else 0
-            height = self.wide[1] + 0.35 + 0.24 * rows
-            figure = Figure(figsize=(max(self.wide[0], 5.6), height), facecolor=ON_PAPER.page)
-            axes = figure.add_axes((0.11, (0.55 + 0.24 * rows) / height, 0.86, 1 - (0.95 + 0.24 * rows) / height))
-            self.paint(axes, ON_PAPER)
-            axes.set_title(self.title, color=ON_PAPER.text, fontsize=11, loc="left")
-            if rows:
-                figure.legend(
-                    [_handle(look) for look in self.legend.values()], list(self.legend), loc="lower center", ncols=3,
-                    frameon=False, fontsize=8.5, labelcolor=ON_PAPER.text,
-                )  # fmt: skip
-            paths = [directory / f"{self.name}.{kind}" for kind in ("png", "svg")]
-            figure.savefig(paths[0], dpi=200)
-            figure.savefig(paths[1], metadata=SVG_METADATA)
-        return paths
-
-
-def _axes(figure: Figure, size: tuple[float, float]) -> Axes:
-    left, bottom = 0.58 / size[0], 0.5 / size[1]
-    return figure.add_axes((left, bottom, 1 - left - 0.12 / size[0], 1 - bottom - 0.12 / size[1]))
-
-
-def _handle(look: Look) -> Line2D:
-    colour = ON_PAPER.series[look.colour]
-    return Line2D(
-        [], [], color=colour, marker=look.marker, markersize=5, linestyle=DASHES if look.dashed else "-",
-        markerfacecolor=ON_PAPER.page if look.hollow else colour,
-    )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Numbering:
-    """The places of series and points in the page's data."""
-
-    series: Mapping[str, int]
-    points: Mapping[int, int]  # by id() of the point
-
-    def mark(self, point: Point) -> str:
-        return f"mark-{self.points[id(point)]}-{self.series[point.series]}"
+from draftplus.report.looks import ON_PAGE, Ink, Look
+from draftplus.report.points import EVALUATED, FINAL, Figures, Point, Series, pareto
 
 
 def trade_off(figures: Figures, reward: str, looks: Mapping[str, Look], numbers: Numbering) -> Drawing:
@@ -115,8 +25,6 @@ def trade_off(figures: Figures, reward: str, looks: Mapping[str, Look], numbers:
         for series in figures.series:
             if ink is ON_PAGE or series.shown:
                 _line(axes, ink, looks[series.name], numbers, series, lambda p: p.reward(reward), lambda p: p.lpips)
-        for point in figures.base:
-            _base_mark(axes, ink, numbers, point, reward)
         for point in front:
             at = point.reward(reward)
             assert at is not None
@@ -129,8 +37,11 @@ def trade_off(figures: Figures, reward: str, looks: Mapping[str, Look], numbers:
         axes.set_xlabel(f"held-out reward, {reward} (higher is better)")
         axes.set_ylabel("diversity, mean pairwise LPIPS")
         axes.margins(0.06, 0.08)
-        axes.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 2.5, 5, 10], min_n_ticks=3))
+        most = 7 if axes.bbox.width > axes.bbox.height * 1.3 else 4  # of a narrow page
+        axes.xaxis.set_major_locator(MaxNLocator(most, steps=[1, 2, 2.5, 5, 10], min_n_ticks=3))
         axes.yaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 2.5, 5, 10], min_n_ticks=3))
+        for point in figures.base:
+            _base_mark(axes, ink, numbers, point, reward)
         _name_coefficients(axes, ink, numbers, figures, reward)
 
     legend = {series.name: looks[series.name] for series in figures.series if series.shown}
@@ -167,16 +78,18 @@ def _name_coefficients(axes: Axes, ink: Ink, numbers: Numbering, figures: Figure
 
 
 def _base_mark(axes: Axes, ink: Ink, numbers: Numbering, point: Point, reward: str) -> None:
+    """A star for the base model, named on the side where there is room."""
     at = point.reward(reward)
     if at is None:
         return
-    axes.plot(
-        at.value, point.lpips.value, "*", markersize=15, color=ink.text, markeredgecolor=ink.page, zorder=5,
-        gid=numbers.mark(point),
-    )  # fmt: skip
+    x, y = at.value, point.lpips.value
+    axes.plot(x, y, "*", markersize=15, color=ink.text, markeredgecolor=ink.page, zorder=5, gid=numbers.mark(point))
+    left, right = axes.get_xlim()
+    side = 1 if x < left + 0.7 * (right - left) else -1
     axes.annotate(
-        point.label, (at.value, point.lpips.value), xytext=(10, 6), textcoords="offset points", color=ink.text
-    )
+        point.label, (x, y), xytext=(10 * side, 6), textcoords="offset points", color=ink.text,
+        ha="left" if side > 0 else "right",
+    )  # fmt: skip
 
 
 def _line(
@@ -186,7 +99,7 @@ def _line(
     """A line through the series' path, its own points marked, with error bars over seeds."""
     colour, gid = ink.series[look.colour], f"line-{numbers.series[series.name]}"
     path = [(x.value, y.value) for p in series.path() if (x := across(p)) is not None and (y := up(p)) is not None]
-    if len(path) > 1:
+    if len(path) > 1 and series.kind != EVALUATED:
         axes.plot(
             *zip(*path, strict=True), color=colour, linewidth=1.3 if look.dashed else 2.2, zorder=2, gid=gid,
             linestyle=DASHES if look.dashed else "-", alpha=0.85,
@@ -303,8 +216,3 @@ def training(name: str, title: str, unit: str, curves: Sequence[Curve], looks: M
 def thinned(values: Sequence[Any], most: int) -> np.ndarray:
     """The places of at most `most` values, evenly spaced, the last included."""
     return np.unique(np.linspace(0, len(values) - 1, min(most, len(values))).round().astype(int))
-
-
-def slug(text: str) -> str:
-    """A name for a file."""
-    return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower() or "reward"

@@ -60,10 +60,12 @@ def comparisons(runs: Sequence[Run]) -> list[Comparison]:
 
 def _world(run: Run) -> str:
     flat = flatten(run.config)
-    return json.dumps([[flat.get(key) for key in BASE_MODEL], _evaluated(run), flat.get("eval.images_per_prompt")])
+    return json.dumps(
+        [[flat.get(key) for key in BASE_MODEL], evaluated_prompts(run), flat.get("eval.images_per_prompt")]
+    )
 
 
-def _evaluated(run: Run) -> list[str]:
+def evaluated_prompts(run: Run) -> list[str]:
     """The prompts that the run was evaluated on."""
     rows = (row["lpips_per_prompt"] for row in run.evaluations if isinstance(row.get("lpips_per_prompt"), dict))
     return sorted(next(rows, run.prompts))
@@ -74,7 +76,7 @@ def _title(run: Run, flat: dict[str, Any]) -> str:
     name = Path(path).name if "/" in path and Path(path).exists() else path
     changed = [f"{key.partition('.')[2]} {flat[key]}" for key in BASE_MODEL[1:4] if flat.get(key)]
     images = flat.get("eval.images_per_prompt")
-    prompts = _evaluated(run)
+    prompts = evaluated_prompts(run)
     told = f"{len(prompts)} held-out prompt{'s' * (len(prompts) > 1)}" if prompts else "no evaluation"
     if len(prompts) == 1:
         told += f" (“{prompts[0]}”)"

@@ -16,7 +16,7 @@ MANIFEST, EVALUATION = "manifest.json", "eval.json"
 
 @dataclass(frozen=True)
 class Target:
-    """One evaluated model of an eval.json. means: of each metric, with its standard error and interval."""
+    """One evaluated model of an eval.json. metrics: of each its mean, standard error and interval."""
 
     label: str
     source: str
@@ -25,6 +25,7 @@ class Target:
     step: int | None = None
     lora_scale: float = 1.0
     anneal: str | None = None
+    prompts: tuple[str, ...] = ()
 
 
 @dataclass
@@ -106,14 +107,15 @@ def _read_sweep(path: Path, found: Inputs, seen: set[Path]) -> None:
 def _read_evaluation(path: Path, found: Inputs) -> None:
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
-        targets = [_target(one, str(path)) for one in told["targets"]]
+        prompts = tuple(map(str, told.get("prompts") or ()))
+        targets = [_target(one, str(path), prompts) for one in told["targets"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         found.problems.append(f"{path}: not what draftplus evaluate writes; left out")
         return
     found.targets += targets
 
 
-def _target(told: Mapping[str, Any], source: str) -> Target:
+def _target(told: Mapping[str, Any], source: str, prompts: tuple[str, ...]) -> Target:
     metrics = {str(name): dict(value) for name, value in told["metrics"].items()}
     for value in metrics.values():
         value["mean"] = float(value["mean"])
@@ -121,4 +123,5 @@ def _target(told: Mapping[str, Any], source: str) -> Target:
     return Target(
         str(told.get("label") or told["target"]), source, metrics, str(run) if run else None,
         int(step) if step is not None else None, float(scale) if scale is not None else 1.0, told.get("anneal"),
+        prompts,
     )  # fmt: skip

@@ -71,7 +71,8 @@ def same_seed_grids(columns: Sequence[Column], prompts: Sequence[str], numbers: 
     blocks = []
     for n, (prompt, seeds) in enumerate(list(common_pictures(columns).items())[:MOST_PROMPTS]):
         head = "".join(
-            f'<th scope="col" data-series="{numbers[c.series]}" title="{escape(c.note)}">{_broken(c.label)}</th>'
+            f'<th scope="col" class="whole" data-series="{numbers[c.series]}" title="{escape(c.note)}">'
+            f"{_broken(c.label)}</th>"
             for c in columns
         )
         rows = "".join(

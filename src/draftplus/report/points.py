@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from draftplus.config import flatten
 from draftplus.report import summary
-from draftplus.report.grouping import Comparison, Group, Mean, last_step, mean_over, seed_of
+from draftplus.report.grouping import Comparison, Group, Mean, differing_keys, last_step, mean_over, seed_of
 from draftplus.report.inputs import Target
 from draftplus.report.read import Row, Run
+from draftplus.report.wording import setting
 
 BASE = "base model"
 FINAL, EARLY, SCALE, ANNEAL, EVALUATED = "final", "early", "scale", "anneal", "evaluated"
@@ -124,21 +124,28 @@ def _point(series: str, label: str, rows: Sequence[tuple[Run, Row]], x: float, s
 
 def _base(runs: Sequence[Run]) -> list[Point]:
     """The base model at step 0, once for each way in which it was sampled; training's seed plays no part in it."""
-    ways: dict[str, tuple[list[tuple[Run, Row]], str]] = {}
+    ways: dict[str, list[tuple[Run, Row]]] = {}
     for run in runs:
         row = _row_at(run, 0)
         if row is not None:
             sampler = {k: v for k, v in flatten(run.config).items() if k.startswith("sampler.")}
-            ways.setdefault(repr(sampler), ([], ""))[0].append((run, row))
+            ways.setdefault(repr(sampler), []).append((run, row))
     points = []
-    for rows, _ in ways.values():
-        names = summary.reward_names([row for _, row in rows])
-        first = {n: row for n in reversed(names) for _, row in reversed(rows) if f"reward/{n}" in row}
-        merged: dict[str, Any] = {f"reward/{n}": row[f"reward/{n}"] for n, row in first.items()}
-        point = _point(BASE, BASE, [(rows[0][0], {**rows[0][1], **merged})], 0.0, 0)
+    for rows in ways.values():
+        run, row = rows[0]
+        # rewards that only some of the runs measured
+        merged = {k: v for _, other in rows[::-1] for k, v in other.items() if k.startswith("reward/")}
+        point = _point(BASE, _base_label(run, [r for other in ways.values() for r, _ in other[:1]]),
+                       [(run, {**merged, **row})], 0.0, 0)  # fmt: skip
         if point is not None:
             points.append(point)
     return points
+
+
+def _base_label(run: Run, others: Sequence[Run]) -> str:
+    keys = [key for key in differing_keys(others) if key.startswith("sampler.")]
+    told = ", ".join(f"{key.rpartition('.')[2]} {setting(flatten(run.config).get(key))}" for key in keys)
+    return f"{BASE} ({told})" if told else BASE
 
 
 def _final(groups: Sequence[Group], base: Point | None) -> list[Series]:
