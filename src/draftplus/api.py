@@ -18,9 +18,9 @@ from draftplus.engine.step import SAMPLING_BATCH
 from draftplus.engine.train import train as _train
 from draftplus.errors import UserError
 from draftplus.report import write_report
-from draftplus.sweep.grid import written_grid
-from draftplus.sweep.launch import run_sweep
-from draftplus.sweep.plan import Plan, plan_sweep
+from draftplus.sweeps.grid import written_grid
+from draftplus.sweeps.launch import run_sweep
+from draftplus.sweeps.plan import Plan, plan_sweep
 from draftplus.types import Model, Reward
 
 

@@ -174,8 +174,8 @@ def sweep(
     """Train a grid of runs and compare them; the same command again continues an unfinished sweep."""
     if "=" in recipe:
         raise UserError(f"'{recipe}' stands where the recipe does; such as: draftplus sweep emoji {recipe}")
-    from draftplus.sweep.grid import parse_grid
-    from draftplus.sweep.plan import plan_sweep
+    from draftplus.sweeps.grid import parse_grid
+    from draftplus.sweeps.plan import plan_sweep
 
     planned = plan_sweep(recipe, parse_grid(grid or []), name)
     if dry_run:
@@ -183,7 +183,7 @@ def sweep(
         print(f"{len(planned.runs)} runs, {sum(run.steps for run in planned.runs):,} steps: {planned.directory}")
         return
     from draftplus import api
-    from draftplus.sweep.manifest import read_manifest
+    from draftplus.sweeps.manifest import read_manifest
 
     page = api.run_planned(planned)
     manifest = read_manifest(planned.directory)

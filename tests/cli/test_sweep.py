@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from draftplus.report import write
-from draftplus.sweep import launch
+from draftplus.sweeps import launch
 from tests.report.synthetic import write_run, write_sweep
 
 Command = Callable[..., Any]
-STAND_IN = Path(__file__).parents[1] / "sweep" / "stand_in.py"
+STAND_IN = Path(__file__).parents[1] / "sweeps" / "stand_in.py"
 
 
 def test_a_dry_run_lists_the_runs_and_makes_nothing(
@@ -29,6 +29,7 @@ def test_a_dry_run_lists_the_runs_and_makes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_told_at_the_end(draftplus: Command, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(launch, "COMMAND", (sys.executable, str(STAND_IN)))

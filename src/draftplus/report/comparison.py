@@ -117,7 +117,7 @@ class Report:
         if not kept:
             return None
         if not held_out:
-            kept = [kept[i] for i in figures.thinned(kept, MOST_VERTICES)]
+            kept = [kept[i] for i in figures.thinned(kept, max(20, min(MOST_VERTICES, 10_000 // len(self.runs))))]
         flags: list[tuple[int, float, str]] = []
         if held_out:
             best = [(s, v, "*") for s, v in kept if s == run.best.get("step") != kept[-1][0]]

@@ -3,7 +3,7 @@
 import pytest
 
 from draftplus.errors import UserError
-from draftplus.sweep.plan import plan_sweep
+from draftplus.sweeps.plan import plan_sweep
 
 FILE = """
 recipe: demo

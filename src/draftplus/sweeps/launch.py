@@ -17,12 +17,12 @@ from draftplus.engine.interrupt import interruption
 from draftplus.engine.progress import Advance, progress
 from draftplus.engine.run import locked
 from draftplus.errors import Interrupted, UserError
-from draftplus.sweep.manifest import Entry, Manifest, read_manifest
-from draftplus.sweep.plan import Plan, PlannedRun
+from draftplus.sweeps.manifest import Entry, Manifest, read_manifest
+from draftplus.sweeps.plan import Plan, PlannedRun
 
 COMMAND = (sys.executable, "-m", "draftplus", "train")
 LOGS = "logs"
-BETWEEN_LOOKS = 0.2  # seconds
+BETWEEN_LOOKS = 0.5  # seconds
 PATIENCE = 120.0  # seconds for a run to save itself when the sweep is stopped
 
 
@@ -36,8 +36,14 @@ def run_sweep(plan: Plan) -> Manifest:
         manifest = _continued(plan)
         manifest.save(plan.directory)
         waiting = [run for run in plan.runs if _entry(manifest, run).status != "finished"]
-        if waiting:
-            _train(plan, manifest, waiting)
+        try:
+            if waiting:
+                _train(plan, manifest, waiting)
+        except Interrupted:
+            done = sum(1 for _ in manifest.with_status("finished"))
+            told = f"stopped with {done} of {len(manifest.runs)} runs finished; the same command continues"
+            print(f"{told}: {plan.directory}", file=sys.stderr)
+            raise
     return manifest
 
 
@@ -159,11 +165,10 @@ def _ended(active: list[_Attempt], plan: Plan, manifest: Manifest) -> Iterator[N
 
 def _show(plan: Plan, manifest: Manifest, active: Sequence[_Attempt], advance: Advance) -> None:
     under_way = {attempt.run.name for attempt in active}
-    done = 0
-    for run in plan.runs:
-        over = _entry(manifest, run).status in ("finished", "failed")  # a failed one has no steps left either
-        done += run.steps if over else _steps(plan.directory / run.name) if run.name in under_way else 0
-    over_count = sum(_entry(manifest, run).status in ("finished", "failed") for run in plan.runs)
+    over = {entry.name for entry in manifest.with_status("finished", "failed")}  # a failed one has no steps left either
+    done = sum(run.steps for run in plan.runs if run.name in over)
+    done += sum(_steps(plan.directory / name) for name in under_way)
+    over_count = sum(run.name in over for run in plan.runs)
     advance(
         done, f"steps; run {min(over_count + 1, len(plan.runs))} of {len(plan.runs)}: {', '.join(sorted(under_way))}"
     )

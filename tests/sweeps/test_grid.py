@@ -7,7 +7,7 @@ import re
 import pytest
 
 from draftplus.errors import UserError
-from draftplus.sweep.grid import MOST_RUNS, arguments, expand, names, parse_grid, split_values, written, written_grid
+from draftplus.sweeps.grid import MOST_RUNS, arguments, expand, names, parse_grid, split_values, written, written_grid
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import draftplus
 from draftplus.errors import Interrupted, UserError
-from draftplus.sweep import launch
-from draftplus.sweep.launch import devices, run_sweep
-from draftplus.sweep.manifest import STATUSES, read_manifest
-from draftplus.sweep.plan import plan_sweep
+from draftplus.sweeps import launch
+from draftplus.sweeps.launch import devices, run_sweep
+from draftplus.sweeps.manifest import STATUSES, read_manifest
+from draftplus.sweeps.plan import plan_sweep
 from tests.engine.support import fingerprint, train_here
 
 STAND_IN = Path(__file__).with_name("stand_in.py")
@@ -71,7 +72,7 @@ def test_a_grid_may_grow_and_runs_that_left_it_stay(tmp_path, stand_in):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stop_waits_for_what_is_in_flight_and_can_be_continued(tmp_path, stand_in, number):
+def test_a_stop_waits_for_what_is_in_flight_and_can_be_continued(tmp_path, stand_in, capsys, number):
     def stop() -> None:
         while not (tmp_path / "s" / "seed-3" / "waiting").exists():
             time.sleep(0.01)
@@ -82,6 +83,7 @@ def test_a_stop_waits_for_what_is_in_flight_and_can_be_continued(tmp_path, stand
     with pytest.raises(Interrupted):
         run_sweep(plan(tmp_path, 0, 3, 5))
     stopping.join()
+    assert "stopped with 1 of 3 runs finished; the same command continues" in capsys.readouterr().err
     assert (tmp_path / "s" / "seed-3" / "saved").exists()
     assert statuses(read_manifest(tmp_path / "s")) == ["finished", "interrupted", "pending"]
     assert statuses(run_sweep(plan(tmp_path, 0, 3, 5))) == ["finished"] * 3
@@ -115,6 +117,16 @@ def test_devices_of_this_machine(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert devices(["auto"]) == ["4", "7"]
+
+
+def test_as_a_function(tmp_path, stand_in):
+    directory = draftplus.sweep("emoji", {"seed": range(1, 3), "optim.betas": [[0.9, 0.99]]}, "s", tmp_path)
+    assert directory == tmp_path / "s"
+    assert [run.settings[0] for run in read_manifest(directory).runs] == ["seed=1", "seed=2"]
+    assert statuses(read_manifest(directory)) == ["failed", "failed"]
+    assert not (directory / "report.html").exists()  # there is nothing to show
+    with pytest.raises(UserError, match="the grid is empty"):
+        draftplus.sweep("emoji", directory=tmp_path)
 
 
 def test_a_broken_manifest_is_a_users_mistake(tmp_path, stand_in):

@@ -19,7 +19,7 @@ from draftplus.engine.evaluate import evaluation_set
 from draftplus.engine.run import plan_run
 from draftplus.engine.train import micro_batch_size, total_steps
 from draftplus.errors import UserError
-from draftplus.sweep import grid
+from draftplus.sweeps import grid
 
 FILE_KEYS = ("recipe", "name", "grid", "runs")
 
