@@ -13,6 +13,7 @@ _FUNCTIONS = {
     "load_model": "draftplus.api",
     "load_reward": "draftplus.api",
     "pairwise_lpips": "draftplus.metrics.lpips",
+    "sweep": "draftplus.api",
     "train": "draftplus.api",
     "write_report": "draftplus.report",
 }

@@ -18,6 +18,9 @@ from draftplus.engine.step import SAMPLING_BATCH
 from draftplus.engine.train import train as _train
 from draftplus.errors import UserError
 from draftplus.report import write_report
+from draftplus.sweeps.grid import written_grid
+from draftplus.sweeps.launch import run_sweep
+from draftplus.sweeps.plan import Plan, plan_sweep
 from draftplus.types import Model, Reward
 
 
@@ -86,3 +89,30 @@ def generate(
     size = weights.config.train.sampling_batch_size or SAMPLING_BATCH
     with progress("generating", len(jobs)) as advance:
         return generate_images(model, jobs, weights.config.sampler, size, anneal=anneal, advance=advance)
+
+
+def sweep(
+    recipe: str | Path = "emoji",
+    grid: Mapping[str, Any] | None = None,
+    name: str | None = None,
+    directory: str | Path = "sweeps",
+) -> Path:
+    """Trains a grid of runs, each in a process of its own, and writes the report. Returns the sweep's directory.
+
+    recipe: a recipe's name or file, or a sweep file. grid: each key's values, such as {"objective.kl_coeff": [0, 1],
+    "seed": range(3)}; a value that is itself a list stands in a list of its own. What became of each run is in
+    manifest.json; the same call again goes on where it was stopped.
+
+    Raises UserError for a user's mistake, before any run starts, and Interrupted where the process is asked to stop.
+    """
+    planned = plan_sweep(recipe, written_grid(grid or {}, "grid"), name, Path(directory))
+    run_planned(planned)
+    return planned.directory
+
+
+def run_planned(planned: Plan) -> Path | None:
+    """Trains the runs of a plan that are not finished. Returns the report's path; None where no run left anything."""
+    manifest = run_sweep(planned)
+    if all(entry.status == "failed" for entry in manifest.runs):
+        return None
+    return write_report(planned.directory)

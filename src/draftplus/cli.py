@@ -155,17 +155,69 @@ def generate(
     print(f"{len(paths)} images: {directory}\ngrid:     {directory / 'grid.png'}")
 
 
-@app.command(epilog=_epilog("Example:\n  draftplus report runs/demo"))
-def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")],
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Where to; report.html in the run.")] = None,
+@app.command(
+    epilog=_epilog(
+        "Examples:\n"
+        "  draftplus sweep emoji objective.kl_coeff=0,1,10 seed=0,1,2       nine runs, then the report\n"
+        "  draftplus sweep emoji 'model.lora={rank:4,alpha:4},{rank:8,alpha:8}' optim.betas=[0.9,0.99] --dry-run\n"
+        "  draftplus sweep trade-off.yaml                                   recipe, grid and runs from a file"
+    )
+)
+def sweep(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE|FILE", help="Recipe, YAML file, or a sweep file.")],
+    grid: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=V1,V2,...", help="Values of a key; all are combined.")
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Made in sweeps/NAME; the recipe and a hash.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list the runs, and stop.")] = False,
 ) -> None:
-    """Write a run's report.html again."""
+    """Train a grid of runs and compare them; the same command again continues an unfinished sweep."""
+    if "=" in recipe:
+        raise UserError(f"'{recipe}' stands where the recipe does; such as: draftplus sweep emoji {recipe}")
+    from draftplus.sweeps.grid import parse_grid
+    from draftplus.sweeps.plan import plan_sweep
+
+    planned = plan_sweep(recipe, parse_grid(grid or []), name)
+    if dry_run:
+        print("\n".join(f"{run.name}  {' '.join(run.settings)}" for run in planned.runs))
+        print(f"{len(planned.runs)} runs, {sum(run.steps for run in planned.runs):,} steps: {planned.directory}")
+        return
+    from draftplus import api
+    from draftplus.sweeps.manifest import read_manifest
+
+    page = api.run_planned(planned)
+    manifest = read_manifest(planned.directory)
+    assert manifest is not None
+    failed = list(manifest.with_status("failed"))
+    for entry in failed:
+        print(f"failed: {entry.name}: {entry.error}", file=sys.stderr)
+    print(
+        f"{sum(1 for _ in manifest.with_status('finished'))} of {len(manifest.runs)} runs finished: {planned.directory}"
+    )
+    if page is not None:
+        print(f"report:  {page}")
+    if failed:
+        sys.exit(1)
+
+
+@app.command(
+    epilog=_epilog(
+        "Examples:\n"
+        "  draftplus report runs/demo                              one run\n"
+        "  draftplus report sweeps/emoji-1a2b3c4d                  all runs of a sweep\n"
+        "  draftplus report runs/a runs/b eval.json -o both.html   any of them together"
+    )
+)
+def report(
+    inputs: Annotated[list[Path], typer.Argument(metavar="RUN|SWEEP ...", help="Runs, sweeps, and eval.json files.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The page; report.html in the one input, else here.")
+    ] = None,
+) -> None:
+    """Write the report of a run, or compare several: one page, and a folder of figures beside it."""
     from draftplus.report import write_report
 
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"{run} is not a run directory: it has no config.yaml")
-    print(write_report(run, output))
+    print(write_report(inputs, output, figures=True))
 
 
 def _read_prompts(source: str | None) -> list[str]:

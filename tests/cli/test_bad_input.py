@@ -208,8 +208,45 @@ def test_generating_from_nothing(refused: Refused, small: Path, settings: list[s
 
 
 def test_reports_of_nothing(refused: Refused, tmp_path: Path) -> None:
-    refused(["report", tmp_path], str(tmp_path), "not a run directory")
+    refused(["report", tmp_path], str(tmp_path), "no runs found", "not a run")
+    refused(["report", tmp_path / "gone"], "gone: no such run directory, sweep or eval.json")
     refused(["report"], "RUN")
+    (tmp_path / "eval.json").write_text("[]")
+    refused(["report", tmp_path / "eval.json"], "no runs found", "not what draftplus evaluate writes")
+
+
+SWEEP = {
+    "empty grid": ([], ["the grid is empty"]),
+    "no value": (["seed="], ["seed=", "KEY=V1,V2"]),
+    "too many runs": (["seed=" + ",".join(map(str, range(1001)))], ["1,001 runs", "at most 1,000"]),
+    "a key twice": (["seed=0", "seed=1"], ["seed is given twice"]),
+    "names": (["name=a,b"], ["name=a,b", "cannot range over name"]),
+    "directories": (["output_dir=a,b"], ["cannot range over output_dir"]),
+    "unknown key": (["optim.lrr=1,2"], [r"optim\.lrr=1", r"did you mean 'optim\.lr'"]),
+    "wrong type": (["train.steps=4,many"], [r"train\.steps=many"]),
+    "out of range": (["objective.kl_coeff=0,-1"], [r"objective\.kl_coeff is -1"]),
+    "brackets": (["optim.betas=[0.9,0.99"], [r"optim\.betas: ", "] is missing"]),
+    "the same twice": (["seed=1,1"], ["seed=1 is in the sweep twice"]),
+    "name": (["seed=1", "--name", "a/b"], ["--name 'a/b'"]),
+}
+
+
+@pytest.mark.parametrize("case", SWEEP)
+def test_sweeping(refused: Refused, tmp_path: Path, monkeypatch: Any, case: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments, patterns = SWEEP[case]
+    refused(["sweep", "emoji", *arguments], *patterns)
+    refused(["sweep", "emoji", *arguments, "--dry-run"], *patterns)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sweeping_without_a_recipe(refused: Refused, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused(["sweep", "seed=0,1"], "seed=0,1", "stands where the recipe does")
+    refused(["sweep", "emojy", "seed=0,1"], "did you mean 'emoji'")
+    refused(["sweep", "gone.yaml"], "the grid is empty|gone.yaml")
+    (tmp_path / "mine.yaml").write_text("recipe: emoji\ngird: {seed: [0]}\n")
+    refused(["sweep", "mine.yaml"], "unknown key 'gird'; did you mean 'grid'")
 
 
 def test_no_such_command(refused: Refused) -> None:

@@ -4,7 +4,6 @@ import json
 import math
 import re
 import shutil
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from draftplus.config import load_config, to_yaml
 from draftplus.errors import UserError
 from draftplus.report import write_report
 from draftplus.report.wording import describe, duration, show, show_gain
+from tests.report.page import LOADING, Page
 
 PROMPTS = ["an owl", "a crab"]
 SEEDS = (100, 101, 102)
@@ -75,42 +75,6 @@ def run_directory(tmp_path: Path) -> Path:
     write_samples(directory, PROMPTS)
     (directory / "best.json").write_text(json.dumps({"step": 40, "rule": "highest held-out reward"}))
     return directory
-
-
-VOID = {"meta", "img", "br", "link", "input", "hr"}
-LOADING = {"src", "href", "xlink:href", "srcset", "action", "data", "poster"}
-
-
-class Page(HTMLParser):
-    """Collects text, ids and addresses, and insists that every tag is closed in order."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(html)
-        self.close()
-        assert self.open == [], f"never closed: {self.open}"
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-1:]}"
-        self.open.pop()
-
-    def handle_data(self, data):
-        if not {"style", "script"} & set(self.open):
-            self.text += data
-
-    def attributes(self, name: str) -> list[str]:
-        return [attributes[name] or "" for _, attributes in self.tags if name in attributes]
 
 
 def page_of(directory: Path) -> Page:

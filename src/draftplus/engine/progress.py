@@ -29,7 +29,8 @@ def progress(title: str, total: int, show: bool = True) -> Iterator[Advance]:
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
         TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
     )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), transient=False) as bar:
+    # a step may take longer than the 30 s over which rich would measure the speed
+    with Progress(*columns, console=Console(stderr=True), transient=False, speed_estimate_period=1800) as bar:
         task = bar.add_task(title, total=total, note="")
 
         def advance(done: int, note: str) -> None:

@@ -1,5 +1,5 @@
-"""The report of a run: one self-contained HTML file."""
+"""Reports: the page of one run, and the comparison of several, each one self-contained HTML file."""
 
-from draftplus.report.page import write_report
+from draftplus.report.write import write_report
 
 __all__ = ["write_report"]

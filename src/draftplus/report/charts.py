@@ -17,8 +17,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 # placeholder colour -> CSS variable; values that no chart would use
-INK, GRID, FAINT, LINE, MARK = "#010203", "#010204", "#010205", "#010206", "#010207"
-VARIABLES = {INK: "--muted", GRID: "--grid", FAINT: "--line-faint", LINE: "--line", MARK: "--mark"}
+INK, GRID, FAINT, LINE, MARK, TEXT, PAGE = (f"#0102{i:02x}" for i in range(3, 10))
+SERIES = tuple(f"#0103{i:02x}" for i in range(10))
+VARIABLES = {INK: "--muted", GRID: "--grid", FAINT: "--line-faint", LINE: "--line", MARK: "--mark", TEXT: "--ink",
+             PAGE: "--page", **{colour: f"--s{i}" for i, colour in enumerate(SERIES)}}  # fmt: skip
 
 STYLE = {
     "svg.fonttype": "none",
@@ -49,7 +51,8 @@ class Chart:
 
     values: NaN and infinity leave a gap. errors: half-lengths of error bars. smoothed: a second, bolder curve over
     the same steps. level: a dashed horizontal line, with its label. markers: dots at the points. from_zero: the axis
-    starts at 0, so that heights compare.
+    starts at 0, so that heights compare. best: the step of the best evaluation, a star. stopped: the step at which a
+    guard ended the run, a cross.
     """
 
     title: str
@@ -61,6 +64,8 @@ class Chart:
     level: tuple[float, str] | None = None
     markers: bool = False
     from_zero: bool = False
+    best: int | None = None
+    stopped: int | None = None
 
 
 def draw(chart: Chart, prefix: str) -> str:
@@ -76,6 +81,11 @@ def draw(chart: Chart, prefix: str) -> str:
             axes.plot(chart.steps, chart.smoothed, color=LINE, linewidth=2.2)
         if chart.errors is not None:
             axes.errorbar(chart.steps, values, chart.errors, fmt="none", ecolor=LINE, elinewidth=1.2, capsize=3)
+        for step, sign in ((chart.best, "*"), (chart.stopped, "x")):
+            if step is not None and step in chart.steps:
+                at = values[list(chart.steps).index(step)]
+                size, edge = (13, 0) if sign == "*" else (9, 2)
+                axes.plot(step, at, sign, color=MARK, markersize=size, markeredgewidth=edge, zorder=5)
         if chart.level is not None:
             height, label = chart.level
             axes.axhline(height, color=MARK, linewidth=1.3, linestyle=(0, (4, 3)))
@@ -94,10 +104,10 @@ def draw(chart: Chart, prefix: str) -> str:
         figure.savefig(
             buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
         )
-    return _inline(buffer.getvalue(), prefix, chart.title)
+    return inline(buffer.getvalue(), prefix, chart.title)
 
 
-def _inline(svg: str, prefix: str, title: str) -> str:
+def inline(svg: str, prefix: str, title: str) -> str:
     """Matplotlib's SVG document as an element of an HTML page: its own ids, the page's colours, any width."""
     body = svg[svg.index("<svg") :]
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)

@@ -60,13 +60,25 @@ def _held_out_rewards(run: Run) -> list[Chart]:
         complete = len(errors) == len(rows) > 1
         note = "On prompts and seeds that training never sees."
         note += " Bars are one standard error of the paired gain." if complete else ""
+        note += _marks(run, steps)
         charts.append(
             Chart(
                 f"Held-out reward, {name}", note, steps, values,
                 errors=errors if complete else None, level=_start(steps, values), markers=True,
+                best=run.best.get("step"), stopped=_stopped(run, steps),
             )
         )  # fmt: skip
     return charts
+
+
+def _stopped(run: Run, steps: Sequence[int]) -> int | None:
+    """The last evaluated step of a run that a guard ended."""
+    return steps[-1] if run.stopped else None
+
+
+def _marks(run: Run, steps: Sequence[int]) -> str:
+    told = " ★ is the best evaluation." if run.best.get("step") in steps else ""
+    return f"{told} × is where a guard ended the run." if run.stopped else told
 
 
 def _start(steps: Sequence[int], values: Sequence[float]) -> tuple[float, str]:
@@ -86,7 +98,9 @@ def _diversity(run: Run) -> list[Chart]:
     note = "Mean pairwise LPIPS of one prompt's images; higher is more varied."
     floor = summary.number(flatten(run.config).get("stop.diversity_floor"))
     level = _start(steps, values) if floor is None else (values[0] * floor, "floor that ends the run")
-    return [Chart("Diversity", note, steps, values, level=level, markers=True, from_zero=True)]
+    note += " × is where a guard ended the run." if run.stopped else ""
+    stopped = _stopped(run, steps)
+    return [Chart("Diversity", note, steps, values, level=level, markers=True, from_zero=True, stopped=stopped)]
 
 
 def _gradient(run: Run) -> list[Chart]:

@@ -1,10 +1,9 @@
-"""Puts a run's numbers, curves and pictures into one self-contained HTML file."""
+"""The page of one run: its numbers, curves and pictures."""
 
 from __future__ import annotations
 
 import importlib.resources
 import math
-import os
 import shlex
 from html import escape
 from pathlib import Path
@@ -16,23 +15,8 @@ from draftplus.config import Config, flatten, to_dict
 from draftplus.report import summary
 from draftplus.report.curves import curves
 from draftplus.report.pictures import before_and_after
-from draftplus.report.read import Run, read_run
+from draftplus.report.read import Run
 from draftplus.report.wording import describe, duration, setting, show, show_gain
-
-
-def write_report(run_directory: Path, output: Path | None = None) -> Path:
-    """Writes the report of a run and returns its path.
-
-    output: null means report.html in the run directory. Whatever the run lacks is named in the page.
-
-    Raises UserError where the directory holds nothing of a run.
-    """
-    run = read_run(Path(run_directory))
-    path = Path(output) if output is not None else run.directory / "report.html"
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(render(run), encoding="utf-8")
-    os.replace(partial, path)
-    return path
 
 
 def render(run: Run) -> str:
@@ -86,6 +70,10 @@ def _progress(run: Run) -> str:
     if "step" in run.best:
         rule = f" ({run.best['rule']})" if run.best.get("rule") else ""
         text += f"; best evaluation at step {run.best['step']}{rule}"
+    if run.stopped:
+        text += (
+            f"; ended by a guard at step {run.stopped.get('step', '?')}: {run.stopped.get('reason', 'no reason given')}"
+        )
     return f"{text}."
 
 

@@ -24,7 +24,8 @@ class Run:
     """What a run directory holds.
 
     steps: the rows of metrics.jsonl. evaluations: the rows of eval.jsonl. samples: by step, the picture of each
-    (prompt index, seed). missing: what was not there, in words.
+    (prompt index, seed). best, stopped: best.json, and stopped.json of a run that a guard ended. missing: what was
+    not there, in words.
     """
 
     directory: Path
@@ -35,6 +36,7 @@ class Run:
     grids: dict[int, Path] = field(default_factory=dict)
     prompts: list[str] = field(default_factory=list)
     best: dict[str, Any] = field(default_factory=dict)
+    stopped: dict[str, Any] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
 
     @property
@@ -54,8 +56,8 @@ def read_run(directory: Path) -> Run:
     run.steps = _read_rows(run, "metrics.jsonl", "no training curves")
     run.evaluations = _read_rows(run, "eval.jsonl", "no held-out numbers")
     _read_samples(run)
-    best = _read_json(run, "best.json")
-    run.best = best if isinstance(best, dict) else {}
+    run.best = _read_object(run, "best.json")
+    run.stopped = _read_object(run, "stopped.json")
     if not (run.config or run.steps or run.evaluations or run.samples or run.grids):
         raise UserError(
             f"{directory}: not a run directory; it has no config.yaml, metrics.jsonl, eval.jsonl or samples/"
@@ -96,20 +98,22 @@ def _read_rows(run: Run, name: str, consequence: str) -> list[Row]:
 
 def _read_samples(run: Run) -> None:
     root = run.directory / "samples"
+    broken: list[Path] = []
     for directory in sorted(root.glob("step-*")):
         match = STEP_DIRECTORY.fullmatch(directory.name)
         if match is None:
             continue
         step = int(match[1])
-        pictures = {
-            (int(m["prompt"]), int(m["seed"])): path
-            for path in sorted(directory.glob("*.png"))
-            if (m := SAMPLE_FILE.fullmatch(path.name))
-        }
+        named = {path: m for path in sorted(directory.glob("*.png")) if (m := SAMPLE_FILE.fullmatch(path.name))}
+        broken += [path for path in named if not _is_whole(path)]
+        pictures = {(int(m["prompt"]), int(m["seed"])): path for path, m in named.items() if path not in broken}
         if pictures:
             run.samples[step] = pictures
-        if (directory / "grid.png").is_file():
+        if (directory / "grid.png").is_file() and _is_whole(directory / "grid.png"):
             run.grids[step] = directory / "grid.png"
+    if broken:
+        first = broken[0].relative_to(run.directory)
+        run.missing.append(f"{first}{f' and {len(broken) - 1} more' * (len(broken) > 1)} (not whole PNG files)")
     if not run.samples and not run.grids:
         run.missing.append("samples/ (no pictures)")
         return
@@ -118,6 +122,22 @@ def _read_samples(run: Run) -> None:
         run.prompts = [str(prompt) for prompt in prompts]
     else:
         run.missing.append("samples/prompts.json (prompts are shown by number)")
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a PNG file begins and ends as one; a copy or a write that broke off does not."""
+    try:
+        with path.open("rb") as file:
+            begins = file.read(8) == b"\x89PNG\r\n\x1a\n"
+            file.seek(-8, 2)
+            return begins and file.read(4) == b"IEND"
+    except OSError:
+        return False
+
+
+def _read_object(run: Run, name: str) -> dict[str, Any]:
+    value = _read_json(run, name)
+    return value if isinstance(value, dict) else {}
 
 
 def _read_json(run: Run, name: str) -> Any:

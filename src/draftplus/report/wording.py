@@ -22,7 +22,7 @@ def describe(config: dict[str, Any]) -> str:
     name, steps, k = METHODS.get(method, method), flat.get("sampler.steps"), flat.get("objective.grad_steps")
     coefficient = flat.get("objective.kl_coeff") or 0
     if coefficient > 0:
-        name = "DRaFT+" if method == "draft" else f"{name} with the KL term of DRaFT+"
+        name = "DRaFT+" if method == "draft" else name if method == "ddpo" else f"{name} with the KL term of DRaFT+"
     last = "the last" if k == 1 else f"the last {k}"
     through = {
         "draft": f"all {steps} sampling steps" if k in ("all", steps) else f"{last} of {steps} sampling steps",
@@ -32,7 +32,7 @@ def describe(config: dict[str, Any]) -> str:
         "drtune": f"{k} evenly spaced of {steps} sampling steps",
     }.get(method, f"{k} of {steps} sampling steps")
     rewards = config.get("reward")
-    parts = [f"gradient through {through}"]
+    parts = [f"policy gradient over {steps} sampling steps" if method == "ddpo" else f"gradient through {through}"]
     if isinstance(rewards, dict) and rewards:
         parts.append(f"reward {' + '.join(map(str, rewards))}")
     if coefficient > 0:

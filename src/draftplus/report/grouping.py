@@ -1,0 +1,198 @@
+"""Runs into what a figure shows: one comparison for each base model and evaluation, methods, points over seeds."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from draftplus.config import Config, RewardConfig, flatten, to_dict
+from draftplus.report.read import Run
+from draftplus.report.wording import METHODS, setting
+
+# keys of how a run is watched and stored, which change nothing of what it becomes
+BESIDE = (
+    "name", "output_dir", "device", "checkpoint", "log", "parallel", "eval", "stop", "model.gradient_checkpointing",
+    "train.micro_batch_size", "train.sampling_batch_size",
+)  # fmt: skip
+BASE_MODEL = ("model.path", "model.revision", "model.unet", "model.vae", "model.dtype")
+METHOD_KEYS = ("objective.method", "objective.grad_steps", "objective.kl_coeff", "objective.kl_space")
+
+
+@dataclass
+class Group:
+    """Runs that differ in nothing but their seed. short: those that did not get as far as the others, left out."""
+
+    method: str
+    kl_coeff: float
+    runs: list[Run]
+    short: list[Run] = field(default_factory=list)
+
+    @property
+    def label(self) -> str:
+        """The method, with its KL coefficient where it has one."""
+        return f"{self.method}, β = {self.kl_coeff:g}" if self.kl_coeff > 0 else self.method
+
+
+@dataclass
+class Comparison:
+    """Runs that one figure can show: the same base model, evaluated on the same prompts with as many images."""
+
+    title: str
+    runs: list[Run]
+    groups: list[Group] = field(default_factory=list)
+
+
+def comparisons(runs: Sequence[Run]) -> list[Comparison]:
+    """The runs, separated by base model and evaluation, each set grouped by method and over seeds."""
+    sets: dict[str, list[Run]] = {}
+    for run in runs:
+        sets.setdefault(_world(run), []).append(run)
+    told = []
+    for members in sets.values():
+        flat = flatten(members[0].config)
+        told.append(Comparison(_title(members[0], flat), members, _groups(members)))
+    return told
+
+
+def _world(run: Run) -> str:
+    flat = flatten(run.config)
+    return json.dumps(
+        [[flat.get(key) for key in BASE_MODEL], evaluated_prompts(run), flat.get("eval.images_per_prompt")]
+    )
+
+
+def evaluated_prompts(run: Run) -> list[str]:
+    """The prompts that the run was evaluated on."""
+    rows = (row["lpips_per_prompt"] for row in run.evaluations if isinstance(row.get("lpips_per_prompt"), dict))
+    return sorted(next(rows, run.prompts))
+
+
+def _title(run: Run, flat: dict[str, Any]) -> str:
+    path = str(flat.get("model.path"))
+    name = Path(path).name if "/" in path and Path(path).exists() else path
+    changed = [f"{key.partition('.')[2]} {flat[key]}" for key in BASE_MODEL[1:4] if flat.get(key)]
+    images = flat.get("eval.images_per_prompt")
+    prompts = evaluated_prompts(run)
+    told = f"{len(prompts)} held-out prompt{'s' * (len(prompts) > 1)}" if prompts else "no evaluation"
+    if len(prompts) == 1:
+        told += f" (“{prompts[0]}”)"
+    return f"Model {', '.join([name, *changed])}; {told}" + (f", {images} images of each" if prompts else "")
+
+
+def settings_of(run: Run) -> dict[str, Any]:
+    """The dotted keys that make a run what it is, without its seed."""
+    flat = flatten(run.config)
+    return {k: v for k, v in flat.items() if k != "seed" and not any(f"{k}.".startswith(f"{b}.") for b in BESIDE)}
+
+
+def seed_of(run: Run) -> Any:
+    """The seed of a run."""
+    return run.config.get("seed")
+
+
+def differing_keys(runs: Sequence[Run]) -> list[str]:
+    """The keys whose values are not the same in all runs, in the order of the configuration."""
+    flats = [settings_of(run) for run in runs]
+    keys = dict.fromkeys(key for flat in flats for key in flat)
+    return [key for key in keys if len({json.dumps(flat.get(key), sort_keys=True) for flat in flats}) > 1]
+
+
+def method_name(flat: dict[str, Any]) -> str:
+    """The method's name as the papers write it, such as DRaFT-2 or DRaFT+."""
+    method, k = str(flat.get("objective.method")), flat.get("objective.grad_steps")
+    steps, with_kl = flat.get("sampler.steps"), (flat.get("objective.kl_coeff") or 0) > 0
+    name = METHODS.get(method, method)
+    if method != "draft":
+        name += " with KL" if with_kl else ""
+    elif with_kl:
+        name = "DRaFT+" if k == 1 else f"DRaFT+ (K = {k})"
+    else:
+        name = "DRaFT" if k in ("all", steps) else f"DRaFT-{k}"
+    if with_kl and flat.get("objective.kl_space") == "x0":
+        name += " in x0 space"
+    return name
+
+
+def _groups(runs: Sequence[Run]) -> list[Group]:
+    """Groups in order of method and KL coefficient; what else differs among runs of one method is in its name."""
+    by_method: dict[str, list[Run]] = {}
+    for run in runs:
+        by_method.setdefault(method_name(flatten(run.config)), []).append(run)
+    groups: dict[str, Group] = {}
+    for method, members in by_method.items():
+        keys = [key for key in differing_keys(members) if key not in METHOD_KEYS]
+        for run in members:
+            flat = settings_of(run)
+            named = ", ".join([method, *_told(flat, keys)])
+            kl = float(flat.get("objective.kl_coeff") or 0)
+            identity = json.dumps([named, kl, [flat.get(key) for key in keys]], sort_keys=True, default=str)
+            groups.setdefault(identity, Group(named, kl, [])).runs.append(run)
+    told = sorted(groups.values(), key=lambda group: (_order(group.method), group.method, group.kl_coeff))
+    for group in told:
+        _set_short_aside(group)
+    return told
+
+
+def _told(flat: dict[str, Any], keys: Sequence[str]) -> list[str]:
+    """What differs and is not at its default, in words; which rewards there are is told by their names."""
+    defaults, plain = flatten(to_dict(Config())), flatten(to_dict(RewardConfig()))  # type: ignore[arg-type]
+    own = [key for key in keys if key in flat]
+    parts = []
+    if len(own) < len(keys) or any(key.startswith("reward.") and key not in defaults for key in own):
+        names = dict.fromkeys(key.split(".")[1] for key in flat if key.startswith("reward."))
+        parts = [f"reward {' + '.join(names)}"] if list(names) != list(Config().reward) else []
+    for key in own:
+        default = defaults.get(key, plain.get(".".join(key.split(".")[2:])) if key.startswith("reward.") else None)
+        if flat[key] != default:
+            parts.append(f"{key.rpartition('.')[2]} {setting(flat[key])}")
+    return parts
+
+
+def _order(method: str) -> int:
+    names = ("DRaFT-1", "DRaFT", "DRaFT-LV", "DRaFT+", "DDPO")
+    return next((i for i, name in enumerate(names) if method.partition(",")[0] == name), 1 if "DRaFT-" in method else 9)
+
+
+def last_step(run: Run) -> int:
+    """The last evaluated step; -1 where there is none."""
+    return int(run.evaluations[-1]["step"]) if run.evaluations else -1
+
+
+def finished(run: Run) -> bool:
+    """Whether the run got to its end, or a guard ended it."""
+    planned = None if flatten(run.config).get("train.epochs") else flatten(run.config).get("train.steps")
+    if run.stopped or (run.directory / "adapter").is_dir():
+        return True
+    return isinstance(planned, int) and last_step(run) >= planned
+
+
+def _set_short_aside(group: Group) -> None:
+    whole = [run for run in group.runs if finished(run) and run.evaluations]
+    if whole:
+        group.short = [run for run in group.runs if run not in whole]
+        group.runs = whole
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over seeds. error: one standard error over seeds; None where there is one seed."""
+
+    value: float
+    error: float | None = None
+    count: int = 1
+
+
+def mean_over(values: Sequence[float]) -> Mean | None:
+    """The mean over seeds and its standard error; None without a finite value."""
+    kept = [value for value in values if math.isfinite(value)]
+    if not kept:
+        return None
+    mean = sum(kept) / len(kept)
+    if len(kept) == 1:
+        return Mean(mean)
+    variance = sum((value - mean) ** 2 for value in kept) / (len(kept) - 1)
+    return Mean(mean, math.sqrt(variance / len(kept)), len(kept))

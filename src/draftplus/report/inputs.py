@@ -1,0 +1,127 @@
+"""What a report is made of: runs, sweeps and evaluations. What cannot be read is named, and the rest is used."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from draftplus.errors import UserError
+from draftplus.report.read import Run, read_run
+
+MANIFEST, EVALUATION = "manifest.json", "eval.json"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One evaluated model of an eval.json. metrics: of each its mean, standard error and interval."""
+
+    label: str
+    source: str
+    metrics: Mapping[str, Mapping[str, Any]]
+    run: str | None = None
+    step: int | None = None
+    lora_scale: float = 1.0
+    anneal: str | None = None
+    prompts: tuple[str, ...] = ()
+
+
+@dataclass
+class Inputs:
+    """runs: each once, in the order given. problems: what could not be read or did not finish, in words."""
+
+    runs: list[Run] = field(default_factory=list)
+    targets: list[Target] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def read_inputs(paths: Sequence[Path]) -> Inputs:
+    """Everything under the paths: run directories, sweeps, and eval.json files or their directories.
+
+    Raises UserError where a path does not exist, or nothing at all could be read.
+    """
+    found, seen = Inputs(), set[Path]()
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"{path}: no such run directory, sweep or eval.json")
+        if path.is_file():
+            _read_evaluation(path, found)
+        elif (path / MANIFEST).is_file():
+            _read_sweep(path, found, seen)
+        elif (path / EVALUATION).is_file():
+            _read_evaluation(path / EVALUATION, found)
+        elif is_run(path):
+            _read_run(path, found, seen)
+        else:
+            inside = [one for one in sorted(path.iterdir()) if one.is_dir() and is_run(one)]
+            for one in inside:
+                _read_run(one, found, seen)
+            if not inside:
+                found.problems.append(f"{path}: not a run, and none in it; a run has config.yaml and eval.jsonl")
+    if not found.runs and not found.targets:
+        told = "; ".join(found.problems[:3])
+        raise UserError(f"{', '.join(map(str, paths))}: no runs found{': ' + told if told else ''}")
+    return found
+
+
+def is_run(path: Path) -> bool:
+    """Whether a directory has anything of a run."""
+    return any((path / name).exists() for name in ("config.yaml", "metrics.jsonl", "eval.jsonl", "samples"))
+
+
+def _read_run(path: Path, found: Inputs, seen: set[Path]) -> None:
+    if path.resolve() in seen:
+        return
+    seen.add(path.resolve())
+    try:
+        run = read_run(path)
+    except (UserError, OSError) as error:
+        found.problems.append(str(error))
+        return
+    found.problems += [f"{run.name}: {item}" for item in run.missing]
+    if not run.config or not (run.steps or run.evaluations):
+        found.problems.append(f"{run.name}: left out of the comparison, which needs its configuration and its numbers")
+        return
+    found.runs.append(run)
+
+
+def _read_sweep(path: Path, found: Inputs, seen: set[Path]) -> None:
+    """The runs that the manifest names, else every run in the directory."""
+    try:
+        told = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        entries = [(str(run["name"]), str(run["status"]), run.get("error")) for run in told["runs"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        found.problems.append(f"{path / MANIFEST}: not a sweep's manifest; every run in the directory is taken")
+        entries = [(one.name, "finished", None) for one in sorted(path.iterdir()) if is_run(one)]
+    for name, status, error in entries:
+        if status != "finished":
+            found.problems.append(f"{name}: {status}{': ' + str(error) if error else ''}")
+        if is_run(path / name):
+            _read_run(path / name, found, seen)
+        elif status == "finished":
+            found.problems.append(f"{name}: its run directory is gone")
+
+
+def _read_evaluation(path: Path, found: Inputs) -> None:
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        prompts = tuple(map(str, told.get("prompts") or ()))
+        targets = [_target(one, str(path), prompts) for one in told["targets"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        found.problems.append(f"{path}: not what draftplus evaluate writes; left out")
+        return
+    found.targets += targets
+
+
+def _target(told: Mapping[str, Any], source: str, prompts: tuple[str, ...]) -> Target:
+    metrics = {str(name): dict(value) for name, value in told["metrics"].items()}
+    for value in metrics.values():
+        value["mean"] = float(value["mean"])
+    run, step, scale = told.get("run"), told.get("step"), told.get("lora_scale")
+    return Target(
+        str(told.get("label") or told["target"]), source, metrics, str(run) if run else None,
+        int(step) if step is not None else None, float(scale) if scale is not None else 1.0, told.get("anneal"),
+        prompts,
+    )  # fmt: skip

@@ -1,0 +1,257 @@
+"""The points of the comparison figures: rewards and diversity of each setting, averaged over seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from draftplus.config import flatten
+from draftplus.report import summary
+from draftplus.report.grouping import Comparison, Group, Mean, differing_keys, last_step, mean_over, seed_of
+from draftplus.report.inputs import Target
+from draftplus.report.read import Row, Run
+from draftplus.report.wording import setting
+
+BASE = "base model"
+FINAL, EARLY, SCALE, ANNEAL, EVALUATED = "final", "early", "scale", "anneal", "evaluated"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting. x: its value on the axis of its kind (KL coefficient, step or scale)."""
+
+    series: str
+    label: str
+    rewards: dict[str, Mean]
+    lpips: Mean
+    runs: tuple[Run, ...] = ()
+    step: int | None = None
+    x: float = 0.0
+    source: str = ""
+
+    def reward(self, name: str) -> Mean | None:
+        """A reward's mean, where it was measured."""
+        return self.rewards.get(name)
+
+
+@dataclass
+class Series:
+    """Points that a line joins. kind: FINAL, EARLY, SCALE, ANNEAL or EVALUATED. of: the method that they vary.
+
+    start, end: points of other series where the line begins and ends, such as the base model. shown: whether it is
+    drawn at first; on the page every series can be switched on.
+    """
+
+    name: str
+    kind: str
+    of: str
+    points: list[Point] = field(default_factory=list)
+    start: Point | None = None
+    end: Point | None = None
+    shown: bool = True
+
+    def path(self) -> list[Point]:
+        """Every point of the line, in order."""
+        return [*([self.start] if self.start else []), *self.points, *([self.end] if self.end else [])]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What the figures of one comparison are drawn from. rewards: the trained ones first."""
+
+    base: list[Point]
+    series: list[Series]
+    rewards: list[str]
+
+    def points(self) -> list[Point]:
+        """Every point once, the base model's first."""
+        return [*self.base, *(point for series in self.series for point in series.points)]
+
+    def shown(self) -> list[Point]:
+        """The points of the series that are drawn at first."""
+        return [*self.base, *(point for series in self.series if series.shown for point in series.points)]
+
+
+def figures_of(comparison: Comparison, targets: Sequence[Target] = ()) -> Figures:
+    """All points of a comparison."""
+    trained = dict.fromkeys(name for run in comparison.runs for name in run.config.get("reward") or {})
+    measured = dict.fromkeys(name for run in comparison.runs for name in summary.reward_names(run.evaluations))
+    measured.update(dict.fromkeys(n for t in targets for n in _target_rewards(t)))
+    names = [*(name for name in trained if name in measured), *(name for name in measured if name not in trained)]
+    base = _base(comparison.runs)
+    start = base[0] if len(base) == 1 else None
+    series = [
+        *_final(comparison.groups, start),
+        *(one for group in comparison.groups for one in _without_retraining(group, start)),
+        *_evaluated(targets),
+    ]
+    series = [one for one in series if one.points]
+    for one in [one for one in series if one.kind == EARLY][1:]:
+        one.shown = False  # the first method's is the rival to beat; those of all would hide it
+    return Figures(base, series, names)
+
+
+def pareto(points: Sequence[Point], reward: str) -> list[Point]:
+    """The points that no other beats in both reward and diversity, from the lowest reward to the highest."""
+    measured = [(r.value, point.lpips.value, point) for point in points if (r := point.reward(reward)) is not None]
+    front: list[Point] = []
+    best = -math.inf
+    for _, lpips, point in sorted(measured, key=lambda one: (-one[0], -one[1])):
+        if lpips > best:
+            front.append(point)
+            best = lpips
+    return front[::-1]
+
+
+def _row_at(run: Run, step: int) -> Row | None:
+    return next((row for row in run.evaluations if row["step"] == step), None)
+
+
+def _point(series: str, label: str, rows: Sequence[tuple[Run, Row]], x: float, step: int | None) -> Point | None:
+    """The mean of the rows, one of each seed; None where no diversity or no reward was measured."""
+    lpips = mean_over([value for _, row in rows if (value := summary.number(row.get("lpips"))) is not None])
+    rewards = {}
+    for name in summary.reward_names([row for _, row in rows]):
+        values = [value for _, row in rows if (value := summary.number(row.get(f"reward/{name}"))) is not None]
+        mean = mean_over(values)
+        if mean is not None:
+            rewards[name] = mean
+    if lpips is None or not rewards:
+        return None
+    return Point(series, label, rewards, lpips, tuple(run for run, _ in rows), step, x)
+
+
+def _base(runs: Sequence[Run]) -> list[Point]:
+    """The base model at step 0, once for each way in which it was sampled; training's seed plays no part in it."""
+    ways: dict[str, list[tuple[Run, Row]]] = {}
+    for run in runs:
+        row = _row_at(run, 0)
+        if row is not None:
+            sampler = {k: v for k, v in flatten(run.config).items() if k.startswith("sampler.")}
+            ways.setdefault(repr(sampler), []).append((run, row))
+    points = []
+    for rows in ways.values():
+        run, row = rows[0]
+        # rewards that only some of the runs measured
+        merged = {k: v for _, other in rows[::-1] for k, v in other.items() if k.startswith("reward/")}
+        point = _point(BASE, _base_label(run, [r for other in ways.values() for r, _ in other[:1]]),
+                       [(run, {**merged, **row})], 0.0, 0)  # fmt: skip
+        if point is not None:
+            points.append(point)
+    return points
+
+
+def _base_label(run: Run, others: Sequence[Run]) -> str:
+    keys = [key for key in differing_keys(others) if key.startswith("sampler.")]
+    told = ", ".join(f"{key.rpartition('.')[2]} {setting(flatten(run.config).get(key))}" for key in keys)
+    return f"{BASE} ({told})" if told else BASE
+
+
+def _final(groups: Sequence[Group], base: Point | None) -> list[Series]:
+    """A line for each method, over its KL coefficients; DRaFT+ begins at DRaFT, which is its coefficient 0."""
+    told: dict[str, Series] = {}
+    for group in groups:
+        rows = [(run, run.evaluations[-1]) for run in group.runs if run.evaluations and last_step(run) > 0]
+        if not rows:
+            continue
+        point = _point(group.method, group.label, rows, group.kl_coeff, max(last_step(run) for run, _ in rows))
+        if point is not None:
+            told.setdefault(group.method, Series(group.method, FINAL, group.method)).points.append(point)
+    for name, series in told.items():
+        plain = told.get(without_kl(name))
+        if name != without_kl(name) and plain is not None and len(plain.points) == 1:
+            series.start = plain.points[0]
+        series.points.sort(key=lambda point: point.x)
+    return list(told.values())
+
+
+def without_kl(method: str) -> str:
+    """The name of the same method at a KL coefficient of 0."""
+    head, comma, rest = method.partition(", ")
+    plain = head.removesuffix(" in x0 space").removesuffix(" with KL")
+    if plain.startswith("DRaFT+"):
+        k = plain.removeprefix("DRaFT+").strip(" ()").removeprefix("K = ") or "1"
+        plain = "DRaFT" if k == "all" else f"DRaFT-{k}"
+    return f"{plain}{comma}{rest}"
+
+
+def _without_retraining(group: Group, base: Point | None) -> Iterable[Series]:
+    """Early stopping of a method without KL, and every variant of the last evaluation, each as a line of its own."""
+    rows = [(run, run.evaluations[-1]) for run in group.runs if run.evaluations]
+    final = _point(group.method, group.label, rows, group.kl_coeff, None) if rows else None
+    if group.kl_coeff == 0:
+        last = max((last_step(run) for run in group.runs), default=0)
+        steps = sorted({int(row["step"]) for run in group.runs for row in run.evaluations if 0 < row["step"] < last})
+        early = Series(f"{group.method}, stopped early", EARLY, group.method, [], base, final)
+        for step in steps:
+            at = [(run, row) for run in group.runs if (row := _row_at(run, step)) is not None]
+            point = _point(early.name, f"{group.label}, step {step}", at, step, step)
+            early.points += [point] if point is not None else []
+        yield early
+    yield _variants(group, f"LoRA scale of {group.label}", SCALE, "lora_scale", _scale, base, final)
+    yield _variants(group, f"AIG of {group.label}", ANNEAL, "anneal", _anneal, base, final)
+    yield _variants(group, f"variants of {group.label}", EVALUATED, "label", _other, None, None)
+
+
+def _scale(variant: Row) -> bool:
+    return variant.get("lora_scale") is not None and variant.get("anneal") is None and variant.get("checkpoint") is None
+
+
+def _anneal(variant: Row) -> bool:
+    plain = variant.get("lora_scale") in (None, 1, 1.0) and variant.get("checkpoint") is None
+    return variant.get("anneal") is not None and plain
+
+
+def _other(variant: Row) -> bool:
+    return not _scale(variant) and not _anneal(variant)
+
+
+def _variants(
+    group: Group, name: str, kind: str, key: str, wanted: Callable[[Row], bool], base: Point | None, final: Point | None
+) -> Series:
+    """The variants of one kind, averaged over the runs that have them."""
+    series = Series(name, kind, group.method)
+    by_label: dict[str, list[tuple[Run, Row]]] = {}
+    for run in group.runs:
+        for variant in (run.evaluations[-1].get("variants") or []) if run.evaluations else []:
+            if isinstance(variant, dict) and wanted(variant):
+                by_label.setdefault(str(variant.get("label") or variant.get(key)), []).append((run, variant))
+    for label, rows in by_label.items():
+        scale = summary.number(rows[0][1].get(key)) or 0.0
+        point = _point(name, f"{group.label}, {label}", rows, scale, None)
+        if point is not None:
+            series.points.append(point)
+    if kind == SCALE:
+        series.points.sort(key=lambda point: point.x)
+    else:
+        series.points.sort(key=lambda point: next(iter(point.rewards.values())).value)
+    if series.points and kind in (SCALE, ANNEAL):
+        series.start, series.end = base, final
+    return series
+
+
+def _target_rewards(target: Target) -> list[str]:
+    return [name.removeprefix("reward/") for name in target.metrics if name.startswith("reward/")]
+
+
+def _evaluated(targets: Sequence[Target]) -> list[Series]:
+    """The targets of eval.json files, a series for each file."""
+    told: dict[str, Series] = {}
+    for target in targets:
+        if "lpips" not in target.metrics:
+            continue
+        rewards = {name: Mean(float(target.metrics[f"reward/{name}"]["mean"])) for name in _target_rewards(target)}
+        if not rewards:
+            continue
+        name = f"evaluated ({target.source})"
+        lpips = Mean(float(target.metrics["lpips"]["mean"]))
+        series = told.setdefault(target.source, Series(name, EVALUATED, name))
+        series.points.append(Point(name, target.label, rewards, lpips, (), target.step, 0.0, target.source))
+    return list(told.values())
+
+
+def seeds_told(point: Point) -> str:
+    """The training seeds of a point, in words."""
+    seeds = sorted({str(seed_of(run)) for run in point.runs})
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}" if seeds else ""

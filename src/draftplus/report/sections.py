@@ -1,0 +1,74 @@
+"""A page's sections: what can be compared with what, and what is to be said of the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from draftplus.report import summary, tables
+from draftplus.report.grouping import Comparison, comparisons, evaluated_prompts, finished, seed_of
+from draftplus.report.inputs import Target
+from draftplus.report.points import Figures, figures_of
+from draftplus.report.read import Run
+from draftplus.report.wording import duration
+
+
+@dataclass(frozen=True)
+class Section:
+    """One comparison with everything that is drawn of it. prefix: makes names of files and ids unique."""
+
+    comparison: Comparison
+    figures: Figures
+    prefix: str
+
+
+def sections_of(runs: Sequence[Run], targets: Sequence[Target]) -> list[Section]:
+    """A section for each set of comparable runs; evaluated models join the one that was evaluated on their prompts.
+
+    Evaluated models that join none have sections of their own, one for each set of prompts.
+    """
+    sets = comparisons(runs)
+    joined: list[list[Target]] = [[] for _ in sets]
+    apart: dict[tuple[str, ...], list[Target]] = {}
+    for target in targets:
+        fitting = [i for i, one in enumerate(sets) if evaluated_prompts(one.runs[0]) == sorted(target.prompts)]
+        if len(fitting) == 1:
+            joined[fitting[0]].append(target)
+        else:
+            apart.setdefault(tuple(sorted(target.prompts)), []).append(target)
+    pairs = list(zip(sets, joined, strict=True))
+    for prompts, members in apart.items():
+        told = f"Evaluated models; {len(prompts)} prompt{'s' * (len(prompts) != 1)}"
+        pairs.append((Comparison(told, []), members))
+    return [Section(one, figures_of(one, members), f"{i}-" if i else "") for i, (one, members) in enumerate(pairs)]
+
+
+def summary_line(runs: Sequence[Run], targets: Sequence[Target], sections: Sequence[Section]) -> str:
+    """How much there is: runs, settings, seeds, time."""
+    groups = sum(len(section.comparison.groups) for section in sections)
+    seeds = len({str(seed_of(run)) for run in runs})
+    total = sum((summary.training_seconds(run) or (0.0,))[0] + summary.evaluation_seconds(run) for run in runs)
+    told = [f"{_count(len(runs), 'run')} of {_count(groups, 'setting')}"] if runs else []
+    told += [f"{seeds} training seeds"] if seeds > 1 else []
+    told += [f"{duration(total)} in all"] if total else []
+    told += [_count(len(targets), "evaluated model")] if targets else []
+    where = f" {sections[0].comparison.title}." if len(sections) == 1 else ""
+    return f"{', '.join(told)}.{where}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def notes(sections: Sequence[Section]) -> list[str]:
+    """What a reader must know of the runs: which are apart, which did not finish, which are not in the averages."""
+    told = []
+    if len(sections) > 1:
+        names = "; ".join(section.comparison.title for section in sections)
+        told = [f"Different base models or evaluation prompts are never in one figure, so these are apart: {names}"]
+    for section in sections:
+        for group in section.comparison.groups:
+            told += [f"{run.name}: {tables.ended(run)}; not in the averages over seeds" for run in group.short]
+            unfinished = [run for run in group.runs if not finished(run)]
+            told += [f"{run.name}: {tables.ended(run)}; shown as far as it got" for run in unfinished]
+    return told

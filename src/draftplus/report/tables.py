@@ -1,0 +1,113 @@
+"""Tables of a comparison: what differs between the runs and what came out, and the numbers of eval.json files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from draftplus.config import flatten
+from draftplus.report import summary
+from draftplus.report.grouping import Comparison, differing_keys, finished, last_step, seed_of, settings_of
+from draftplus.report.inputs import Target
+from draftplus.report.read import Run
+from draftplus.report.wording import duration, setting, show
+
+
+def runs_table(comparison: Comparison, rewards: Sequence[str], series_of: Mapping[int, int]) -> str:
+    """HTML: a row for each run, with the keys that differ, its last numbers, best step, seconds and how it ended.
+
+    series_of: the number of each run's method, by id().
+    """
+    keys = differing_keys(comparison.runs)
+    seeds = len({seed_of(run) for run in comparison.runs}) > 1
+    heads = [
+        *((key.rpartition(".")[2], key) for key in keys), *([("seed", "seed")] if seeds else []),
+        *((f"reward {name}", f"last held-out mean of {name}") for name in rewards),
+        ("LPIPS", "last mean pairwise LPIPS of one prompt's images"), ("of base", "LPIPS over the base model's"),
+        ("steps", "optimizer steps"), ("best step", "as best.json says"), ("time", "training and evaluation"),
+        ("evaluation", "share of the time that evaluation took"), ("ended", "how the run ended"),
+    ]  # fmt: skip
+    head = "".join(f'<th scope="col" title="{escape(told)}">{escape(text)}</th>' for text, told in heads)
+    rows = "".join(
+        f'<tr data-series="{series_of[id(run)]}" data-text="{escape(search_text(run, keys))}">'
+        f'<th scope="row">{escape(run.name)}</th>{_cells(run, keys, seeds, rewards)}</tr>'
+        for run in comparison.runs
+    )
+    return (
+        '<div class="scroll"><table class="sortable"><thead><tr><th scope="col">run</th>'
+        f"{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+    )
+
+
+def search_text(run: Run, keys: Sequence[str]) -> str:
+    """What the page's search field looks in: the run's name, its seed, and the keys that differ."""
+    flat = {**{key: value for key, value in settings_of(run).items() if key in keys}, "seed": seed_of(run)}
+    return " ".join([run.name, *(f"{key.rpartition('.')[2]}={setting(value)}" for key, value in flat.items())]).lower()
+
+
+def _cells(run: Run, keys: Sequence[str], seeds: bool, rewards: Sequence[str]) -> str:
+    flat = settings_of(run)
+    last: Mapping[str, Any] = run.evaluations[-1] if run.evaluations else {}
+    first = run.evaluations[0] if run.evaluations else {}
+    lpips, base = summary.number(last.get("lpips")), summary.number(first.get("lpips"))
+    cells = [(setting(flat.get(key)) if key in flat else "–", flat.get(key)) for key in keys]
+    cells += [(setting(seed_of(run)), seed_of(run))] if seeds else []
+    for name in rewards:
+        value = summary.number(last.get(f"reward/{name}"))
+        cells.append((show(value), value))
+    share = lpips / base if lpips is not None and base and first.get("step") == 0 else None
+    training, evaluating = summary.training_seconds(run), summary.evaluation_seconds(run)
+    total = (training[0] if training else 0.0) + evaluating
+    steps = int(run.steps[-1]["step"]) if run.steps else 0
+    cells += [
+        (show(lpips), lpips), (f"{share:.0%}" if share is not None else "–", share), (str(steps), steps),
+        (str(run.best.get("step", "–")), run.best.get("step")), (duration(total), total),
+        (f"{evaluating / total:.0%}" if total else "–", evaluating / total if total else None),
+        (ended(run), None),
+    ]  # fmt: skip
+    return "".join(
+        f"<td{f' data-value={chr(34)}{value}{chr(34)}' if isinstance(value, (int, float)) else ''}>{escape(text)}</td>"
+        for text, value in cells
+    )
+
+
+def ended(run: Run) -> str:
+    """How a run ended, in words."""
+    if run.stopped:
+        return f"stopped at step {run.stopped.get('step', '?')}: {run.stopped.get('reason', 'no reason given')}"
+    if finished(run):
+        return "finished"
+    planned = flatten(run.config).get("train.steps")
+    return f"not finished: evaluated to step {max(0, last_step(run))} of {planned}"
+
+
+def evaluations_table(targets: Sequence[Target]) -> str:
+    """HTML: the metrics of eval.json files, each with its 95% interval."""
+    metrics = list(dict.fromkeys(name for target in targets for name in target.metrics))
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in metrics)
+    rows = "".join(
+        f'<tr><th scope="row">{escape(target.label)}</th>'
+        + "".join(_metric(target.metrics.get(name)) for name in metrics)
+        + f"<td>{escape(target.source)}</td></tr>"
+        for target in targets
+    )
+    return (
+        '<div class="scroll"><table class="sortable"><thead><tr><th scope="col">evaluated</th>'
+        f'{head}<th scope="col">file</th></tr></thead><tbody>{rows}</tbody></table></div>'
+    )
+
+
+def _metric(value: Mapping[str, Any] | None) -> str:
+    if value is None:
+        return "<td>–</td>"
+    mean, interval = float(value["mean"]), value.get("interval")
+    told = show(mean)
+    if (
+        isinstance(interval, (list, tuple))
+        and len(interval) == 2
+        and all(summary.number(v) is not None for v in interval)
+    ):
+        told += f" [{show(interval[0], mean)}, {show(interval[1], mean)}]"
+    images = f' title="{value["images"]} images"' if value.get("images") else ""
+    return f'<td data-value="{mean}"{images}>{told}</td>'

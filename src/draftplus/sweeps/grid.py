@@ -1,0 +1,173 @@
+"""A grid of settings: reading `KEY=V1,V2`, the product of all, and a short name for each run."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from draftplus.errors import UserError
+
+MOST_RUNS = 1000
+LONGEST_NAME = 80
+
+Settings = dict[str, str]  # key -> value, as they are written in KEY=VALUE
+
+PLAIN = re.compile(r"[\w./:+-]+")  # text that stands for itself, unless YAML takes it for a number or the like
+CLOSES = {"(": ")", "[": "]", "{": "}"}
+OWNED = {"name": "each run is named after what differs", "output_dir": "the runs of a sweep lie in its own directory"}
+
+
+def split_values(text: str) -> list[str]:
+    """The values between commas; a comma inside brackets, braces or quotes belongs to the value.
+
+    Raises UserError for brackets or quotes that do not close, and for an empty value.
+    """
+    values, start, waiting, quote = [], 0, [], ""
+    for i, character in enumerate(text):
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"":
+            quote = character
+        elif character in CLOSES:
+            waiting.append(CLOSES[character])
+        elif character in CLOSES.values():
+            if not waiting or waiting.pop() != character:
+                raise UserError(f"'{text}': '{character}' closes nothing")
+        elif character == "," and not waiting:
+            values.append(text[start:i].strip())
+            start = i + 1
+    values.append(text[start:].strip())
+    if quote or waiting:
+        raise UserError(f"'{text}': {quote or waiting[-1]} is missing")
+    if "" in values:
+        raise UserError(f"'{text}': a value is empty; write null or \"\" where that is meant")
+    return values
+
+
+def parse_grid(arguments: Sequence[str]) -> dict[str, list[str]]:
+    """Each key's values, from `KEY=V1,V2` arguments.
+
+    Raises UserError for an argument without a key or a value, and for a key that is given twice.
+    """
+    grid: dict[str, list[str]] = {}
+    for argument in arguments:
+        key, equals, values = argument.partition("=")
+        if not equals or not key or not values.strip():
+            raise UserError(f"'{argument}': expected KEY=V1,V2,..., such as objective.kl_coeff=0,1,10")
+        if key in grid:
+            raise UserError(f"{key} is given twice ({','.join(grid[key])} and {values}); list all values once")
+        try:
+            grid[key] = split_values(values)
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from None
+    return grid
+
+
+def written(value: Any) -> str:
+    """A value of a YAML file or of Python as it is written in KEY=VALUE."""
+    if isinstance(value, str) and PLAIN.fullmatch(value) and list(OmegaConf.create(f"[{value}]")) == [value]:
+        return value
+    return json.dumps(value, ensure_ascii=False)
+
+
+def written_grid(grid: Mapping[str, Any], where: str) -> dict[str, list[str]]:
+    """A grid whose values may be lists, as text. A value that is itself a list stands in a list of its own.
+
+    Raises UserError for a key without values.
+    """
+    told: dict[str, list[str]] = {}
+    for key, values in grid.items():
+        many = list(values) if isinstance(values, (list, tuple, range)) else [values]
+        if not many:
+            raise UserError(f"{where}: {key} has no values; give at least one")
+        told[str(key)] = [written(value) for value in many]
+    return told
+
+
+def expand(grid: Mapping[str, Sequence[str]], runs: Sequence[Mapping[str, Sequence[str]]] = ()) -> list[Settings]:
+    """The settings of each run: every combination of the grid, with each of `runs`, small grids of their own.
+
+    Raises UserError where there is none, more than 1,000, the same twice, a key that both sides have, or one that
+    the sweep sets itself.
+    """
+    if not grid and not any(runs):
+        raise UserError("the grid is empty; give at least one KEY=V1,V2,..., such as objective.kl_coeff=0,1,10")
+    grids = []
+    for own in runs or [{}]:
+        for key in own.keys() & grid.keys():
+            raise UserError(f"{key} is in the grid ({', '.join(grid[key])}) and in a run ({', '.join(own[key])})")
+        grids.append({**own, **grid})
+    for key, why in OWNED.items():
+        for one in grids:
+            if key in one:
+                raise UserError(f"{key}={','.join(one[key])}: a sweep cannot range over {key}; {why}")
+    count = sum(_size(one) for one in grids)
+    if count > MOST_RUNS:
+        sizes = ", ".join(f"{key}: {len(values)}" for key, values in grids[0].items() if len(values) > 1)
+        raise UserError(f"the grid has {count:,} runs ({sizes}); a sweep has at most {MOST_RUNS:,}")
+    expanded = [dict(zip(one, values, strict=True)) for one in grids for values in itertools.product(*one.values())]
+    for i, settings in enumerate(expanded):
+        if settings in expanded[:i]:
+            raise UserError(f"{' '.join(arguments(settings))} is in the sweep twice; give each value once")
+    return expanded
+
+
+def _size(grid: Mapping[str, Sequence[str]]) -> int:
+    size = 1
+    for values in grid.values():
+        size *= len(values)
+    return size
+
+
+def arguments(settings: Settings) -> list[str]:
+    """KEY=VALUE for each setting."""
+    return [f"{key}={value}" for key, value in settings.items()]
+
+
+def names(runs: Sequence[Settings]) -> list[str]:
+    """A short, unique directory name for each run, from the settings that differ between the runs.
+
+    It has no `=`, so that `draftplus train DIRECTORY` is not mistaken for a setting.
+    """
+    keys = list(dict.fromkeys(key for settings in runs for key in settings))
+    differing = [key for key in keys if len({settings.get(key) for settings in runs}) > 1] or keys
+    short = _short_keys(differing)
+    told = []
+    for settings in runs:
+        parts = [f"{short[key]}-{_slug(settings[key])}" for key in settings if key in differing]
+        told.append(_bounded("_".join(parts) or "base", settings))
+    return [
+        name if told.count(name) == 1 else _bounded(name, settings, always=True)
+        for name, settings in zip(told, runs, strict=True)
+    ]
+
+
+def _short_keys(keys: Sequence[str]) -> dict[str, str]:
+    """Each key's last parts, as few as tell it from the others."""
+    short = {}
+    for key in keys:
+        parts = key.split(".")
+        for n in range(1, len(parts) + 1):
+            tail = parts[-n:]
+            if sum(other.split(".")[-n:] == tail for other in keys) == 1:
+                break
+        short[key] = _slug(".".join(tail))
+    return short
+
+
+def _slug(text: str) -> str:
+    kept = re.sub(r"[^A-Za-z0-9._-]+", " ", text)  # a minus stays, also in front
+    return re.sub(r"\s+", "-", kept.strip()) or "empty"
+
+
+def _bounded(name: str, settings: Settings, always: bool = False) -> str:
+    if len(name) <= LONGEST_NAME and not always:
+        return name
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    return f"{name[: LONGEST_NAME - 9].rstrip('-_.')}-{digest}"

@@ -1,0 +1,181 @@
+"""Trains the runs of a sweep, each in a process of its own, so that one that dies takes no other with it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from draftplus.engine.interrupt import interruption
+from draftplus.engine.progress import Advance, progress
+from draftplus.engine.run import locked
+from draftplus.errors import Interrupted, UserError
+from draftplus.sweeps.manifest import Entry, Manifest, read_manifest
+from draftplus.sweeps.plan import Plan, PlannedRun
+
+COMMAND = (sys.executable, "-m", "draftplus", "train")
+LOGS = "logs"
+BETWEEN_LOOKS = 0.5  # seconds
+PATIENCE = 120.0  # seconds for a run to save itself when the sweep is stopped
+
+
+def run_sweep(plan: Plan) -> Manifest:
+    """Trains what is not finished, and returns what became of each run. Runs of an earlier, smaller grid stay.
+
+    Raises UserError where the directory is another recipe's sweep or cannot be written, and Interrupted, once every
+    run in flight has saved itself, where the process is asked to stop.
+    """
+    with locked(plan.directory):
+        manifest = _continued(plan)
+        manifest.save(plan.directory)
+        waiting = [run for run in plan.runs if _entry(manifest, run).status != "finished"]
+        try:
+            if waiting:
+                _train(plan, manifest, waiting)
+        except Interrupted:
+            done = sum(1 for _ in manifest.with_status("finished"))
+            told = f"stopped with {done} of {len(manifest.runs)} runs finished; the same command continues"
+            print(f"{told}: {plan.directory}", file=sys.stderr)
+            raise
+    return manifest
+
+
+def _continued(plan: Plan) -> Manifest:
+    before = read_manifest(plan.directory)
+    if before is not None and before.recipe != plan.recipe:
+        raise UserError(f"{plan.directory} is a sweep of {before.recipe}, not of {plan.recipe}; give another --name")
+    known = {entry.name: entry for entry in before.runs} if before else {}
+    entries = []
+    for run in plan.runs:
+        entry = known.pop(run.name, None) or Entry(run.name, run.settings)
+        done = entry.settings == run.settings and (plan.directory / run.name / "adapter").is_dir()
+        status = entry.status if entry.status == "finished" and done else "pending"
+        entries.append(Entry(run.name, run.settings, status, None, entry.seconds))
+    return Manifest(plan.recipe, plan.grid, [*entries, *known.values()])
+
+
+def _entry(manifest: Manifest, run: PlannedRun) -> Entry:
+    return next(entry for entry in manifest.runs if entry.name == run.name)
+
+
+@dataclass
+class _Attempt:
+    """A run in flight. slot: its place among those that train at the same time."""
+
+    run: PlannedRun
+    entry: Entry
+    process: subprocess.Popen[bytes]
+    slot: str | None
+    began: float
+    before: float
+
+
+def _train(plan: Plan, manifest: Manifest, waiting: list[PlannedRun]) -> None:
+    (plan.directory / LOGS).mkdir(exist_ok=True)
+    free, active = devices([run.config.device for run in waiting]), list[_Attempt]()
+    total = sum(run.steps for run in plan.runs)
+    with interruption() as interrupt, progress("sweep", total) as advance, _ended(active, plan, manifest):
+        while waiting or active:
+            if interrupt.asked:
+                raise Interrupted
+            while free and waiting:
+                active.append(_start(plan, manifest, waiting.pop(0), free.pop(0)))
+            time.sleep(BETWEEN_LOOKS)
+            for attempt in [one for one in active if one.process.poll() is not None]:
+                active.remove(attempt)
+                free.append(attempt.slot)
+                _finish(plan, manifest, attempt, "failed")
+            _show(plan, manifest, active, advance)
+
+
+def devices(wanted: Sequence[str]) -> list[str | None]:
+    """The value of CUDA_VISIBLE_DEVICES for each run that may train at the same time; None leaves it as it is."""
+    count = torch.cuda.device_count() if set(wanted) <= {"auto", "cuda"} else 0
+    if count < 2:
+        return [None]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return list(visible.split(",")[:count]) if visible else [str(i) for i in range(count)]
+
+
+def _start(plan: Plan, manifest: Manifest, run: PlannedRun, slot: str | None) -> _Attempt:
+    entry = _entry(manifest, run)
+    # what torchrun says is about this process, not about one that it starts
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment["PYTHONUNBUFFERED"] = "1"
+    if slot is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = slot
+    with log_path(plan.directory, run.name).open("wb") as log:
+        process = subprocess.Popen(
+            [*COMMAND, *plan.arguments(run)],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment,
+        )  # fmt: skip
+    attempt = _Attempt(run, entry, process, slot, time.monotonic(), entry.seconds)
+    entry.status, entry.error = "running", None
+    manifest.save(plan.directory)
+    return attempt
+
+
+def _finish(plan: Plan, manifest: Manifest, attempt: _Attempt, otherwise: str) -> None:
+    """Notes how a run ended: finished where it says so itself, and `otherwise` where not."""
+    code, entry = attempt.process.returncode, attempt.entry
+    entry.seconds = round(attempt.before + time.monotonic() - attempt.began, 1)
+    entry.status = "finished" if code == 0 else otherwise
+    if entry.status == "failed":
+        entry.error = _said(log_path(plan.directory, attempt.run.name), code)
+    manifest.save(plan.directory)
+
+
+def _said(log: Path, code: int) -> str:
+    """The last line that a failed run printed, or the signal that ended it."""
+    if code < 0:
+        return f"ended by signal {-code}" + (", as when memory runs out" if code == -9 else "") + f"; see {log}"
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return lines[-1].removeprefix("draftplus: ") if lines else f"exit status {code}, and it said nothing"
+
+
+def log_path(directory: Path, name: str) -> Path:
+    """What a run printed."""
+    return directory / LOGS / f"{name}.txt"
+
+
+@contextmanager
+def _ended(active: list[_Attempt], plan: Plan, manifest: Manifest) -> Iterator[None]:
+    """However the block is left, no run stays behind: each is asked to stop, and waited for while it saves itself."""
+    try:
+        yield
+    finally:
+        for attempt in active:
+            attempt.process.terminate()
+        end = time.monotonic() + PATIENCE
+        for attempt in active:
+            try:
+                attempt.process.wait(max(0.1, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                attempt.process.kill()
+                attempt.process.wait()
+            _finish(plan, manifest, attempt, "interrupted")
+
+
+def _show(plan: Plan, manifest: Manifest, active: Sequence[_Attempt], advance: Advance) -> None:
+    under_way = {attempt.run.name for attempt in active}
+    over = {entry.name for entry in manifest.with_status("finished", "failed")}  # a failed one has no steps left either
+    done = sum(run.steps for run in plan.runs if run.name in over)
+    done += sum(_steps(plan.directory / name) for name in under_way)
+    over_count = sum(run.name in over for run in plan.runs)
+    advance(
+        done, f"steps; run {min(over_count + 1, len(plan.runs))} of {len(plan.runs)}: {', '.join(sorted(under_way))}"
+    )
+
+
+def _steps(run: Path) -> int:
+    try:
+        return (run / "metrics.jsonl").read_bytes().count(b"\n")
+    except OSError:
+        return 0

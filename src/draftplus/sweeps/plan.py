@@ -1,0 +1,154 @@
+"""Which runs a sweep has, all of them checked before the first starts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from draftplus.config import Config, load_config, nearest, recipe_path, to_dict
+from draftplus.data.prompts import PromptSet, load_prompts
+from draftplus.engine.checkpoint import saved_steps
+from draftplus.engine.evaluate import evaluation_set
+from draftplus.engine.run import plan_run
+from draftplus.engine.train import micro_batch_size, total_steps
+from draftplus.errors import UserError
+from draftplus.sweeps import grid
+
+FILE_KEYS = ("recipe", "name", "grid", "runs")
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of a sweep. settings: KEY=VALUE, as given. steps: how many optimizer steps it takes."""
+
+    name: str
+    settings: list[str]
+    config: Config
+    steps: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sweep: its directory, the recipe under every run, the grid as it is written, and the runs."""
+
+    directory: Path
+    recipe: str
+    grid: dict[str, list[str]]
+    runs: list[PlannedRun]
+
+    def arguments(self, run: PlannedRun) -> list[str]:
+        """What `draftplus train` is called with."""
+        return [self.recipe, *run.settings, f"output_dir={json.dumps(str(self.directory))}", f"name={run.name}"]
+
+
+def plan_sweep(
+    recipe: str | Path, over: Mapping[str, Sequence[str]], name: str | None = None, parent: Path = Path("sweeps")
+) -> Plan:
+    """The runs of a sweep under `parent`/`name`.
+
+    recipe: a recipe, or a sweep file, whose grid `over` extends and overrides. name: null means the name that the file
+    gives or its own; for a recipe, and where there is an `over`, with a hash of the runs.
+
+    Raises UserError for an empty grid, one of more than 1,000 runs, or a run that could not be trained as configured,
+    naming its key and value.
+    """
+    file = read_sweep_file(recipe)
+    cells = {**file.grid, **{key: list(values) for key, values in over.items()}}
+    settings = grid.expand(cells, file.runs)
+    chosen = name or (file.name if not over else None) or f"{Path(recipe).stem}-{_hash(file.recipe, settings)}"
+    if "/" in chosen or chosen in (".", "..") or "=" in chosen:
+        raise UserError(f"--name '{chosen}': give a plain name; the sweep is made in {parent / 'NAME'}")
+    recipe_path(file.recipe)  # an unknown recipe is said once, and not of a run
+    directory = parent / chosen
+    prompts = cache(load_prompts)
+    runs = [
+        _plan_run(directory, run, file.recipe, grid.arguments(one), prompts)
+        for run, one in zip(grid.names(settings), settings, strict=True)
+    ]
+    _refuse_twins(runs)
+    return Plan(directory, file.recipe, cells, runs)
+
+
+@dataclass(frozen=True)
+class SweepFile:
+    """What a sweep file says. runs: settings, or small grids, each combined with the whole grid."""
+
+    recipe: str
+    name: str | None  # None for a recipe
+    grid: dict[str, list[str]]
+    runs: list[dict[str, list[str]]]
+
+
+def read_sweep_file(path: str | Path) -> SweepFile:
+    """A YAML sweep file; of a recipe's name or file, a sweep without a grid.
+
+    Raises UserError for a file that is neither.
+    """
+    if not Path(path).is_file():
+        return SweepFile(str(path), None, {}, [])
+    try:
+        loaded = OmegaConf.to_container(OmegaConf.load(path))
+    except Exception as error:  # yaml's errors share no base class with OmegaConf's
+        raise UserError(f"{path}: not a YAML file: {str(error).splitlines()[0]}") from None
+    if not isinstance(loaded, dict) or not {"grid", "runs", "recipe"} & loaded.keys():
+        return SweepFile(str(path), None, {}, [])  # a recipe, which is checked with its settings
+    for key in _strings(loaded):
+        if key not in FILE_KEYS:
+            near = nearest(key, FILE_KEYS)
+            raise UserError(f"{path}: unknown key '{key}'; {near or 'it may have ' + ', '.join(FILE_KEYS)}")
+    recipe, name = loaded.get("recipe", "emoji"), loaded.get("name")
+    for key, value in (("recipe", recipe), ("name", name)):
+        if value is not None and not isinstance(value, str):
+            raise UserError(f"{path}: {key} is {value!r}; give a text")
+    beside = Path(path).parent / str(recipe)
+    cells, runs = loaded.get("grid") or {}, loaded.get("runs") or []
+    if not isinstance(cells, dict):
+        raise UserError(f"{path}: grid is {cells!r}; give a mapping of keys to lists of values")
+    if not isinstance(runs, list) or not all(isinstance(run, dict) for run in runs):
+        raise UserError(f"{path}: runs is {runs!r}; give a list of mappings, each the settings of a run")
+    return SweepFile(
+        str(beside) if beside.is_file() else str(recipe),
+        name or Path(path).stem,
+        grid.written_grid(_strings(cells), f"{path}: grid"),
+        [grid.written_grid(_strings(run), f"{path}: runs, number {i}") for i, run in enumerate(runs, 1)],
+    )
+
+
+def _strings(mapping: Mapping[Any, Any]) -> dict[str, Any]:
+    return {str(key): value for key, value in mapping.items()}
+
+
+def _plan_run(directory: Path, name: str, recipe: str, settings: list[str], prompts: Any) -> PlannedRun:
+    try:
+        config = load_config(recipe, [*settings, f"output_dir={json.dumps(str(directory))}", f"name={name}"])
+        if saved_steps(directory / name / "checkpoints"):
+            plan_run(config, [])  # refuses a key that shaped the run and has changed
+        micro_batch_size(config, 1)
+        data: PromptSet = prompts(config.data.prompts)
+        evaluation_set(config, data)
+    except UserError as error:
+        raise UserError(f"{' '.join(settings)}: {error}") from None
+    return PlannedRun(name, settings, config, total_steps(config, len(data.train)))
+
+
+def _refuse_twins(runs: Sequence[PlannedRun]) -> None:
+    """Values that are written differently and mean the same, such as 1 and 1.0."""
+    seen: dict[str, PlannedRun] = {}
+    for run in runs:
+        key = json.dumps({**to_dict(run.config), "name": None}, sort_keys=True)
+        if key in seen:
+            raise UserError(
+                f"{' '.join(run.settings)} is the same run as {' '.join(seen[key].settings)}; leave one out"
+            )
+        seen[key] = run
+
+
+def _hash(recipe: str, settings: Sequence[grid.Settings]) -> str:
+    return hashlib.sha256(json.dumps([recipe, settings], sort_keys=True).encode()).hexdigest()[:8]

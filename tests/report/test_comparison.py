@@ -1,0 +1,300 @@
+"""What the comparison shows is what the runs' files say: means over seeds, the Pareto front, names, what is absent."""
+
+import itertools
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from draftplus.errors import UserError
+from draftplus.report import write_report
+from draftplus.report.grouping import Mean, comparisons, differing_keys, mean_over
+from draftplus.report.inputs import read_inputs
+from draftplus.report.points import BASE, EARLY, Point, figures_of, pareto, without_kl
+from tests.report.page import LOADING, Page
+from tests.report.synthetic import BASE as BASE_NUMBERS
+from tests.report.synthetic import PROMPTS, configuration, write_run, write_sweep
+
+REWARD = "emoji_clip"
+
+
+def figures(*paths: Path):
+    found = read_inputs(paths)
+    (one,) = comparisons(found.runs)
+    return figures_of(one, found.targets)
+
+
+def series_of(told, name: str):
+    return next(series for series in told.series if series.name == name)
+
+
+def last(run: Path) -> dict:
+    return json.loads((run / "eval.jsonl").read_text().splitlines()[-1])
+
+
+def page_of(path: Path, *more: Path) -> Page:
+    output = path.parent / "page" / "report.html"
+    return Page(write_report([path, *more], output, figures=False).read_text(encoding="utf-8"))
+
+
+def test_pareto_front_is_what_no_other_beats():
+    grid = itertools.product((1.0, 2.0, 3.0, 4.0), (0.1, 0.2, 0.3))
+    points = [
+        Point("a", f"{r} {d}", {REWARD: Mean(r)}, Mean(d)) for i, (r, d) in enumerate(grid) if i % 5 not in (1, 4)
+    ]
+    unmeasured = Point("a", "other reward", {"other": Mean(9.0)}, Mean(0.9))
+
+    def beaten(one: Point) -> bool:
+        mine = (one.rewards[REWARD].value, one.lpips.value)
+        others = [(other.rewards[REWARD].value, other.lpips.value) for other in points]
+        return any(o[0] >= mine[0] and o[1] >= mine[1] and o != mine for o in others)
+
+    front = pareto([*points, unmeasured], REWARD)
+    assert front and {p.label for p in front} == {p.label for p in points if not beaten(p)}
+    assert [p.rewards[REWARD].value for p in front] == sorted(p.rewards[REWARD].value for p in front)
+
+
+def test_mean_over_seeds_and_its_standard_error():
+    assert mean_over([1.0, 2.0, 6.0]) == Mean(3.0, pytest.approx(math.sqrt(7 / 3)), 3)
+    assert mean_over([2.0, math.nan]) == Mean(2.0) and mean_over([math.nan]) is None
+
+
+def test_runs_that_differ_in_their_seed_alone_are_one_point(tmp_path):
+    runs = [write_run(tmp_path / f"s{seed}", {"seed": seed}, pictures=False) for seed in (0, 1, 2)]
+    (point,) = series_of(figures(*runs), "DRaFT-1").points
+    rewards, lpips = ([last(run)[key] for run in runs] for key in (f"reward/{REWARD}", "lpips"))
+    for mean, values in ((point.rewards[REWARD], rewards), (point.lpips, lpips)):
+        assert mean.value == pytest.approx(sum(values) / 3)
+        deviations = sum((value - mean.value) ** 2 for value in values)
+        assert mean.error == pytest.approx(math.sqrt(deviations / 2 / 3))
+    assert {run.name for run in point.runs} == {"s0", "s1", "s2"}
+
+
+def test_keys_of_watching_and_storing_separate_nothing(tmp_path):
+    other = {"seed": 1, "device": "cpu", "checkpoint.every": 5, "log.to": [], "name": "x", "train.micro_batch_size": 4}
+    runs = [write_run(tmp_path / "a", pictures=False), write_run(tmp_path / "b", other, pictures=False)]
+    found = read_inputs(runs).runs
+    assert differing_keys(found) == [] and len(comparisons(found)[0].groups) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "label"),
+    [
+        ({}, "DRaFT-1"),
+        ({"objective.grad_steps": 4}, "DRaFT-4"),
+        ({"objective.grad_steps": "all"}, "DRaFT"),
+        ({"objective.kl_coeff": 0.5}, "DRaFT+, β = 0.5"),
+        ({"objective.kl_coeff": 0.5, "objective.grad_steps": 2}, "DRaFT+ (K = 2), β = 0.5"),
+        ({"objective.kl_coeff": 2, "objective.kl_space": "x0"}, "DRaFT+ in x0 space, β = 2"),
+        ({"objective.method": "draft_lv"}, "DRaFT-LV"),
+        ({"objective.method": "ddpo", "optim.lr": 3e-4}, "DDPO"),
+        ({"objective.method": "alignprop", "objective.kl_coeff": 1}, "AlignProp with KL, β = 1"),
+    ],
+)
+def test_methods_are_named_as_the_papers_do(tmp_path, changes, label):
+    runs = [write_run(tmp_path / "plain", pictures=False)]
+    if changes:
+        runs.append(write_run(tmp_path / "other", changes, pictures=False))
+    assert label in [group.label for group in comparisons(read_inputs(runs).runs)[0].groups]
+
+
+def test_what_else_differs_among_runs_of_a_method_is_in_its_name(tmp_path):
+    one = write_run(tmp_path / "a", pictures=False)
+    two = write_run(tmp_path / "b", {"optim.lr": 0.01}, pictures=False)
+    three = write_run(tmp_path / "c", {"reward": {"jpeg": {"weight": 1.0, "path": None, "args": {}}}}, pictures=False)
+    four = write_run(tmp_path / "d", {"reward.emoji_clip.args": {"dropout": 0.1}}, pictures=False)
+    names = [group.method for group in comparisons(read_inputs([one, two, three, four]).runs)[0].groups]
+    assert sorted(names) == sorted(["DRaFT-1", "DRaFT-1, lr 0.01", "DRaFT-1, reward jpeg", "DRaFT-1, dropout 0.1"])
+
+
+def test_lines_over_the_kl_coefficient_begin_at_the_method_without(tmp_path):
+    runs = [write_run(tmp_path / f"kl{kl}", {"objective.kl_coeff": kl}, pictures=False) for kl in (3.0, 0.0, 0.5)]
+    line = series_of(figures(*runs), "DRaFT+")
+    assert [point.x for point in line.path()] == [0.0, 0.5, 3.0]
+    assert line.start is not None and line.start.series == "DRaFT-1"
+    assert without_kl("DRaFT+ (K = 2), lr 0.01") == "DRaFT-2, lr 0.01"
+    assert without_kl("AlignProp with KL in x0 space") == "AlignProp"
+
+
+def test_base_model_is_one_point_whatever_the_training_seed(tmp_path):
+    runs = [write_run(tmp_path / f"s{seed}", {"seed": seed}, pictures=False) for seed in (0, 1)]
+    (base,) = figures(*runs).base
+    assert (base.rewards[REWARD].value, base.lpips.value) == BASE_NUMBERS and base.series == BASE
+
+
+def test_earlier_evaluations_of_draft_are_early_stopping(tmp_path):
+    run = write_run(tmp_path / "a", steps=40, every=10, pictures=False)
+    plus = write_run(tmp_path / "b", {"objective.kl_coeff": 1.0}, steps=40, every=10, pictures=False)
+    told = figures(run, plus)
+    (early,) = [series for series in told.series if series.kind == EARLY]
+    assert early.of == "DRaFT-1" and [point.step for point in early.points] == [10, 20, 30]
+    rows = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
+    assert [point.lpips.value for point in early.path()] == [row["lpips"] for row in rows]
+
+
+def test_variants_are_lines_from_the_base_model_to_the_run(tmp_path):
+    told = figures(write_run(tmp_path / "a", variants=True, pictures=False))
+    scale = series_of(told, "LoRA scale of DRaFT-1")
+    assert [point.x for point in scale.points] == [0.25, 0.5, 0.75]
+    assert scale.path()[0] is told.base[0] and scale.path()[-1].lpips.value == last(tmp_path / "a")["lpips"]
+    assert len(series_of(told, "AIG of DRaFT-1").points) == 3
+
+
+def test_runs_of_different_models_or_evaluations_are_never_in_one_figure(tmp_path):
+    one = write_run(tmp_path / "a", pictures=False)
+    two = write_run(tmp_path / "b", {"model.path": "other/model"}, pictures=False)
+    three = write_run(tmp_path / "c", prompts=["a hen"], pictures=False)
+    sets = comparisons(read_inputs([one, two, three]).runs)
+    assert [[run.name for run in each.runs] for each in sets] == [["a"], ["b"], ["c"]]
+    page = page_of(one, two, three)
+    assert (
+        "never in one figure" in page.text
+        and "Model other/model" in page.text
+        and "1 held-out prompt (“a hen”)" in page.text
+    )
+
+
+def test_unfinished_runs_are_named_and_kept_out_of_the_averages(tmp_path):
+    whole = write_run(tmp_path / "whole", {"seed": 0}, pictures=False)
+    part = write_run(tmp_path / "part", {"seed": 1}, done_steps=20, pictures=False)
+    (part / "adapter").rmdir()
+    (point,) = series_of(figures(whole, part), "DRaFT-1").points
+    assert [run.name for run in point.runs] == ["whole"]
+    assert "part: not finished: evaluated to step 20 of 60; not in the averages" in page_of(whole, part).text
+
+
+@pytest.mark.parametrize(
+    ("break_it", "said"),
+    [
+        (lambda run: (run / "config.yaml").write_text("a: [1"), "config.yaml (cannot be read"),
+        (lambda run: (run / "config.yaml").unlink(), "left out of the comparison"),
+        (lambda run: (run / "eval.jsonl").write_bytes(b"\xff\xfe{"), "eval.jsonl, line 1"),
+        (lambda run: (run / "eval.jsonl").write_text('{"step": 0, "lpips": "many", "reward/emoji_clip": []}\n'), "b"),
+        (lambda run: (run / "eval.jsonl").write_text('{"step": 0}\n[1]\nnull\n'), "eval.jsonl, line 2"),
+        (lambda run: (run / "samples" / "prompts.json").write_text("{"), "samples/prompts.json (not JSON)"),
+        (lambda run: (run / "best.json").write_text("[3]"), "b"),
+        (lambda run: (run / "best.json").write_text('{"step": '), "best.json (not JSON)"),
+        (
+            lambda run: [p.write_bytes(b"no picture") for p in run.glob("samples/*/*.png")],
+            "and 35 more (not whole PNG files)",
+        ),
+        (lambda run: [p.unlink() for p in run.glob("*.jsonl")], "left out of the comparison"),
+    ],
+)
+def test_a_corrupt_run_is_named_and_the_rest_is_drawn(tmp_path, break_it, said):
+    good = write_run(tmp_path / "a", steps=4, every=2, prompts=["an owl"])
+    bad = write_run(tmp_path / "b", {"objective.kl_coeff": 1.0}, steps=4, every=2, prompts=["an owl"])
+    break_it(bad)
+    page = page_of(good, bad)
+    assert said in page.text and "Diversity against reward" in page.text
+    assert "mark" in " ".join(page.attributes("class"))
+
+
+def test_what_is_missing_is_named_with_what_would_make_it(tmp_path):
+    text = page_of(
+        write_run(tmp_path / "a", pictures=False), write_run(tmp_path / "b", {"seed": 1}, pictures=False)
+    ).text
+    assert "Diversity against the KL coefficient needs one method at two KL coefficients" in text
+    assert "Same-seed grids needs samples/" in text
+
+
+def test_guards_and_the_best_step_are_marked(tmp_path):
+    run = write_run(tmp_path / "a", pictures=False)
+    (run / "best.json").write_text(json.dumps({"step": 20, "value": 1.0, "rule": "r"}))
+    (run / "stopped.json").write_text(json.dumps({"step": 60, "reason": "diversity fell below 0.8"}))
+    other = write_run(tmp_path / "b", {"seed": 1}, pictures=False)
+    page = page_of(run, other)
+    assert "stopped at step 60: diversity fell below 0.8" in page.text
+    assert page.attributes("class").count("flag") == 3  # best and stopped on the reward, stopped on the diversity
+    assert "ended by a guard at step 60: diversity fell below 0.8" in Page(write_report(run).read_text()).text
+
+
+def evaluation(path: Path, prompts=PROMPTS, **changes) -> Path:
+    metrics = {
+        "reward/emoji_clip": {"mean": 13.5, "standard_error": 0.1, "interval": [13.3, 13.7], "images": 48},
+        "lpips": {"mean": 0.31, "standard_error": 0.01, "interval": [0.29, 0.33], "images": 48},
+    }
+    target = {"target": "runs/a@best", "label": "a@best", "metrics": metrics, **changes}
+    path.write_text(json.dumps({"draftplus": "0.1.0", "prompts": prompts, "seeds": [], "targets": [target]}))
+    return path
+
+
+def test_evaluations_are_a_table_and_points(tmp_path):
+    run = write_run(tmp_path / "a", pictures=False)
+    (tmp_path / "e").mkdir()
+    path = evaluation(tmp_path / "e" / "eval.json")
+    for given in (path, path.parent):
+        (point,) = figures(run, given).series[-1].points
+        assert (point.label, point.rewards[REWARD].value, point.lpips.value) == ("a@best", 13.5, 0.31)
+    assert "13.50 [13.30, 13.70]" in page_of(run, path).text
+    alone = page_of(path, evaluation(tmp_path / "f.json", label="b")).text
+    assert "Evaluated models; 4 prompts" in alone and "apart" not in alone
+    elsewhere = page_of(run, evaluation(tmp_path / "g.json", ["a hen"])).text
+    assert "these are apart: Model emoji" in elsewhere and "Evaluated models; 1 prompt" in elsewhere
+    path.write_text('{"targets": [{"label": 3}]}')
+    assert "not what draftplus evaluate writes" in page_of(run, path).text
+
+
+def test_a_sweep_is_read_from_its_manifest(tmp_path):
+    sweep = write_sweep(tmp_path / "sweep", seeds=(0,), pictures=False)
+    found = read_inputs([sweep])
+    assert len(found.runs) == 10
+    assert found.problems[-1].startswith("lr-100: failed: reward 'emoji_clip' is not finite")
+    assert len(read_inputs([sweep, sweep, sweep / found.runs[0].name]).runs) == 10  # each run once
+    (sweep / "manifest.json").write_text("{")
+    found = read_inputs([sweep])
+    assert len(found.runs) == 10 and "not a sweep's manifest" in found.problems[0]
+
+
+def test_nothing_to_report_is_a_users_mistake(tmp_path):
+    with pytest.raises(UserError, match="no runs found"):
+        write_report([tmp_path, tmp_path])
+    with pytest.raises(UserError, match="gone: no such run directory, sweep"):
+        write_report(tmp_path / "gone")
+    run = write_run(tmp_path / "a", pictures=False)
+    with pytest.raises(UserError, match="is a directory"):
+        write_report([run, run], tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        write_report([run, run], tmp_path / "file" / "report.html", figures=False)
+
+
+def test_the_page_stands_alone_and_is_well_formed(tmp_path):
+    runs = [
+        write_run(tmp_path / f"r{kl}", {"objective.kl_coeff": kl}, steps=4, every=2, prompts=["a <b>'\"&", "$x"])
+        for kl in (0.0, 1.0)
+    ]
+    hostile = tmp_path / "<i>${name}</script>".replace("/", "∕")
+    runs.append(write_run(hostile, {"seed": 3}, steps=4, every=2, prompts=["a <b>'\"&", "$x"]))
+    path = write_report(runs, tmp_path / "report.html", figures=False)
+    html = path.read_text(encoding="utf-8")
+    page = Page(html)
+    addresses = [value for name in LOADING for value in page.attributes(name)]
+    assert addresses and all(address.startswith(("data:image/", "#")) for address in addresses)
+    assert not re.search(r"@import|url\((?!#)|https?://(?!www\.w3\.org)", html)
+    ids = page.attributes("id")
+    assert len(ids) == len(set(ids)) and not {"i", "b"} & {tag for tag, _ in page.tags}
+    referenced = {value[1:] for value in page.attributes("href")} | set(re.findall(r"url\(#([^)]+)\)", html))
+    assert referenced <= set(ids)
+    data = json.loads(re.search(r'id="data">(.*?)</script>', html, re.DOTALL)[1])
+    assert hostile.name in [run["name"] for run in data["runs"]]
+
+
+@pytest.mark.slow
+def test_figures_are_written_beside_the_page(tmp_path):
+    for kl in (0.0, 1.0):
+        write_run(tmp_path / "runs" / f"{kl}", {"objective.kl_coeff": kl}, steps=4, every=2, prompts=["an owl"])
+    write_report(tmp_path / "runs", tmp_path / "out" / "report.html")
+    names = {path.stem for path in (tmp_path / "out" / "figures").glob("*.png")}
+    assert names == {path.stem for path in (tmp_path / "out" / "figures").glob("*.svg")}
+    assert {"trade-off", "diversity-kl", "reward-kl", "same-seed-0", "base-against-tuned", "training-lpips"} <= names
+    shutil.rmtree(tmp_path / "out")
+    write_report(tmp_path / "runs" / "0.0", tmp_path / "out" / "report.html", figures=True)  # of one run, too
+    assert {"base-against-tuned", "training-reward"} <= {path.stem for path in (tmp_path / "out/figures").glob("*.png")}
+
+
+def test_synthetic_configurations_are_complete():
+    assert configuration([], {"objective.kl_coeff": 2.0})["objective"]["kl_coeff"] == 2.0

@@ -1,0 +1,3 @@
+from tests.engine.support import settings, small
+
+__all__ = ["settings", "small"]

@@ -1,0 +1,147 @@
+"""Every run is a process of its own: one that dies takes no other with it, and the same command goes on."""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import draftplus
+from draftplus.errors import Interrupted, UserError
+from draftplus.sweeps import launch
+from draftplus.sweeps.launch import devices, run_sweep
+from draftplus.sweeps.manifest import STATUSES, read_manifest
+from draftplus.sweeps.plan import plan_sweep
+from tests.engine.support import fingerprint, train_here
+
+STAND_IN = Path(__file__).with_name("stand_in.py")
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    monkeypatch.setattr(launch, "COMMAND", (sys.executable, str(STAND_IN)))
+    monkeypatch.setattr(launch, "BETWEEN_LOOKS", 0.02)
+
+
+def plan(tmp_path: Path, *seeds: object, name: str = "s"):
+    return plan_sweep("emoji", {"seed": [str(seed) for seed in seeds]}, name, tmp_path)
+
+
+def statuses(manifest) -> list[str]:
+    assert {entry.status for entry in manifest.runs} <= set(STATUSES)
+    return [entry.status for entry in manifest.runs]
+
+
+def starts(tmp_path: Path, seed: int) -> int:
+    return len((tmp_path / "s" / f"seed-{seed}" / "started").read_text().splitlines())
+
+
+def test_a_failed_run_is_reported_and_the_others_go_on(tmp_path, stand_in):
+    manifest = run_sweep(plan(tmp_path, 0, 1, 2, 4, 5))
+    assert statuses(manifest) == ["finished", "failed", "failed", "failed", "finished"]
+    assert manifest.runs[1].error == "reward 'x' is not finite; look at it"
+    assert "signal 9" in manifest.runs[2].error and "exit status 1" in manifest.runs[3].error
+    told = json.loads((tmp_path / "s" / "manifest.json").read_text())
+    assert told["recipe"] == "emoji" and told["grid"] == {"seed": ["0", "1", "2", "4", "5"]}
+    assert told["runs"][0]["settings"] == ["seed=0"] and told["runs"][0]["seconds"] > 0
+    assert "not finite" in (tmp_path / "s" / "logs" / "seed-1.txt").read_text()
+
+
+def test_the_same_command_takes_up_what_is_not_finished(tmp_path, stand_in):
+    run_sweep(plan(tmp_path, 0, 1))
+    (tmp_path / "s" / "seed-1" / "mended").touch()
+    assert statuses(run_sweep(plan(tmp_path, 0, 1))) == ["finished", "finished"]
+    assert (starts(tmp_path, 0), starts(tmp_path, 1)) == (1, 2)
+    assert statuses(run_sweep(plan(tmp_path, 0, 1))) == ["finished", "finished"]
+    assert (starts(tmp_path, 0), starts(tmp_path, 1)) == (1, 2)
+
+
+def test_a_grid_may_grow_and_runs_that_left_it_stay(tmp_path, stand_in):
+    run_sweep(plan(tmp_path, 0, 5))
+    manifest = run_sweep(plan(tmp_path, 5, 6))
+    assert [entry.name for entry in manifest.runs] == ["seed-5", "seed-6", "seed-0"]
+    assert statuses(manifest) == ["finished"] * 3 and starts(tmp_path, 5) == 1
+    other = plan_sweep("demo", {"seed": ["0"]}, "s", tmp_path)
+    with pytest.raises(UserError, match="is a sweep of emoji, not of demo"):
+        run_sweep(other)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_waits_for_what_is_in_flight_and_can_be_continued(tmp_path, stand_in, capsys, number):
+    def stop() -> None:
+        while not (tmp_path / "s" / "seed-3" / "waiting").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    stopping = threading.Thread(target=stop)
+    stopping.start()
+    with pytest.raises(Interrupted):
+        run_sweep(plan(tmp_path, 0, 3, 5))
+    stopping.join()
+    assert "stopped with 1 of 3 runs finished; the same command continues" in capsys.readouterr().err
+    assert (tmp_path / "s" / "seed-3" / "saved").exists()
+    assert statuses(read_manifest(tmp_path / "s")) == ["finished", "interrupted", "pending"]
+    assert statuses(run_sweep(plan(tmp_path, 0, 3, 5))) == ["finished"] * 3
+    assert starts(tmp_path, 0) == 1
+
+
+def test_one_process_for_each_device(tmp_path, stand_in, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert statuses(run_sweep(plan(tmp_path, 0, 5, 6, 7))) == ["finished"] * 4
+    seen, spans = set(), []
+    for seed in (0, 5, 6, 7):
+        run = tmp_path / "s" / f"seed-{seed}"
+        began, *rest = (run / "started").read_text().split()
+        seen.add(tuple(rest))  # the device, and nothing of torchrun's
+        spans.append((float(began), float((run / "ended").read_text())))
+    assert seen == {("0",), ("1",)}
+    overlaps = [sum(a <= began < b for a, b in spans) for began, _ in spans]
+    assert max(overlaps) == 2
+
+
+def test_devices_of_this_machine(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for count, wanted, expected in (
+        (0, ["auto"], [None]), (1, ["auto"], [None]), (2, ["auto", "auto"], ["0", "1"]), (2, ["cpu"], [None]),
+        (2, ["cuda:1"], [None]), (3, ["cuda"], ["0", "1", "2"]),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        assert devices(wanted) == expected
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert devices(["auto"]) == ["4", "7"]
+
+
+def test_as_a_function(tmp_path, stand_in):
+    directory = draftplus.sweep("emoji", {"seed": range(1, 3), "optim.betas": [[0.9, 0.99]]}, "s", tmp_path)
+    assert directory == tmp_path / "s"
+    assert [run.settings[0] for run in read_manifest(directory).runs] == ["seed=1", "seed=2"]
+    assert statuses(read_manifest(directory)) == ["failed", "failed"]
+    assert not (directory / "report.html").exists()  # there is nothing to show
+    with pytest.raises(UserError, match="the grid is empty"):
+        draftplus.sweep("emoji", directory=tmp_path)
+
+
+def test_a_broken_manifest_is_a_users_mistake(tmp_path, stand_in):
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "manifest.json").write_text('{"runs": [')
+    with pytest.raises(UserError, match=r"manifest\.json is not a sweep's manifest"):
+        run_sweep(plan(tmp_path, 0))
+
+
+@pytest.mark.slow
+def test_a_run_of_a_sweep_is_the_run_that_train_makes(tmp_path, settings, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["src", "."]))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    planned = plan_sweep(settings[0], {"seed": ["1"], "train.steps": ["2"]}, "s", tmp_path / "sweeps")
+    assert [run.steps for run in planned.runs] == [2]
+    assert statuses(run_sweep(planned)) == ["finished"]
+    alone = train_here(settings, "seed=1", "train.steps=2")
+    assert fingerprint(tmp_path / "sweeps" / "s" / planned.runs[0].name) == fingerprint(alone)
