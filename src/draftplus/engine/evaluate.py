@@ -47,9 +47,20 @@ class EvaluationSet:
 
 
 def evaluation_set(config: Config, prompts: PromptSet) -> EvaluationSet:
+    """The prompts of `evaluation_prompts`, and `eval.images_per_prompt` images of each.
+
+    Raises UserError where there are no prompts to evaluate on, or there is one image of each.
+    """
+    chosen = evaluation_prompts(config, prompts)
+    if config.eval.images_per_prompt < 2:
+        raise UserError("eval.images_per_prompt is 1; diversity is measured between at least 2 images of a prompt")
+    return EvaluationSet(chosen, config.eval.images_per_prompt)
+
+
+def evaluation_prompts(config: Config, prompts: PromptSet) -> list[str]:
     """The held-out part of the prompts, or those of `eval.prompts`, thinned evenly to `eval.max_prompts`.
 
-    Raises UserError where none are held out, one of `eval.prompts` is trained on, or there is one image of each.
+    Raises UserError where none are held out, or one of `eval.prompts` is trained on.
     """
     if config.eval.prompts is None:
         chosen = prompts.held_out
@@ -67,12 +78,10 @@ def evaluation_set(config: Config, prompts: PromptSet) -> EvaluationSet:
                     f"eval.prompts '{config.eval.prompts}': '{prompt}' is also trained on; "
                     "evaluation needs prompts that training never sees"
                 )
-    if config.eval.images_per_prompt < 2:
-        raise UserError("eval.images_per_prompt is 1; diversity is measured between at least 2 images of a prompt")
     most = config.eval.max_prompts or len(chosen)
     if len(chosen) > most:
         chosen = [chosen[i * len(chosen) // most] for i in range(most)]
-    return EvaluationSet(chosen, config.eval.images_per_prompt)
+    return chosen
 
 
 @torch.no_grad()

@@ -37,16 +37,17 @@ def append_row(path: Path, row: Row) -> None:
 
     Raises UserError where the disk is full.
     """
-    line = json.dumps(_finite(row), allow_nan=False) + "\n"
+    line = json.dumps(finite(row), allow_nan=False) + "\n"
     with disk_errors(path), path.open("a", encoding="utf-8") as file:
         file.write(line)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The value with null in the place of every number in it that is not finite."""
     if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_finite(inner) for inner in value]
+        return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
