@@ -58,6 +58,12 @@ def drop_rows_after(path: Path, step: int) -> None:
         write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
+def replace_row(path: Path, row: Row) -> None:
+    """Puts a row in the place of the one with its step; the file is whole at any time."""
+    rows = [row if old["step"] == row["step"] else old for old in read_rows(path)]
+    write_text(path, "".join(json.dumps(finite(one), allow_nan=False) + "\n" for one in rows))
+
+
 def open_loggers(names: Sequence[str], run: Path, config: Mapping[str, Any], step: int) -> list[Logger]:
     """Functions that log a row of numbers at a step.
 
