@@ -14,7 +14,7 @@ from draftplus import cli
 from draftplus.config import all_keys, recipe_names
 from tests.engine.processes import ROOT
 
-COMMANDS = ["train", "generate", "report"]
+COMMANDS = ["train", "generate", "evaluate", "report"]
 
 
 def test_all_commands_are_tested_here() -> None:
@@ -50,7 +50,9 @@ def test_the_version(draftplus: Callable[..., Any]) -> None:
     assert draftplus("--version").out == f"draftplus {__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["generate", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["generate", "--help"], ["evaluate", "--help"], ["--version"]]
+)
 def test_torch_is_not_imported(arguments: list[str]) -> None:
     code = f"""
 import sys

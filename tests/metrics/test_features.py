@@ -148,6 +148,8 @@ def test_styles_are_of_the_average_image_not_the_average_of_images() -> None:
 
 
 def test_vendi_and_lpips_of_what_was_seen() -> None:
-    assert VENDI.estimate([Seen(features=torch.eye(6)), Seen(features=torch.eye(6)[[0] * 6])], False).mean == pytest.approx(3.5)
+    assert VENDI.estimate(
+        [Seen(features=torch.eye(6)), Seen(features=torch.eye(6)[[0] * 6])], False
+    ).mean == pytest.approx(3.5)
     distances = torch.tensor([[0.0, 0.2, 0.4], [0.2, 0.0, 0.6], [0.4, 0.6, 0.0]])
     assert LPIPS.estimate([Seen(distances=distances)], False).mean == pytest.approx(0.4)
