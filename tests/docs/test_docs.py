@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 
 from draftplus.config import all_keys, load_config, recipe_names
-from draftplus.engine.build import REWARDS
+from draftplus.engine.build import METRICS, REWARDS
 from draftplus.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -79,6 +79,11 @@ def test_commands_that_are_shown_parse(page):
 def test_every_reward_is_described():
     text = (ROOT / "docs" / "rewards.md").read_text(encoding="utf-8")
     assert [name for name in REWARDS if f"`{name}`" not in text] == []
+
+
+def test_every_metric_is_described():
+    text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    assert [name for name in METRICS if f"| `{name}` |" not in text] == []
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "docs" / "images").glob("*.svg")), ids=lambda path: path.name)
