@@ -117,19 +117,18 @@ def test_scores_pictures_and_changes_are_of_the_images(run: Path, tmp_path: Path
     ({"lora_scale": 0.0}, "base"), ({"anneal": "step:1"}, "base"), ({"anneal": "step:0"}, "tuned"),
 ])  # fmt: skip
 def test_the_ends_of_the_knobs_are_the_two_models_bit_for_bit(
-    run: Path, tmp_path: Path, knobs: dict[str, Any], like: str
+    run: Path, plain: tuple[Path, dict[str, Any]], tmp_path: Path, knobs: dict[str, Any], like: str
 ) -> None:
-    sized: dict[str, Any] = {"prompts": PROMPTS, "images_per_prompt": 2}
-    told = api.evaluate(str(run), **sized, **knobs, output=tmp_path / "turned")
-    plain = api.evaluate(str(run), **sized, output=tmp_path / "plain")
+    told = api.evaluate(str(run), prompts=PROMPTS, images_per_prompt=2, **knobs, output=tmp_path)
+    directory, untouched = plain
     turned = told["targets"][1]
     name, value = next(iter(knobs.items()))
     assert turned["label"] == f"{run.name} {name}={str(value).removesuffix('.0')}"
-    expected = plain["targets"][like == "tuned"]
+    expected = untouched["targets"][like == "tuned"]
     assert turned["per_image"] == expected["per_image"], "no score differs in any bit"
-    for mine, theirs in zip(latents(tmp_path / "turned", turned), latents(tmp_path / "plain", expected), strict=True):
+    for mine, theirs in zip(latents(tmp_path, turned), latents(directory, expected), strict=True):
         assert torch.equal(mine, theirs)
-    assert plain["targets"][0]["per_image"] != plain["targets"][1]["per_image"]
+    assert untouched["targets"][0]["per_image"] != untouched["targets"][1]["per_image"]
 
 
 def latents(directory: Path, told: dict[str, Any]) -> list[Tensor]:
@@ -139,6 +138,7 @@ def latents(directory: Path, told: dict[str, Any]) -> list[Tensor]:
     return [tensor for file in files for _, tensor in sorted(load_file(file).items())]
 
 
+@pytest.mark.slow
 def test_nothing_is_made_twice(run: Path, tmp_path: Path, made: list[int]) -> None:
     sized: dict[str, Any] = {"prompts": PROMPTS, "output": tmp_path}
     before = api.evaluate(str(run), images_per_prompt=2, **sized)
@@ -155,6 +155,7 @@ def test_nothing_is_made_twice(run: Path, tmp_path: Path, made: list[int]) -> No
     assert made[4:] == [4, 4], "other settings are other images"
 
 
+@pytest.mark.slow
 def test_what_was_stopped_goes_on(run: Path, tmp_path: Path, made: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     more = ["train.sampling_batch_size=2"]
     sized: dict[str, Any] = {"prompts": PROMPTS, "images_per_prompt": 3}
@@ -185,6 +186,16 @@ def test_a_damaged_file_is_named(run: Path, tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(UserError, match=r"000000\.safetensors: damaged"):
         api.evaluate(str(run), prompts=PROMPTS, images_per_prompt=2, output=tmp_path)
+
+
+@pytest.mark.slow
+def test_batches_that_are_gone_are_not_written_over(run: Path, tmp_path: Path, made: list[int]) -> None:
+    sized: dict[str, Any] = {"prompts": PROMPTS, "images_per_prompt": 2, "metrics": ["lpips"], "output": tmp_path}
+    told = api.evaluate(str(run), ["train.sampling_batch_size=1"], **sized)
+    (tmp_path / "latents" / told["targets"][0]["hash"][:16] / "000001.safetensors").unlink()
+    for expected in ([4, 4, 1], [4, 4, 1]):
+        assert api.evaluate(str(run), ["train.sampling_batch_size=1"], **sized) == told
+        assert made == expected
 
 
 def test_several_targets_share_one_base(run: Path, other: Path, small: Path, tmp_path: Path, made: list[int]) -> None:
@@ -286,6 +297,17 @@ def test_what_is_refused(
         if "held-out" in says:
             config.write_text(before)
     assert not made and not (tmp_path / "out" / "eval.json").exists()
+
+
+def test_other_rewards_of_one_name(run: Path, other: Path, tmp_path: Path) -> None:
+    config = other / "config.yaml"
+    before = config.read_text()
+    config.write_text(before.replace("args: {}", "args: {gain: 2}"))
+    try:
+        with pytest.raises(UserError, match=rf"different settings of reward '{RED}'"):
+            api.evaluate([str(run), str(other)], prompts=PROMPTS, output=tmp_path)
+    finally:
+        config.write_text(before)
 
 
 def test_other_sampler_settings_are_named(run: Path, other: Path, tmp_path: Path) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from draftplus import api
 from draftplus.engine import variants
 from draftplus.errors import UserError
-from tests.engine.support import REWARDS, rows, small_settings, train_here
+from tests.engine.support import REWARDS, rows, small_settings, train_here, weights
 
 EVERY = ["eval.every=2", "optim.lr=0.1", "model.lora.alpha=8", f"eval.rewards={{{REWARDS}:by_prompt: {{}}}}"]
 ALL = "{lora_scale: 0}, {lora_scale: 0.5}, {anneal: 'power:2'}, {anneal: 'step:0'}, {checkpoint: 2}"
@@ -59,8 +60,9 @@ def test_their_pictures_are_saved(run: Path) -> None:
 def test_a_finished_run_gets_more_of_them(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that are there are kept; those of a set that changed meanwhile are refused."""
     run = train_here(settings, *EVERY)
-    before = rows(run / "eval.jsonl")
+    before, trained = rows(run / "eval.jsonl"), weights(run / "adapter")
     train_here(settings, *EVERY, "eval.variants=[{lora_scale: 0.5}]")
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in weights(run / "adapter").items())
     half = rows(run / "eval.jsonl")[-1]["variants"]
     calls = []
     measure = variants.measure

@@ -28,7 +28,7 @@ from draftplus.engine.build import (
     quiet_libraries,
 )
 from draftplus.engine.evaluate import Rewards, evaluation_prompts, score_images
-from draftplus.engine.files import write_text
+from draftplus.engine.files import disk_errors, write_text
 from draftplus.engine.generate import TUNED, Job, Knobs, decoded
 from draftplus.engine.journal import finite
 from draftplus.engine.latents import latents_of
@@ -165,10 +165,7 @@ def _instruments(
     first = _first_run(targets)
     device = pick_device(first.config.device)
     embedded = first.config.model.path in MODELS
-    known: dict[str, RewardConfig] = {}
-    for target in targets:
-        if target.run is not None or (embedded and target is first):
-            known = {**target.config.reward, **target.config.eval.rewards, **known}
+    known = _reward_configs([t for t in targets if t.run is not None or (embedded and t is first)])
     named = list(metrics) or ["lpips", *(["style_entropy"] if embedded else [])]
     scorers = dict.fromkeys([*known, *rewards, *(name for name in named if name not in METRICS and is_reward(name))])
     chosen = {name: build_metric(name) for name in dict.fromkeys(named) if name not in scorers}
@@ -187,6 +184,20 @@ def _instruments(
         device,
         first.config.train.sampling_batch_size or SAMPLING_BATCH,
     )
+
+
+def _reward_configs(targets: Sequence[Target]) -> dict[str, RewardConfig]:
+    """What the targets train and hold out, by name; their weights do not matter here."""
+    known: dict[str, tuple[Target, RewardConfig]] = {}
+    for target in targets:
+        for name, config in {**target.config.reward, **target.config.eval.rewards}.items():
+            first, other = known.setdefault(name, (target, config))
+            if (config.path, config.args) != (other.path, other.args):
+                raise UserError(
+                    f"'{first.name}' and '{target.name}' have different settings of reward '{name}', so its scores "
+                    "do not compare; evaluate each by itself"
+                )
+    return {name: config for name, (_, config) in known.items()}
 
 
 def _shifted(advance: Advance, before: int, target: Target) -> Advance:
@@ -221,11 +232,14 @@ def _measure(
         seen.append(_see(images, prompt, tools, base.seen[number] if base else None))
         pictures = [to_pil(image) for image in images]
         names = [picture_name(number, prompt, seed) for seed in seeds]
-        for name, picture in zip(names, pictures, strict=True):
-            picture.save(directory / name)
+        with disk_errors(directory):
+            for name, picture in zip(names, pictures, strict=True):
+                picture.save(directory / name)
         files += names
         rows.append(pictures[:GRID])
-    grid(rows[:GRID]).save(directory / "grid.png")
+        rows = rows[:GRID]
+    with disk_errors(directory):
+        grid(rows).save(directory / "grid.png")
     return Measured(scores, seen, files)
 
 

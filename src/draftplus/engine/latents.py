@@ -35,6 +35,8 @@ def latents_of(
     known = _read(directory)
     absent = [job for job in dict.fromkeys(jobs) if job not in known]
     done = len(jobs) - len(absent)
+    if advance:
+        advance(done, "")
     if absent:
         for rows, latents in sampled_latents(model, absent, sampler, batch_size, knobs):
             batch = dict(zip(absent[rows], latents.float().cpu(), strict=True))
@@ -59,7 +61,8 @@ def _read(directory: Path) -> dict[Job, Tensor]:
 
 
 def _write(directory: Path, batch: dict[Job, Tensor]) -> None:
-    target = directory / f"{len(list(directory.glob('*.safetensors'))):06d}.safetensors"
+    numbers = [int(file.stem) for file in directory.glob("*.safetensors") if file.stem.isdigit()]
+    target = directory / f"{max(numbers, default=-1) + 1:06d}.safetensors"
     building = target.with_name(f".{target.name}.building")
     with disk_errors(target):
         directory.mkdir(parents=True, exist_ok=True)

@@ -90,6 +90,10 @@ def _find(name: str, overrides: Sequence[str], knobs: Knobs, settings: Config | 
         config, adapter, label = weights.config, weights.adapter, weights.label
     if run is not None:
         config = find_weights(_inside_run(name), overrides).config
+    if run is not None and config.model.lora is None and knobs.lora_scale != 1:
+        raise UserError(
+            f"'{name}' is a fully tuned denoiser, which has no lora_scale; blend it by anneal, such as linear"
+        )
     step = adapter.name.removeprefix("step-")
     return Target(
         name, f"{label} {knobs.label}".strip(), config, run, int(step) if step.isdigit() else None, adapter, knobs,
