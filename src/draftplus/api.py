@@ -108,7 +108,8 @@ def evaluate(
     prompts: None: those that the first run holds out, or for models alone the built-in animals that are held out.
     images_per_prompt: None: as that run evaluates; image i of prompt p has seed p * images_per_prompt + i. seeds:
     instead of these, for every prompt. rewards: besides those that the runs train and hold out. metrics: names of
-    `engine.build.METRICS` or rewards; none: LPIPS, and for the embedded model the entropy of styles. features: the
+    `engine.build.METRICS` or rewards; none: LPIPS, and for the embedded model entropy and
+    divergence of styles. features: the
     `CLIPModel` of metrics that need one, the embedded one unless given. lora_scale, anneal: for all that has trained
     weights. The base model is always measured too.
 

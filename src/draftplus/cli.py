@@ -182,8 +182,8 @@ def evaluate(
         list[str] | None,
         typer.Option(
             "--metric",
-            help="lpips, vendi, precision, recall, coverage, drift, style_entropy, style_count, or any reward; "
-            "may be repeated.",
+            help="lpips, vendi, precision, recall, coverage, drift, style_entropy, style_count, style_divergence, or "
+            "any reward; may be repeated.",
         ),
     ] = None,
     features: Annotated[

@@ -113,6 +113,13 @@ def test_scores_pictures_and_changes_are_of_the_images(run: Path, tmp_path: Path
     )
 
 
+@pytest.fixture(scope="module")
+def plain(run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The run and its base model, no knob turned: where, and eval.json."""
+    directory = tmp_path_factory.mktemp("plain")
+    return directory, api.evaluate(str(run), prompts=PROMPTS, images_per_prompt=2, output=directory)
+
+
 @pytest.mark.parametrize(("knobs", "like"), [
     ({"lora_scale": 0.0}, "base"), ({"anneal": "step:1"}, "base"), ({"anneal": "step:0"}, "tuned"),
 ])  # fmt: skip

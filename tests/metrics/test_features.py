@@ -18,7 +18,18 @@ from draftplus.metrics.features import (
     recall,
     vendi_score,
 )
-from draftplus.metrics.metric import COVERAGE, DRIFT, LPIPS, PRECISION, RECALL, STYLE_COUNT, STYLE_ENTROPY, VENDI, Seen
+from draftplus.metrics.metric import (
+    COVERAGE,
+    DRIFT,
+    LPIPS,
+    PRECISION,
+    RECALL,
+    STYLE_COUNT,
+    STYLE_DIVERGENCE,
+    STYLE_ENTROPY,
+    VENDI,
+    Seen,
+)
 
 
 def draws(*shape: int, seed: int = 0) -> Tensor:
@@ -145,6 +156,14 @@ def test_styles_are_of_the_average_image_not_the_average_of_images() -> None:
     sure, unsure = torch.eye(7), torch.full((7, 7), 1 / 7)
     for rows in (sure, unsure):
         assert STYLE_ENTROPY.estimate([Seen(styles=rows)], False).mean == pytest.approx(math.log(7))
+
+
+def test_divergence_leaves_doubt_out() -> None:
+    sure, unsure = torch.eye(7), torch.full((7, 7), 1 / 7)
+    half = 0.5 * sure + 0.5 * sure.roll(1, 0)  # each in doubt between two
+    for rows, expected in ((sure, math.log(7)), (unsure, 0.0), (half, math.log(7) - math.log(2))):
+        estimate = STYLE_DIVERGENCE.estimate([Seen(styles=rows)], False)
+        assert estimate.mean == pytest.approx(expected, abs=1e-12)
 
 
 def test_vendi_and_lpips_of_what_was_seen() -> None:

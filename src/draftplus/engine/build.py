@@ -55,6 +55,7 @@ METRICS = {
     "drift": "draftplus.metrics.metric:DRIFT",
     "style_entropy": "draftplus.metrics.metric:STYLE_ENTROPY",
     "style_count": "draftplus.metrics.metric:STYLE_COUNT",
+    "style_divergence": "draftplus.metrics.metric:STYLE_DIVERGENCE",
 }
 
 

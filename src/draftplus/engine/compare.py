@@ -166,7 +166,7 @@ def _instruments(
     device = pick_device(first.config.device)
     embedded = first.config.model.path in MODELS
     known = _reward_configs([t for t in targets if t.run is not None or (embedded and t is first)])
-    named = list(metrics) or ["lpips", *(["style_entropy"] if embedded else [])]
+    named = list(metrics) or ["lpips", *(["style_entropy", "style_divergence"] if embedded else [])]
     scorers = dict.fromkeys([*known, *rewards, *(name for name in named if name not in METRICS and is_reward(name))])
     chosen = {name: build_metric(name) for name in dict.fromkeys(named) if name not in scorers}
     for name, metric in chosen.items():

@@ -103,6 +103,14 @@ def _style_count(seen: Sequence[Seen], same_seeds: bool) -> Estimate:
     return of_mean_rows([_given(one.styles) for one in seen], lambda p: style_entropy(p).exp(), same_seeds)
 
 
+def _style_divergence(seen: Sequence[Seen], same_seeds: bool) -> Estimate:
+    """The entropy of the mean distribution less the mean entropy: the Jensen-Shannon divergence of the images, 0 where
+    all are alike in style, however much in doubt that is."""
+    # both are functions of the mean of each image's distribution and entropy, side by side
+    rows = [torch.cat([p := _given(one.styles).double(), style_entropy(p)[:, None]], dim=1) for one in seen]
+    return of_mean_rows(rows, lambda mean: style_entropy(mean[..., :-1]) - mean[..., -1], same_seeds)
+
+
 def _given(seen: Tensor | None) -> Tensor:
     assert seen is not None, "a metric was asked for that nobody looked for"
     return seen
@@ -126,3 +134,4 @@ COVERAGE = Metric(_TO_BASE, NEIGHBOURS + 1, _coverage)
 DRIFT = Metric(_TO_BASE, 2, _drift)
 STYLE_ENTROPY = Metric(frozenset({"styles"}), 2, _style_entropy)
 STYLE_COUNT = Metric(frozenset({"styles"}), 2, _style_count)
+STYLE_DIVERGENCE = Metric(frozenset({"styles"}), 2, _style_divergence)
