@@ -146,7 +146,8 @@ def files_hash(path: Path) -> str:
         state = path.stat()
         return _file_hash(path, state.st_size, state.st_mtime_ns)
     whole = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")):
+    visible = [p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+    for file in sorted(p for p in visible if p.is_file()):
         state = file.stat()
         whole.update(f"{file.relative_to(path)} {_file_hash(file, state.st_size, state.st_mtime_ns)}\n".encode())
     return whole.hexdigest()
