@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -257,9 +256,6 @@ def test_styles_are_told_apart() -> None:
     torch.testing.assert_close(together.sum(1), torch.ones(3))
     torch.testing.assert_close(together[1:2], styles(images[1:2], "a cat"))
     assert not torch.allclose(together, styles(images, "a dog"))
-
-
-Fail = Callable[[Path, Path, Path], tuple[Any, dict[str, Any], str]]
 
 
 @pytest.mark.parametrize(
