@@ -12,9 +12,6 @@ from draftplus.config.schema import RewardConfig
 
 PAGE = Path(__file__).with_name("configuration.md")
 
-# keys that are refused unless left at their default, with a value that would be taken one day
-NOT_YET = {"eval.variants": "[{lora_scale: 0.5}]"}
-
 INTRODUCTION = """\
 # Configuration
 
@@ -88,7 +85,6 @@ def page() -> str:
 def _row(key: str, field: dataclasses.Field) -> str:
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     meaning = field.metadata["help"].replace("|", "\\|").replace("<", "&lt;")
-    meaning = f"{meaning} (not yet available)" if key in NOT_YET else meaning
     return f"| `{key}` | `{json.dumps(default, ensure_ascii=False)}` | {meaning} |"
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from draftplus.config import Config, ModelConfig, RewardConfig
 from draftplus.distributed import is_main_process, pick_device
 from draftplus.engine.build import build_model, build_reward, quiet_libraries
-from draftplus.engine.generate import generate_images, jobs_of
+from draftplus.engine.compare import compare
+from draftplus.engine.generate import Knobs, generate_images, jobs_of
 from draftplus.engine.progress import progress
 from draftplus.engine.run import find_weights, plan_run
 from draftplus.engine.step import SAMPLING_BATCH
@@ -84,11 +85,46 @@ def generate(
         raise UserError(f"'{target}' has no trained weights to scale or anneal; give a run, or --adapter DIR")
     if chosen is not None:
         model.load_adapter(chosen)
-    model.set_lora_scale(lora_scale)
+    knobs = Knobs(lora_scale, anneal)
+    knobs.weights(weights.config.sampler.steps)
     jobs = jobs_of(prompts, list(seeds))
     size = weights.config.train.sampling_batch_size or SAMPLING_BATCH
     with progress("generating", len(jobs)) as advance:
-        return generate_images(model, jobs, weights.config.sampler, size, anneal=anneal, advance=advance)
+        return generate_images(model, jobs, weights.config.sampler, size, knobs=knobs, advance=advance)
+
+
+def evaluate(
+    targets: str | Sequence[str],
+    overrides: Sequence[str] = (),
+    prompts: Sequence[str] | None = None,
+    images_per_prompt: int | None = None,
+    seeds: Iterable[int] | None = None,
+    rewards: Sequence[str] = (),
+    metrics: Sequence[str] = (),
+    features: str | None = None,
+    lora_scale: float = 1.0,
+    anneal: str | None = None,
+    output: str | Path = "evaluated",
+) -> dict[str, Any]:
+    """Measures models, runs (RUN, RUN@step, RUN@best) and adapter directories on the same prompts and seeds.
+
+    prompts: None: those that the first run holds out, or for models alone the built-in animals that are held out.
+    images_per_prompt: None: as that run evaluates; image i of prompt p has seed p * images_per_prompt + i. seeds:
+    instead of these, for every prompt. rewards: besides those that the runs train and hold out. metrics: names of
+    `engine.build.METRICS` or rewards; none: LPIPS, and for the embedded model entropy and
+    divergence of styles. features: the
+    `CLIPModel` of metrics that need one, the embedded one unless given. lora_scale, anneal: for all that has trained
+    weights. The base model is always measured too.
+
+    Returns what is in `output`/eval.json, beside which the pictures lie. Images that were made before, for the same
+    files and settings, are not made again.
+
+    Raises UserError for a user's mistake.
+    """
+    return compare(
+        [targets] if isinstance(targets, str) else list(targets), overrides, Path(output), prompts, images_per_prompt,
+        list(seeds) if seeds is not None else None, rewards, metrics, features, Knobs(lora_scale, anneal),
+    )  # fmt: skip
 
 
 def sweep(

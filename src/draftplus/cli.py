@@ -121,10 +121,7 @@ def generate(
         raise UserError("no prompt given; add --prompt 'a cat', or --prompts FILE")
     numbers = _seeds(seeds)
     directory = output or Path("generated") / Path(target.replace("@", "-")).name
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output '{directory}': it cannot be made: {error.strerror}") from None
+    _make(directory)
     from draftplus import api
     from draftplus.distributed import pick_device
     from draftplus.engine.build import build_reward
@@ -153,6 +150,96 @@ def generate(
         "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8"
     )
     print(f"{len(paths)} images: {directory}\ngrid:     {directory / 'grid.png'}")
+
+
+@app.command(
+    epilog=_epilog(
+        "Examples:\n"
+        "  draftplus evaluate runs/demo                                  base and result, as during training\n"
+        "  draftplus evaluate runs/demo@20 runs/demo@best --images-per-prompt 50\n"
+        "  draftplus evaluate runs/demo --metric lpips --metric coverage --reward jpeg_compressibility\n"
+        "  draftplus evaluate runs/demo --anneal linear --prompts my.txt sampler.steps=25 -o measured"
+    )
+)
+def evaluate(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL|RUN[@step|@best]|ADAPTER ... [KEY=VALUE ...]", help="What to measure; settings."),
+    ],
+    prompts: Annotated[
+        str | None, typer.Option("--prompts", help="Built-in set, or .txt, .jsonl or .tar file; else held-out ones.")
+    ] = None,
+    images_per_prompt: Annotated[
+        int | None, typer.Option("--images-per-prompt", help="Images of each prompt; else as the run evaluates.")
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option("--seeds", help="Seeds for every prompt: 0:16 or 1,5,9; else each image its own.")
+    ] = None,
+    reward: Annotated[
+        list[str] | None, typer.Option("--reward", help="Another reward besides the run's own; may be repeated.")
+    ] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--metric",
+            help="lpips, vendi, precision, recall, coverage, drift, style_entropy, style_count, style_divergence, or "
+            "any reward; may be repeated.",
+        ),
+    ] = None,
+    features: Annotated[
+        str | None, typer.Option("--features", help="CLIPModel, directory or hub id, whose features metrics use.")
+    ] = None,
+    lora_scale: Annotated[float, typer.Option("--lora-scale", help="Effect of the adapter: 0 base, 1 tuned.")] = 1.0,
+    anneal: Annotated[
+        str | None, typer.Option("--anneal", help="From base to tuned: linear, power:2 or step:0.6.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Where eval.json and pictures go.")] = None,
+) -> None:
+    """Measure reward and diversity of models and runs on the same prompts and seeds, beside the base model."""
+    settings = [text for text in arguments if "=" in text and not Path(text.partition("@")[0]).exists()]
+    targets = [text for text in arguments if text not in settings]
+    if not targets:
+        raise UserError("no target given; name a model or a run, such as runs/demo")
+    numbers = _seeds(seeds) if seeds is not None else None
+    chosen = _read_prompts(prompts) if prompts is not None else None
+    more = f"-and-{len(targets) - 1}-more" if len(targets) > 1 else ""
+    directory = output or Path("evaluated") / (Path(targets[0].replace("@", "-")).name + more)
+    _make(directory)
+    from draftplus import api
+
+    told = api.evaluate(
+        targets, settings, chosen, images_per_prompt, numbers, reward or [], metric or [], features, lora_scale,
+        anneal, directory,
+    )  # fmt: skip
+    _print_table(told)
+    print(f"numbers:  {directory / 'eval.json'}\npictures: {directory / 'pictures'}")
+
+
+def _print_table(told: dict[str, Any]) -> None:
+    """Every target's metrics with their standard errors, and what changed from the base model."""
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = told["targets"]
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    for name in rows[0]["metrics"]:
+        table.add_column(name.removeprefix("reward/"), justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(row["label"], *(_told(number) for number in row["metrics"].values()))
+    # as wide as it must be: a terminal folds a line that is too long, rich would cut the numbers off
+    Console(width=40 + 40 * len(table.columns)).print(table)
+    images, prompts = len(told["seeds"]), len(told["prompts"])
+    print(f"mean ± standard error over {images} images of {prompts} prompts; in brackets the paired change from base")
+
+
+def _told(number: dict[str, Any]) -> str:
+    def plain(mean: float, error: float | None, sign: str = "") -> str:
+        return f"{mean:{sign}.3f}" + ("" if error is None else f" ± {error:.3f}")
+
+    told = plain(number["mean"], number["standard_error"])
+    change = number.get("change")
+    return f"{told} ({plain(change['mean'], change['standard_error'], '+')})" if change else told
 
 
 @app.command(
@@ -226,6 +313,13 @@ def _read_prompts(source: str | None) -> list[str]:
     from draftplus.data.prompts import read_prompts
 
     return read_prompts(source)
+
+
+def _make(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output '{directory}': it cannot be made: {error.strerror}") from None
 
 
 def _seeds(text: str) -> list[int]:

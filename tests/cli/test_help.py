@@ -14,7 +14,7 @@ from draftplus import cli
 from draftplus.config import all_keys, recipe_names
 from tests.engine.processes import ROOT
 
-COMMANDS = ["train", "generate", "sweep", "report"]
+COMMANDS = ["train", "generate", "evaluate", "sweep", "report"]
 
 
 def test_all_commands_are_tested_here() -> None:
@@ -51,7 +51,15 @@ def test_the_version(draftplus: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["train", "--help"], ["generate", "--help"], ["sweep", "--help"], ["--version"]]
+    "arguments",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["generate", "--help"],
+        ["evaluate", "--help"],
+        ["sweep", "--help"],
+        ["--version"],
+    ],
 )
 def test_torch_is_not_imported(arguments: list[str]) -> None:
     code = f"""

@@ -104,9 +104,37 @@ def test_what_does_not_fit_together(overrides: list[str], says: str) -> None:
     assert says in refused(*overrides)
 
 
+VARIANTS = {
+    "{}": "eval.variants[0] is empty",
+    "{scale: 0.5}": "unknown key 'scale'; did you mean 'lora_scale'?",
+    "{lora_scale: half}": "eval.variants[0].lora_scale is 'half'; give a number",
+    "{lora_scale: .nan}": "lora_scale is nan",
+    "{lora_scale: true}": "lora_scale is True",
+    "{anneal: 2}": "eval.variants[0].anneal is 2; give a schedule",
+    "{checkpoint: first}": "eval.variants[0].checkpoint is 'first'; give a step",
+    "{checkpoint: -20}": "give a step",
+    "{checkpoint: 30}": "must be evaluated, so a multiple of eval.every=20",
+    "{checkpoint: 80}": "the run ends at train.steps=60",
+    "{checkpoint: 20, lora_scale: 0.5}": "draftplus evaluate RUN@20 --lora-scale",
+    "{lora_scale: 0.5}, {anneal: linear}, {lora_scale: 0.5}": "eval.variants[2] is {'lora_scale': 0.5}, as one before",
+}
+
+
+@pytest.mark.parametrize("given", VARIANTS)
+def test_variants_that_are_none(given: str) -> None:
+    assert VARIANTS[given] in refused(f"eval.variants=[{given}]")
+
+
+def test_only_lora_has_a_scale() -> None:
+    assert "use anneal" in refused("eval.variants=[{lora_scale: 0.5}]", "model.lora=null")
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
+        ["eval.variants=[{lora_scale: 0.5}, {anneal: 'power:2', lora_scale: 0.5}, {checkpoint: 40}, {checkpoint: 0}]"],
+        ["eval.variants=[{checkpoint: 45}]", "train.steps=45"],
+        ["eval.variants=[{anneal: linear}]", "model.lora=null"],
         ["objective.grad_steps=10"],
         ["objective.grad_steps=all", "sampler.steps=1"],
         ["objective.method=draft_lv"],

@@ -11,8 +11,7 @@ from xml.etree import ElementTree
 import pytest
 
 from draftplus.config import all_keys, load_config, recipe_names
-from draftplus.engine.build import REWARDS
-from draftplus.errors import UserError
+from draftplus.engine.build import METRICS, REWARDS
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -30,12 +29,6 @@ def generator():
 
 def test_configuration_page_is_current(generator):
     assert generator.PAGE.read_text(encoding="utf-8") == generator.page(), "run: make docs"
-
-
-def test_keys_said_to_be_unavailable_are_refused(generator):
-    for key, value in generator.NOT_YET.items():
-        with pytest.raises(UserError, match=re.escape(key)):
-            load_config(None, [f"{key}={value}"])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -79,6 +72,11 @@ def test_commands_that_are_shown_parse(page):
 def test_every_reward_is_described():
     text = (ROOT / "docs" / "rewards.md").read_text(encoding="utf-8")
     assert [name for name in REWARDS if f"`{name}`" not in text] == []
+
+
+def test_every_metric_is_described():
+    text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    assert [name for name in METRICS if f"| `{name}` |" not in text] == []
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "docs" / "images").glob("*.svg")), ids=lambda path: path.name)

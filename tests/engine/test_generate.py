@@ -135,8 +135,8 @@ def test_a_step_of_what_is_no_run(small: Path) -> None:
 @pytest.mark.slow
 def test_the_scale_runs_from_base_to_tuned(small: Path, run: Path) -> None:
     base, half, tuned = (ours(run, lora_scale=scale) for scale in (0.0, 0.5, 1.0))
-    assert far(base, ours(small)) < 1e-5
-    assert far(tuned, ours(run)) == 0
+    assert torch.equal(base, ours(small))
+    assert torch.equal(tuned, ours(run))
     assert min(far(half, base), far(half, tuned)) > 1e-3
 
 
@@ -186,9 +186,35 @@ def test_annealing_is_its_formula(small: Path, run: Path, anneal: str) -> None:
     made = ours(run, anneal=anneal)
     assert far(made, expected) < 1e-3
     if anneal in ("base", "tuned"):
-        assert far(made, ours(small) if anneal == "base" else ours(run)) < 1e-4
+        assert torch.equal(made, ours(small) if anneal == "base" else ours(run))
     else:
         assert min(far(made, ours(small)), far(made, ours(run))) > 1e-3
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5])
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_the_ends_of_annealing_are_the_two_models_bit_for_bit(
+    small: Path, request: pytest.FixtureRequest, kind: str, eta: float
+) -> None:
+    """As a user makes them: the tuned model with its adapter folded, the base model without any adapter."""
+    tuned = request.getfixturevalue("run" if kind == "lora" else "full")
+    more = f"sampler.eta={eta}"
+    assert torch.equal(ours(tuned, more, anneal="step:0"), ours(tuned, more))
+    assert torch.equal(ours(tuned, more, anneal="step:1"), ours(small, more))
+    assert far(ours(tuned, more), ours(small, more)) > 1e-3
+
+
+def test_between_its_ends_every_step_is_of_one_of_the_models(small: Path, run: Path) -> None:
+    """`step:f` up to the last step: the base model's trajectory, bit for bit, and then one step of the tuned one."""
+    late = ours(run, anneal=f"step:{(STEPS - 1) / STEPS}")
+    assert not torch.equal(late, ours(small)) and not torch.equal(late, ours(run))
+    assert torch.equal(ours(run, anneal=f"step:{(STEPS - 1) / STEPS + 0.01}"), ours(small))
+
+
+@pytest.mark.parametrize("scale", ["nan", "inf"])
+def test_scales_that_are_none(run: Path, scale: str) -> None:
+    with pytest.raises(UserError, match=f"lora_scale is {scale}"):
+        ours(run, lora_scale=float(scale))
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from draftplus.config.keys import flatten, nearest, to_dict
 from draftplus.config.schema import Config
@@ -67,8 +68,6 @@ def check(config: Config) -> None:
     for name in config.log.to:
         if name not in LOGGERS:
             raise UserError(f"log.to: unknown logger '{name}'; choose {', '.join(LOGGERS)}")
-    if flat["eval.variants"]:
-        raise UserError("eval.variants is not available in this version; leave it at its default")
     floor, drop = config.stop.diversity_floor, config.stop.held_out_drop
     if floor is not None and not 0 < floor < 1:
         raise UserError(f"stop.diversity_floor is {floor}; it is a fraction of the base model's LPIPS, between 0 and 1")
@@ -76,6 +75,44 @@ def check(config: Config) -> None:
         raise UserError("stop.held_out_drop needs a reward that is not optimised; name one in eval.rewards")
     _check_windows(config)
     _check_ddpo(config)
+    _check_variants(config)
+
+
+def _check_variants(config: Config) -> None:
+    known = ("lora_scale", "anneal", "checkpoint")
+    for number, variant in enumerate(config.eval.variants):
+        where, example = f"eval.variants[{number}]", "such as {lora_scale: 0.5}"
+        if not variant:
+            raise UserError(f"{where} is empty; give one of {', '.join(known)}, {example}")
+        for key, value in variant.items():
+            if key not in known:
+                raise UserError(f"{where}: unknown key '{key}'; {nearest(key, known) or ', '.join(known)}")
+            numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if key == "lora_scale" and not (numeric and math.isfinite(value)):
+                raise UserError(f"{where}.lora_scale is {value!r}; give a number, {example}")
+            if key == "anneal" and not isinstance(value, str):
+                raise UserError(f"{where}.anneal is {value!r}; give a schedule, such as {{anneal: 'power:2'}}")
+        if "lora_scale" in variant and config.model.lora is None:
+            raise UserError(f"{where}.lora_scale: model.lora is null, and only LoRA has a scale; use anneal")
+        if variant in config.eval.variants[:number]:
+            raise UserError(f"{where} is {variant}, as one before it; name each variant once")
+        if "checkpoint" in variant:
+            _check_checkpoint(config, variant, where)
+
+
+def _check_checkpoint(config: Config, variant: Mapping[str, object], where: str) -> None:
+    step, every, last = variant["checkpoint"], config.eval.every, config.train.steps
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        raise UserError(f"{where}.checkpoint is {step!r}; give a step, such as {{checkpoint: {every}}}")
+    if len(variant) > 1:
+        raise UserError(
+            f"{where}: a checkpoint stands alone, since it is not sampled again; "
+            f"for both say: draftplus evaluate RUN@{step} --lora-scale S"
+        )
+    if config.train.epochs is None and last is not None and step > last:
+        raise UserError(f"{where}.checkpoint is {step}, but the run ends at train.steps={last}")
+    if step % every and step != last:
+        raise UserError(f"{where}.checkpoint is {step}; it must be evaluated, so a multiple of eval.every={every}")
 
 
 def _check_windows(config: Config) -> None:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from draftplus.config import Config, ModelConfig, RewardConfig, nearest
 from draftplus.diffusion.objectives import Problem
@@ -20,8 +22,12 @@ from draftplus.diffusion.policy import random_steps
 from draftplus.diffusion.schedule import make_schedule
 from draftplus.diffusion.solvers import make_solver
 from draftplus.errors import UserError
+from draftplus.metrics.metric import Metric
+from draftplus.metrics.styles import style_captions
+from draftplus.rewards.clip import EMOJI_CLIP, load_clip_reward
 from draftplus.rewards.combined import Combined
 from draftplus.rewards.custom import load_custom
+from draftplus.rewards.preprocessing import preprocess
 from draftplus.types import Model, Reward
 
 ASSETS = Path(str(files("draftplus"))) / "assets"
@@ -42,6 +48,18 @@ REWARDS = {
     "dissimilarity": "draftplus.rewards.dissimilarity:load_dissimilarity",
 }
 
+METRICS = {
+    "lpips": "draftplus.metrics.metric:LPIPS",
+    "vendi": "draftplus.metrics.metric:VENDI",
+    "precision": "draftplus.metrics.metric:PRECISION",
+    "recall": "draftplus.metrics.metric:RECALL",
+    "coverage": "draftplus.metrics.metric:COVERAGE",
+    "drift": "draftplus.metrics.metric:DRIFT",
+    "style_entropy": "draftplus.metrics.metric:STYLE_ENTROPY",
+    "style_count": "draftplus.metrics.metric:STYLE_COUNT",
+    "style_divergence": "draftplus.metrics.metric:STYLE_DIVERGENCE",
+}
+
 
 def quiet_libraries() -> None:
     """Silences progress bars and advice of the model libraries that mean nothing to our users."""
@@ -59,15 +77,24 @@ def _resolve(target: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def build_model(config: ModelConfig, device: torch.device, seed: int = 0, trainable: bool = True) -> Model:
-    """The model of a built-in name, directory, hub id or single file.
+def model_path(config: ModelConfig) -> str:
+    """The directory, file or hub id of a model.
 
-    Raises UserError for a model that is missing or of a family without an adapter.
+    Raises UserError for what is neither a built-in name nor can be any of these.
     """
     path = str(MODELS.get(config.path, config.path))
     if "/" not in path and not Path(path).exists():
         near = nearest(path, list(MODELS))
         raise UserError(f"model.path '{path}': no such built-in model, file or directory; {near or 'built in: emoji'}")
+    return path
+
+
+def build_model(config: ModelConfig, device: torch.device, seed: int = 0, trainable: bool = True) -> Model:
+    """The model of a built-in name, directory, hub id or single file.
+
+    Raises UserError for a model that is missing or of a family without an adapter.
+    """
+    path = model_path(config)
     model: Model = _resolve(FAMILIES[_family(path)])(config, path, device, seed=seed, trainable=trainable)
     return model
 
@@ -106,6 +133,56 @@ def build_reward(name: str, config: RewardConfig, device: torch.device, dtype: t
 def build_rewards(configs: Mapping[str, RewardConfig], device: torch.device) -> dict[str, Reward]:
     """The rewards of a mapping of names."""
     return {name: build_reward(name, config, device) for name, config in configs.items()}
+
+
+def is_reward(name: str) -> bool:
+    """Whether a name is a reward's: a built-in one, or a user's own."""
+    return ":" in name or name in REWARDS
+
+
+def build_metric(name: str) -> Metric:
+    """The metric of a name.
+
+    Raises UserError for an unknown one, naming the nearest metric or reward.
+    """
+    if name not in METRICS:
+        near = nearest(name, [*METRICS, *REWARDS])
+        raise UserError(
+            f"metric '{name}' is not known; {near + ' ' if near else ''}Metrics: {', '.join(METRICS)}; or any reward"
+        )
+    metric: Metric = _resolve(METRICS[name])
+    return metric
+
+
+def build_features(path: str | None, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """(b, 3, H, W) images in [0, 1] -> (b, d) features of unit length, of a transformers `CLIPModel` (None: the
+    embedded one), preprocessed as its checkpoint says.
+
+    Raises UserError where it is missing or of another architecture.
+    """
+    clip = load_clip_reward(path or EMOJI_CLIP, device=device)
+
+    @torch.no_grad()
+    def features(images: Tensor) -> Tensor:
+        pixels = preprocess(images.to(device), clip.preprocessing).to(clip.model.dtype)
+        return F.normalize(clip.model.get_image_features(pixel_values=pixels).pooler_output.float(), dim=-1).cpu()
+
+    return features
+
+
+def build_styles(device: torch.device) -> Callable[[Tensor, str], Tensor]:
+    """(b, 3, H, W) images of a prompt -> (b, 7) probabilities of the embedded model's styles, by the embedded CLIP.
+
+    Zero-shot (Radford et al. 2021): the softmax of exp(logit_scale)·cos with "<prompt> in <style> style".
+    """
+    clip = load_clip_reward(EMOJI_CLIP, device=device)
+
+    @torch.no_grad()
+    def styles(images: Tensor, prompt: str) -> Tensor:
+        logits = [clip(images.to(device), [caption] * len(images)) for caption in style_captions(prompt)]
+        return torch.stack(logits, dim=1).softmax(1).cpu()
+
+    return styles
 
 
 def build_problem(config: Config, model: Model, rewards: Mapping[str, Reward]) -> Problem:

@@ -42,7 +42,7 @@ def describe(config: Config, run: Path) -> str:
     total = total_steps(config, len(prompts.train))
     plain, graded = _passes(config, problem)
     parameters = sum(parameter.numel() for parameter in problem.model.trainable().values())
-    evaluations = 1 + -(-total // config.eval.every)
+    evaluations = 1 + -(-total // config.eval.every) + sum("checkpoint" not in one for one in config.eval.variants)
     images = len(held_out.prompts) * held_out.images_per_prompt
     # an evaluated image costs its denoising steps, much like an image of a training step
     evaluating = evaluations * images / sizes.global_batch_size * seconds

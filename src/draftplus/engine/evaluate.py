@@ -15,8 +15,9 @@ from torch import Tensor
 from draftplus.config import Config
 from draftplus.data.prompts import PromptSet, normalized, read_prompts
 from draftplus.distributed import World
+from draftplus.engine.checkpoint import step_name
 from draftplus.engine.files import whole_directory, write_text
-from draftplus.engine.generate import Job, generate_images
+from draftplus.engine.generate import TUNED, Job, Knobs, generate_images
 from draftplus.engine.pictures import save_pictures
 from draftplus.engine.progress import Advance
 from draftplus.engine.step import SAMPLING_BATCH, chunks
@@ -47,9 +48,31 @@ class EvaluationSet:
 
 
 def evaluation_set(config: Config, prompts: PromptSet) -> EvaluationSet:
+    """The prompts of `evaluation_prompts`, and `eval.images_per_prompt` images of each.
+
+    Raises UserError where there are no prompts to evaluate on, there is one image of each, or a variant has a schedule
+    of annealing that is none.
+    """
+    chosen = evaluation_prompts(config, prompts)
+    for variant in config.eval.variants:
+        try:
+            variant_knobs(variant).weights(config.sampler.steps)
+        except UserError as error:
+            raise UserError(f"eval.variants: {error}") from None
+    if config.eval.images_per_prompt < 2:
+        raise UserError("eval.images_per_prompt is 1; diversity is measured between at least 2 images of a prompt")
+    return EvaluationSet(chosen, config.eval.images_per_prompt)
+
+
+def variant_knobs(variant: Mapping[str, Any]) -> Knobs:
+    """The knobs of one of `eval.variants`."""
+    return Knobs(float(variant.get("lora_scale", 1.0)), variant.get("anneal"))
+
+
+def evaluation_prompts(config: Config, prompts: PromptSet) -> list[str]:
     """The held-out part of the prompts, or those of `eval.prompts`, thinned evenly to `eval.max_prompts`.
 
-    Raises UserError where none are held out, one of `eval.prompts` is trained on, or there is one image of each.
+    Raises UserError where none are held out, or one of `eval.prompts` is trained on.
     """
     if config.eval.prompts is None:
         chosen = prompts.held_out
@@ -67,15 +90,12 @@ def evaluation_set(config: Config, prompts: PromptSet) -> EvaluationSet:
                     f"eval.prompts '{config.eval.prompts}': '{prompt}' is also trained on; "
                     "evaluation needs prompts that training never sees"
                 )
-    if config.eval.images_per_prompt < 2:
-        raise UserError("eval.images_per_prompt is 1; diversity is measured between at least 2 images of a prompt")
     most = config.eval.max_prompts or len(chosen)
     if len(chosen) > most:
         chosen = [chosen[i * len(chosen) // most] for i in range(most)]
-    return EvaluationSet(chosen, config.eval.images_per_prompt)
+    return chosen
 
 
-@torch.no_grad()
 def evaluate(
     model: Model, rewards: Rewards, which: EvaluationSet, config: Config, step: int, run: Path, world: World,
     advance: Advance,
@@ -84,21 +104,33 @@ def evaluate(
 
     The pictures go to `run`/samples/step-…; scores are computed on the images before they are rounded to 8 bits.
     """
+    pictures = run / "samples" / step_name(step)
+    row = {"step": step, **measure(model, rewards, which, config, pictures, world, advance)}
+    if world.is_main:
+        write_text(run / "samples" / "prompts.json", json.dumps(which.prompts, ensure_ascii=False, indent=1))
+    return row
+
+
+@torch.no_grad()
+def measure(
+    model: Model, rewards: Rewards, which: EvaluationSet, config: Config, pictures: Path, world: World,
+    advance: Advance, knobs: Knobs = TUNED,
+) -> dict[str, Any]:  # fmt: skip
+    """Makes the images of the evaluation set and saves them to `pictures`. Returns what eval.jsonl says of them."""
     began = time.perf_counter()
     jobs = which.jobs(world.rank, world.size)
-    size = config.train.sampling_batch_size or SAMPLING_BATCH
+    size, decode = config.train.sampling_batch_size or SAMPLING_BATCH, config.train.micro_batch_size
     mine: list[_Result] = []
     if jobs:
-        images = generate_images(model, jobs, config.sampler, size, config.train.micro_batch_size, advance=advance)
-        mine = _measure(images, jobs, rewards, model.device, config.train.micro_batch_size)
+        images = generate_images(model, jobs, config.sampler, size, decode, knobs, advance)
+        mine = _measure(images, jobs, rewards, model.device, decode)
     results = sorted((result for part in world.gather(mine) for result in part), key=lambda result: result.seed)
     if world.is_main:
-        _save(run / "samples", step, which, results)
+        _save(pictures, results)
     per_image = {name: [result.scores[name] for result in results] for name in rewards}
     means = {name: sum(scores) / len(scores) for name, scores in per_image.items()}
     lpips = {result.prompt: result.lpips for result in results}
     return {
-        "step": step,
         "reward": sum(one.weight * means[name] for name, one in config.reward.items()),
         **{f"reward/{name}": mean for name, mean in means.items()},
         "lpips": sum(lpips.values()) / len(lpips),
@@ -144,8 +176,7 @@ def score_images(
     return {name: torch.cat([batch[name].float().cpu() for batch in batches]) for name in rewards}
 
 
-def _save(samples: Path, step: int, which: EvaluationSet, results: list[_Result]) -> None:
+def _save(pictures: Path, results: list[_Result]) -> None:
     images = torch.stack([result.pixels for result in results]).float() / 255
-    with whole_directory(samples / f"step-{step:06d}") as target:
+    with whole_directory(pictures) as target:
         save_pictures(images, [result.prompt for result in results], [result.seed for result in results], target)
-    write_text(samples / "prompts.json", json.dumps(which.prompts, ensure_ascii=False, indent=1))

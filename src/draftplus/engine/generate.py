@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,6 +20,7 @@ from draftplus.diffusion.schedule import make_schedule
 from draftplus.diffusion.solvers import make_solver
 from draftplus.engine.progress import Advance
 from draftplus.engine.step import SAMPLING_BATCH, chunks
+from draftplus.errors import UserError
 from draftplus.types import Model
 
 
@@ -35,48 +37,104 @@ def jobs_of(prompts: Sequence[str], seeds: Sequence[int]) -> list[Job]:
     return [Job(prompt, seed) for prompt in prompts for seed in seeds]
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Knobs:
+    """What trades reward for diversity when images are made, without training.
+
+    lora_scale: the adapter's effect, 0 is the base model and 1 the tuned one. anneal: a schedule of annealed importance
+    guidance, such as `power:2`; None: the tuned model at every step.
+    """
+
+    lora_scale: float = 1.0
+    anneal: str | None = None
+
+    @property
+    def label(self) -> str:
+        """Such as `lora_scale=0.5`; empty where nothing is turned."""
+        scale = [] if self.lora_scale == 1 else [f"lora_scale={self.lora_scale:g}"]
+        return ", ".join([*scale, *([] if self.anneal is None else [f"anneal={self.anneal}"])])
+
+    def weights(self, steps: int) -> list[float]:
+        """The tuned model's share at each of the sampling steps.
+
+        Raises UserError for a schedule that is none, or a scale that is not finite.
+        """
+        if not math.isfinite(self.lora_scale):
+            raise UserError(f"lora_scale is {self.lora_scale}; it must be finite: 0 is the base model, 1 the tuned one")
+        share = anneal_weights(self.anneal, steps) if self.anneal is not None else [1.0] * steps
+        return share if self.lora_scale != 0 else [0.0] * steps
+
+
+TUNED = Knobs()
+
+
 def generate_images(
     model: Model,
     jobs: Sequence[Job],
     sampler: SamplerConfig,
     batch_size: int = SAMPLING_BATCH,
     decode_batch_size: int | None = None,
-    anneal: str | None = None,
+    knobs: Knobs = TUNED,
     advance: Advance | None = None,
 ) -> Tensor:
     """The images of all jobs, (n, 3, H, W) in [0, 1] on the CPU.
 
-    batch_size, decode_batch_size: images per pass of the denoiser, and of the decoder (None: the same). anneal: a
-    schedule of annealed importance guidance, such as `power:2`.
+    batch_size, decode_batch_size: images per pass of the denoiser, and of the decoder (None: the same).
+
+    Raises UserError for knobs that are out of range or that these weights do not have.
     """
+    images = []
+    for rows, latents in sampled_latents(model, jobs, sampler, batch_size, knobs):
+        images.append(decoded(model, latents, decode_batch_size or batch_size))
+        if advance:
+            advance(rows.stop, "")
+    return torch.cat(images)
+
+
+@torch.no_grad()
+def decoded(model: Model, latents: Tensor, batch_size: int) -> Tensor:
+    """The images (n, 3, H, W) float32 in [0, 1] of latents (n, c, h, w), on the CPU."""
+    parts = chunks(len(latents), batch_size)
+    return torch.cat([model.decode(latents[rows].to(model.device)).float().cpu() for rows in parts])
+
+
+@torch.no_grad()
+def sampled_latents(
+    model: Model, jobs: Sequence[Job], sampler: SamplerConfig, batch_size: int, knobs: Knobs = TUNED
+) -> Iterator[tuple[slice, Tensor]]:
+    """The final latents (b, c, h, w) of the jobs, batch by batch, with the rows that they belong to."""
     schedule, name = make_schedule(model.scheduler_config, sampler.steps, sampler.solver, sampler.spacing)
     solver = make_solver(name, sampler.eta)
     shape = model.latent_shape(sampler.height, sampler.width)
-    weights = anneal_weights(anneal, len(schedule)) if anneal is not None else None
+    weights = knobs.weights(len(schedule))
     unconditional = model.encode([sampler.negative_prompt])
-    images = []
-
-    def batch(rows: slice) -> Tensor:
-        part = jobs[rows]
-        seeds = [job.seed for job in part]
-        conditioning = model.encode([job.prompt for job in part])
-        denoise = guided(model, conditioning, unconditional, sampler.guidance_scale)
-        if weights:
-            denoise = annealed(denoise, model, schedule, weights)
-        noise = partial(_solver_noise, shape, seeds, model.device)
-        start = Rollout(rng.stock_noise(shape, seeds).to(model.device))
-        latents = sample(denoise, start, schedule, solver, noise=noise).latents
-        parts = chunks(len(latents), decode_batch_size or batch_size)
-        return torch.cat([model.decode(latents[some]).float().cpu() for some in parts])
-
-    # blending evaluates the base model too, so the adapters stay unfolded then
-    with nullcontext() if weights else model.folded():
+    with _prepared(model, knobs, weights):
         for rows in chunks(len(jobs), batch_size):
-            images.append(batch(rows))
-            if advance:
-                advance(rows.stop, "")
-    return torch.cat(images)
+            seeds = [job.seed for job in jobs[rows]]
+            conditioning = model.encode([job.prompt for job in jobs[rows]])
+            denoise = guided(model, conditioning, unconditional, sampler.guidance_scale)
+            if set(weights) not in ({0.0}, {1.0}):
+                denoise = annealed(denoise, model, schedule, weights)
+            noise = partial(_solver_noise, shape, seeds, model.device)
+            start = Rollout(rng.stock_noise(shape, seeds).to(model.device))
+            yield rows, sample(denoise, start, schedule, solver, noise=noise).latents
+
+
+@contextmanager
+def _prepared(model: Model, knobs: Knobs, weights: Sequence[float]) -> Iterator[None]:
+    """The model as these weights want it, by the same computation whatever asks for it.
+
+    All 0 is the base model with its adapters off, all 1 the tuned one with its adapters folded: bit for bit what is
+    made without any knob. What blends the two evaluates both, so the adapters stay unfolded then.
+    """
+    if knobs.lora_scale != 1:
+        model.set_lora_scale(knobs.lora_scale)
+    try:
+        with model.reference() if not any(weights) else model.folded() if set(weights) == {1.0} else nullcontext():
+            yield
+    finally:
+        if knobs.lora_scale != 1:
+            model.set_lora_scale(1.0)
 
 
 def _solver_noise(shape: tuple[int, int, int], seeds: Sequence[int], device: torch.device, index: int) -> Tensor:

@@ -37,16 +37,17 @@ def append_row(path: Path, row: Row) -> None:
 
     Raises UserError where the disk is full.
     """
-    line = json.dumps(_finite(row), allow_nan=False) + "\n"
+    line = json.dumps(finite(row), allow_nan=False) + "\n"
     with disk_errors(path), path.open("a", encoding="utf-8") as file:
         file.write(line)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The value with null in the place of every number in it that is not finite."""
     if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_finite(inner) for inner in value]
+        return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -55,6 +56,12 @@ def drop_rows_after(path: Path, step: int) -> None:
     kept = [row for row in read_rows(path) if row["step"] <= step]
     if path.is_file():
         write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def replace_row(path: Path, row: Row) -> None:
+    """Puts a row in the place of the one with its step; the file is whole at any time."""
+    rows = [row if old["step"] == row["step"] else old for old in read_rows(path)]
+    write_text(path, "".join(json.dumps(finite(one), allow_nan=False) + "\n" for one in rows))
 
 
 def open_loggers(names: Sequence[str], run: Path, config: Mapping[str, Any], step: int) -> list[Logger]:

@@ -21,6 +21,11 @@ def slug(prompt: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "prompt"
 
 
+def picture_name(number: int, prompt: str, seed: int) -> str:
+    """The file name of the picture of the prompt of a number, with a seed."""
+    return f"{number:02d}-{slug(prompt)}-{seed}.png"
+
+
 def grid(rows: Sequence[Sequence[Image.Image]], gap: int = 2) -> Image.Image:
     """Pictures of one size in rows, on white."""
     width, height = rows[0][0].size
@@ -43,7 +48,7 @@ def save_pictures(images: Tensor, prompts: Sequence[str], seeds: Sequence[int], 
     paths = []
     for image, prompt, seed in zip(images, prompts, seeds, strict=True):
         picture = to_pil(image)
-        path = directory / f"{order[prompt]:02d}-{slug(prompt)}-{seed}.png"
+        path = directory / picture_name(order[prompt], prompt, seed)
         picture.save(path)
         rows[order[prompt]].append(picture)
         paths.append(path)

@@ -26,6 +26,7 @@ from draftplus.engine.parallel import check_mode
 from draftplus.engine.progress import Advance, progress
 from draftplus.engine.run import forget_after, locked, write_config
 from draftplus.engine.step import Abandonable, Setup, Shape, gradient_step
+from draftplus.engine.variants import add_variants, check_checkpoints
 from draftplus.errors import Interrupted, UserError
 from draftplus.types import Model
 
@@ -67,6 +68,7 @@ def _train(config: Config, run: Path, here: World) -> None:
     here.barrier()
     evaluations = here.gather(journal.read_rows(run / "eval.jsonl"))[0]
     evaluated = {row["step"] for row in evaluations}
+    check_checkpoints(config, evaluated, state.step)
     logs = here.is_main and (state.step < total or state.step not in evaluated)  # a finished run has nothing to say
     loggers = journal.open_loggers(config.log.to if logs else (), run, to_dict(config), state.step)
 
@@ -89,6 +91,9 @@ def _train(config: Config, run: Path, here: World) -> None:
                 if state.step > 0 and (state.step % config.checkpoint.every == 0 or last):
                     _save(run, state, here, config)
                 if last:
+                    with _averaged(state), interrupt.abandonable():
+                        note = _evaluation_note(state, held_out, here, advance)
+                        add_variants(model, rewards, held_out, config, state.step, run, here, note)
                     break
 
                 began = time.perf_counter()
@@ -163,13 +168,18 @@ def _evaluate(
     model: Model, state: State, rewards: Rewards, held_out: EvaluationSet, config: Config, run: Path, here: World,
     advance: Advance,
 ) -> dict[str, Any]:  # fmt: skip
+    note = _evaluation_note(state, held_out, here, advance)
+    note(0, "")
+    return evaluate(model, rewards, held_out, config, state.step, run, here, note)
+
+
+def _evaluation_note(state: State, held_out: EvaluationSet, here: World, advance: Advance) -> Advance:
     total = len(held_out.jobs(here.rank, here.size))
 
-    def show(done: int, note: str) -> None:
+    def show(done: int, _: str) -> None:
         advance(state.step, f"evaluating {done}/{total} images")
 
-    show(0, "")
-    return evaluate(model, rewards, held_out, config, state.step, run, here, show)
+    return show
 
 
 def _save_weights(model: Model, state: State, target: Path) -> None:

@@ -19,7 +19,7 @@ _SHIFT = (-0.030, -0.088, -0.188)
 _SCALE = (0.458, 0.448, 0.450)
 _CONVOLUTIONS = ((4, 2), (1, 2), (1, 1), (1, 1), (1, 1))  # (stride, padding)
 _POOL_BEFORE = (1, 2)
-_IMAGES_PER_PASS = 8
+_IMAGES_PER_PASS = 16
 _RESIDENT = 2**28  # floats of embeddings held at once, 1 GiB: 100 images of 512x512
 _PRODUCT = 2**22  # float64 numbers of a slice of them, 32 MiB
 
@@ -128,6 +128,8 @@ def _squared_distances(rows: Tensor, columns: Tensor) -> Tensor:
     distances = torch.zeros(len(rows), len(columns), dtype=torch.float64, device=device)
     width = max(1, _PRODUCT // max(len(rows), len(columns)))
     for a, b in zip(rows.split(width, dim=1), columns.split(width, dim=1), strict=True):
-        a, b = a.to(device).double(), b.to(device).double()
-        distances += a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T
+        a = a.to(device).double()
+        b = a if rows is columns else b.to(device).double()
+        lengths = [torch.linalg.vector_norm(part, dim=1).square() for part in (a, b)]
+        distances += lengths[0][:, None] + lengths[1] - 2 * a @ b.T
     return distances.clamp(min=0).cpu()
