@@ -113,9 +113,9 @@ VARIANTS = {
     "{anneal: 2}": "eval.variants[0].anneal is 2; give a schedule",
     "{checkpoint: first}": "eval.variants[0].checkpoint is 'first'; give a step",
     "{checkpoint: -20}": "give a step",
-    "{checkpoint: 30}": "must be evaluated, so a multiple of eval.every=20",
-    "{checkpoint: 80}": "the run ends at train.steps=60",
-    "{checkpoint: 20, lora_scale: 0.5}": "draftplus evaluate RUN@20 --lora-scale",
+    "{checkpoint: 30}": "must be evaluated, so a multiple of eval.every=40",
+    "{checkpoint: 120}": "the run ends at train.steps=80",
+    "{checkpoint: 40, lora_scale: 0.5}": "draftplus evaluate RUN@40 --lora-scale",
     "{lora_scale: 0.5}, {anneal: linear}, {lora_scale: 0.5}": "eval.variants[2] is {'lora_scale': 0.5}, as one before",
 }
 

@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--assets", type=Path, default=ASSETS)
     parser.add_argument("--build-dir", type=Path, default=Path("build/emoji"))
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--guidance", type=float, default=1.75)
     parser.add_argument("--spacing", choices=["leading", "trailing"], default=None, help="default: the model's own")
     parser.add_argument("--images", type=int, default=8, help="per animal, for the accuracy; 0 leaves it out")
     parser.add_argument("--variety", type=int, default=0, help="images per animal for variety; 0 leaves it out")

@@ -116,7 +116,7 @@ class OptimConfig:
 
 @dataclass
 class TrainConfig:
-    steps: int | None = _key(60, "steps, each on one batch of images; null: as epochs says")
+    steps: int | None = _key(80, "steps, each on one batch of images; null: as epochs says")
     epochs: int | None = _key(None, "passes over the prompts, instead of steps")
     global_batch_size: int = _key(8, "images per step, over all ranks")
     micro_batch_size: int = _key(8, "images per backward pass on one rank")
@@ -127,7 +127,7 @@ class TrainConfig:
 
 @dataclass
 class EvalConfig:
-    every: int = _key(20, "steps between evaluations")
+    every: int = _key(40, "steps between evaluations")
     prompts: str | None = _key(None, "null: the prompt set's own held-out part; or a set or file of prompts")
     max_prompts: int | None = _key(4, "at most this many of them, evenly spaced; null: all")
     images_per_prompt: int = _key(12, "images of each prompt")
