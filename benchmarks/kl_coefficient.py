@@ -1,6 +1,6 @@
 """What the KL coefficient does: a grid of runs over coefficients, seeds and timestep spacings, and its table.
 
-    python benchmarks/kl_coefficient.py --coefficients 0.05 0.5 5 --seeds 0 1 --spacings trailing leading
+    python benchmarks/kl_coefficient.py optim.lr=2e-3 --coefficients 1 10 100 --seeds 0 1 --spacings trailing leading
 
 Each run continues where it was stopped, and a finished one is not repeated. The table has, over seeds, the mean KL of
 the last quarter of the training steps, and the held-out reward and LPIPS of the last evaluation.

@@ -156,7 +156,7 @@ def generate(
     epilog=_epilog(
         "Examples:\n"
         "  draftplus evaluate runs/demo                                  base and result, as during training\n"
-        "  draftplus evaluate runs/demo@20 runs/demo@best --images-per-prompt 50\n"
+        "  draftplus evaluate runs/demo@40 runs/demo@best --images-per-prompt 50\n"
         "  draftplus evaluate runs/demo --metric lpips --metric coverage --reward jpeg_compressibility\n"
         "  draftplus evaluate runs/demo --anneal linear --prompts my.txt sampler.steps=25 -o measured"
     )
