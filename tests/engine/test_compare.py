@@ -25,6 +25,8 @@ from tests.engine import rewards
 from tests.engine.support import REWARDS, rows, small_settings, train_here
 from tests.tiny import CPU
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ["a cat", "a dog"]
 RED = f"{REWARDS}:redness"
 

@@ -26,6 +26,8 @@ from draftplus.models.stable_diffusion import StableDiffusion
 from tests.engine.support import REWARDS, fingerprint, rows, train_here, weights
 from tests.tiny import CPU, PROMPTS, SHAPE, problem
 
+pytestmark = pytest.mark.slow
+
 DDPO = ["objective.method=ddpo", "sampler.eta=1", f"reward={REWARDS}:measured_only"]
 SEVERAL = [
     *DDPO, "objective.ddpo.inner_epochs=2", "objective.ddpo.updates=2", "objective.ddpo.history=3",

@@ -12,6 +12,8 @@ from draftplus.engine import variants
 from draftplus.errors import UserError
 from tests.engine.support import REWARDS, rows, small_settings, train_here, weights
 
+pytestmark = pytest.mark.slow
+
 EVERY = ["eval.every=2", "optim.lr=0.1", "model.lora.alpha=8", f"eval.rewards={{{REWARDS}:by_prompt: {{}}}}"]
 ALL = "{lora_scale: 0}, {lora_scale: 0.5}, {anneal: 'power:2'}, {anneal: 'step:0'}, {checkpoint: 2}"
 

@@ -19,6 +19,8 @@ from draftplus.models.stable_diffusion import StableDiffusion
 from tests.gradients.by_hand import ByHand, Case
 from tests.tiny import PROMPTS, SCHEDULER, TinyScorer, gradients, noise_source, normal, problem, randomize, tiny_model
 
+pytestmark = pytest.mark.slow
+
 TOTAL = 5
 HINGE = -2.0  # above some of the three rewards and below others
 METHODS: dict[str, tuple[ObjectiveConfig, Window, Case]] = {

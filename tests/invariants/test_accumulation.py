@@ -14,6 +14,8 @@ from tests.engine.steps import BATCH, OBJECTIVES, Updates, take_steps
 from tests.engine.support import relative
 from tests.tiny import randomize, tiny_model
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def tuned(tiny_path: Path) -> StableDiffusion:

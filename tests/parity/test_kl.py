@@ -15,6 +15,8 @@ from draftplus.diffusion.objectives import Loss, Problem, loss, plan, prefix
 from draftplus.models.stable_diffusion import StableDiffusion
 from tests.tiny import PROMPTS, SCHEDULER, noise_source, problem, stock_pipeline, tiny_model
 
+pytestmark = pytest.mark.slow
+
 STEPS, GUIDANCE = 5, 4.0
 ATTENTION = LoraConfig(rank=2, alpha=4.0)
 

@@ -19,6 +19,8 @@ from draftplus.sweeps.manifest import STATUSES, read_manifest
 from draftplus.sweeps.plan import plan_sweep
 from tests.engine.support import fingerprint, train_here
 
+pytestmark = pytest.mark.slow
+
 STAND_IN = Path(__file__).with_name("stand_in.py")
 
 
