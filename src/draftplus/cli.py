@@ -17,6 +17,9 @@ from draftplus.errors import Interrupted, UserError
 # typer brings its own copy of click in some versions, so its base class is reached through typer
 CommandLineError: Any = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
 
+LoraScale = Annotated[float, typer.Option("--lora-scale", help="Effect of the adapter: 0 base, 1 tuned.")]
+Anneal = Annotated[str | None, typer.Option("--anneal", help="From base to tuned: linear, power:2 or step:0.6.")]
+
 app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -106,10 +109,8 @@ def generate(
     ] = None,
     seeds: Annotated[str, typer.Option("--seeds", help="Seeds: 7, 0:16, or 1,5,9.")] = "0:4",
     adapter: Annotated[Path | None, typer.Option("--adapter", help="Directory of trained weights to use.")] = None,
-    lora_scale: Annotated[float, typer.Option("--lora-scale", help="Effect of the adapter: 0 base, 1 tuned.")] = 1.0,
-    anneal: Annotated[
-        str | None, typer.Option("--anneal", help="From base to tuned: linear, power:2 or step:0.6.")
-    ] = None,
+    lora_scale: LoraScale = 1.0,
+    anneal: Anneal = None,
     reward: Annotated[
         list[str] | None, typer.Option("--reward", help="Score with this reward; may be repeated.")
     ] = None,
@@ -189,10 +190,8 @@ def evaluate(
     features: Annotated[
         str | None, typer.Option("--features", help="CLIPModel, directory or hub id, whose features metrics use.")
     ] = None,
-    lora_scale: Annotated[float, typer.Option("--lora-scale", help="Effect of the adapter: 0 base, 1 tuned.")] = 1.0,
-    anneal: Annotated[
-        str | None, typer.Option("--anneal", help="From base to tuned: linear, power:2 or step:0.6.")
-    ] = None,
+    lora_scale: LoraScale = 1.0,
+    anneal: Anneal = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Where eval.json and pictures go.")] = None,
 ) -> None:
     """Measure reward and diversity of models and runs on the same prompts and seeds, beside the base model."""
