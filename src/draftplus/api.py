@@ -132,23 +132,25 @@ def sweep(
     grid: Mapping[str, Any] | None = None,
     name: str | None = None,
     directory: str | Path = "sweeps",
+    jobs: int | None = None,
 ) -> Path:
     """Trains a grid of runs, each in a process of its own, and writes the report. Returns the sweep's directory.
 
     recipe: a recipe's name or file, or a sweep file. grid: each key's values, such as {"objective.kl_coeff": [0, 1],
     "seed": range(3)}; a value that is itself a list stands in a list of its own. What became of each run is in
-    manifest.json; the same call again goes on where it was stopped.
+    manifest.json; the same call again goes on where it was stopped. jobs: how many runs train at the same time; one on
+    each GPU, or one, unless given.
 
     Raises UserError for a user's mistake, before any run starts, and Interrupted where the process is asked to stop.
     """
     planned = plan_sweep(recipe, written_grid(grid or {}, "grid"), name, Path(directory))
-    run_planned(planned)
+    run_planned(planned, jobs)
     return planned.directory
 
 
-def run_planned(planned: Plan) -> Path | None:
-    """Trains the runs of a plan that are not finished. Returns the report's path; None where no run left anything."""
-    manifest = run_sweep(planned)
+def run_planned(planned: Plan, jobs: int | None = None) -> Path | None:
+    """Trains the runs of a plan that are not finished, `jobs` at a time. Returns the report's path; None where no run left anything."""
+    manifest = run_sweep(planned, jobs)
     if all(entry.status == "failed" for entry in manifest.runs):
         return None
     return write_report(planned.directory)

@@ -255,6 +255,9 @@ def sweep(
         list[str] | None, typer.Argument(metavar="KEY=V1,V2,...", help="Values of a key; all are combined.")
     ] = None,
     name: Annotated[str | None, typer.Option("--name", help="Made in sweeps/NAME; the recipe and a hash.")] = None,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", help="Runs that train at the same time; one on each GPU, or one.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list the runs, and stop.")] = False,
 ) -> None:
     """Train a grid of runs and compare them; the same command again continues an unfinished sweep."""
@@ -271,7 +274,7 @@ def sweep(
     from draftplus import api
     from draftplus.sweeps.manifest import read_manifest
 
-    page = api.run_planned(planned)
+    page = api.run_planned(planned, jobs)
     manifest = read_manifest(planned.directory)
     assert manifest is not None
     failed = list(manifest.with_status("failed"))

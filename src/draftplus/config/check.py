@@ -160,10 +160,10 @@ def _check_ddpo(config: Config) -> None:
             f"objective.ddpo.history is {settings.history} but min_history is {settings.min_history}, which it would "
             f"never reach; set objective.ddpo.min_history={max(2, settings.history)}, or history=null"
         )
-    if config.sampler.eta == 0:
+    if not 0 < settings.eta <= 1:
         raise UserError(
-            "sampler.eta is 0, where sampling is deterministic and method ddpo has no probabilities to learn from; "
-            "set sampler.eta=1"
+            f"objective.ddpo.eta is {settings.eta}; it lies above 0, where sampling is deterministic and has no "
+            "probabilities to learn from, and at most at 1"
         )
     if config.objective.grad_steps not in (1, "all"):
         raise UserError(

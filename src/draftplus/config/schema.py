@@ -70,6 +70,7 @@ class DrtuneConfig:
 
 @dataclass
 class DdpoConfig:
+    eta: float = _key(1.0, "noise of DDIM in its rollouts, above 0 to 1; sampler.eta is that of pictures")
     inner_epochs: int = _key(1, "passes over each batch of rollouts")
     updates: int = _key(1, "optimizer updates in each pass, each on its part of the batch")
     clip: float = _key(1e-4, "the ratio of probabilities is clipped to 1 - clip, 1 + clip")

@@ -204,18 +204,19 @@ def build_problem(config: Config, model: Model, rewards: Mapping[str, Reward]) -
             )
     scorer = Combined({name: (rewards[name], one.weight) for name, one in config.reward.items()})
     s = config.sampler
+    eta = config.objective.ddpo.eta if method == "ddpo" else s.eta
     schedule, solver = make_schedule(model.scheduler_config, s.steps, s.solver, s.spacing)
     problem = Problem(
         model,
         scorer,
         schedule,
-        make_solver(solver, s.eta),
+        make_solver(solver, eta),
         s.guidance_scale,
         s.negative_prompt,
         config.objective,
-        s.eta,
+        eta,
     )
-    if method == "ddpo" and not random_steps(schedule, s.eta):
+    if method == "ddpo" and not random_steps(schedule, eta):
         raise UserError(
             f"sampler.steps is {s.steps}, none of which draws noise for ddpo to learn from; take more steps"
         )

@@ -20,6 +20,7 @@ Settings = dict[str, str]  # key -> value, as they are written in KEY=VALUE
 
 PLAIN = re.compile(r"[\w./:+-]+")  # text that stands for itself, unless YAML takes it for a number or the like
 CLOSES = {"(": ")", "[": "]", "{": "}"}
+WATCHING = ("eval.", "checkpoint.", "log.")  # keys that change nothing of what a run becomes
 OWNED = {"name": "each run is named after what differs", "output_dir": "the runs of a sweep lie in its own directory"}
 
 
@@ -137,6 +138,7 @@ def names(runs: Sequence[Settings]) -> list[str]:
     """
     keys = list(dict.fromkeys(key for settings in runs for key in settings))
     differing = [key for key in keys if len({settings.get(key) for settings in runs}) > 1] or keys
+    differing = [key for key in differing if not key.startswith(WATCHING)] or differing
     short = _short_keys(differing)
     told = []
     for settings in runs:

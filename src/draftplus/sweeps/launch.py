@@ -25,20 +25,26 @@ LOGS = "logs"
 BETWEEN_LOOKS = 0.5  # seconds
 PATIENCE = 120.0  # seconds for a run to save itself when the sweep is stopped
 
+Slot = dict[str, str]  # variables of a run's environment
 
-def run_sweep(plan: Plan) -> Manifest:
+
+def run_sweep(plan: Plan, jobs: int | None = None) -> Manifest:
     """Trains what is not finished, and returns what became of each run. Runs of an earlier, smaller grid stay.
 
-    Raises UserError where the directory is another recipe's sweep or cannot be written, and Interrupted, once every
+    jobs: how many train at the same time; null means one on each GPU, or one.
+
+    Raises UserError where `jobs` is below 1, where the directory is another recipe's sweep or cannot be written, and Interrupted, once every
     run in flight has saved itself, where the process is asked to stop.
     """
+    if jobs is not None and jobs < 1:
+        raise UserError(f"--jobs is {jobs}; give at least 1")
     with locked(plan.directory):
         manifest = _continued(plan)
         manifest.save(plan.directory)
         waiting = [run for run in plan.runs if _entry(manifest, run).status != "finished"]
         try:
             if waiting:
-                _train(plan, manifest, waiting)
+                _train(plan, manifest, waiting, jobs)
         except Interrupted:
             done = sum(1 for _ in manifest.with_status("finished"))
             told = f"stopped with {done} of {len(manifest.runs)} runs finished; the same command continues"
@@ -67,19 +73,19 @@ def _entry(manifest: Manifest, run: PlannedRun) -> Entry:
 
 @dataclass
 class _Attempt:
-    """A run in flight. slot: its place among those that train at the same time."""
+    """A run in flight. slot: what it has of the machine."""
 
     run: PlannedRun
     entry: Entry
     process: subprocess.Popen[bytes]
-    slot: str | None
+    slot: Slot
     began: float
     before: float
 
 
-def _train(plan: Plan, manifest: Manifest, waiting: list[PlannedRun]) -> None:
+def _train(plan: Plan, manifest: Manifest, waiting: list[PlannedRun], jobs: int | None) -> None:
     (plan.directory / LOGS).mkdir(exist_ok=True)
-    free, active = devices([run.config.device for run in waiting]), list[_Attempt]()
+    free, active = slots([run.config.device for run in waiting], jobs), list[_Attempt]()
     total = sum(run.steps for run in plan.runs)
     with interruption() as interrupt, progress("sweep", total) as advance, _ended(active, plan, manifest):
         while waiting or active:
@@ -95,22 +101,32 @@ def _train(plan: Plan, manifest: Manifest, waiting: list[PlannedRun]) -> None:
             _show(plan, manifest, active, advance)
 
 
-def devices(wanted: Sequence[str]) -> list[str | None]:
-    """The value of CUDA_VISIBLE_DEVICES for each run that may train at the same time; None leaves it as it is."""
+def slots(wanted: Sequence[str], jobs: int | None) -> list[Slot]:
+    """The part of the machine that each of the runs has that train at the same time: a GPU, or some of the cores."""
+    devices = _devices(wanted)
+    count = jobs or max(1, len(devices))
+    own: Slot = {}
+    if count > max(1, len(devices)) and "OMP_NUM_THREADS" not in os.environ:
+        own = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))}
+    return [
+        {**own, "CUDA_VISIBLE_DEVICES": devices[i % len(devices)]} if devices else dict(own) for i in range(count)
+    ]
+
+
+def _devices(wanted: Sequence[str]) -> list[str]:
+    """The GPUs, as CUDA_VISIBLE_DEVICES names them, where there are several and no run asks for a certain one."""
     count = torch.cuda.device_count() if set(wanted) <= {"auto", "cuda"} else 0
     if count < 2:
-        return [None]
+        return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return list(visible.split(",")[:count]) if visible else [str(i) for i in range(count)]
+    return visible.split(",")[:count] if visible else [str(i) for i in range(count)]
 
 
-def _start(plan: Plan, manifest: Manifest, run: PlannedRun, slot: str | None) -> _Attempt:
+def _start(plan: Plan, manifest: Manifest, run: PlannedRun, slot: Slot) -> _Attempt:
     entry = _entry(manifest, run)
     # what torchrun says is about this process, not about one that it starts
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment["PYTHONUNBUFFERED"] = "1"
-    if slot is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = slot
+    environment |= {"PYTHONUNBUFFERED": "1", **slot}
     with log_path(plan.directory, run.name).open("wb") as log:
         process = subprocess.Popen(
             [*COMMAND, *plan.arguments(run)],
