@@ -149,7 +149,10 @@ def sweep(
 
 
 def run_planned(planned: Plan, jobs: int | None = None) -> Path | None:
-    """Trains the runs of a plan that are not finished, `jobs` at a time. Returns the report's path; None where no run left anything."""
+    """Trains the runs of a plan that are not finished, `jobs` at a time.
+
+    Returns the report's path; None where no run left anything.
+    """
     manifest = run_sweep(planned, jobs)
     if all(entry.status == "failed" for entry in manifest.runs):
         return None

@@ -20,7 +20,7 @@ PASSES = {
     "draft+": (["objective.kl_coeff=0.1"], (2, 1, 1)),
     "draft-2": (["objective.grad_steps=2", "objective.kl_coeff=0.1"], (1, 2, 2)),
     "draft_lv": (["objective.method=draft_lv", "objective.kl_coeff=0.1"], (2, 3, 3)),
-    "ddpo": (["objective.method=ddpo", "sampler.eta=1", "objective.ddpo.inner_epochs=2"], (3, 6, 0)),
+    "ddpo": (["objective.method=ddpo", "objective.ddpo.inner_epochs=2"], (3, 6, 0)),
 }
 
 

@@ -16,7 +16,7 @@ POSITIVE = [
     "objective.ddpo.adv_clip",
 ]  # fmt: skip
 FRACTIONAL = ["optim.lr", "optim.grad_clip", "model.lora.alpha", "objective.ddpo.clip", "objective.ddpo.adv_clip"]
-DDPO = ["objective.method=ddpo", "sampler.eta=1"]
+DDPO = ["objective.method=ddpo"]
 NOT_NEGATIVE = ["objective.kl_coeff", "optim.weight_decay", "optim.warmup_steps", "objective.drtune.early_stop"]
 
 
@@ -84,8 +84,8 @@ def test_choices(override: str, choices: str) -> None:
             "must not decrease",
         ),
         (["objective.method=drtune", "objective.drtune.early_stop=10"], "must be below sampler.steps, 10"),
-        (["objective.method=ddpo"], "sampler.eta is 0, where sampling is deterministic"),
-        (["objective.method=ddpo"], "set sampler.eta=1"),
+        ([*DDPO, "objective.ddpo.eta=0"], "objective.ddpo.eta is 0.0; it lies above 0"),
+        ([*DDPO, "objective.ddpo.eta=1.5"], "objective.ddpo.eta is 1.5"),
         ([*DDPO, "objective.grad_steps=2"], "learns from all steps; set objective.grad_steps=all"),
         ([*DDPO, "objective.ddpo.min_history=1"], "objective.ddpo.min_history is 1; a deviation needs at least 2"),
         ([*DDPO, "objective.ddpo.history=8"], "set objective.ddpo.min_history=8, or history=null"),
@@ -142,7 +142,8 @@ def test_only_lora_has_a_scale() -> None:
         ["objective.method=alignprop", "objective.alignprop.min_steps=3", "objective.alignprop.max_steps=3"],
         ["objective.method=drtune", "objective.grad_steps=all", "objective.drtune.early_stop=9"],
         DDPO,
-        [*DDPO, "sampler.eta=0.1", "objective.grad_steps=all", "objective.ddpo.history=null", "objective.kl_coeff=1"],
+        [*DDPO, "objective.grad_steps=all", "objective.ddpo.history=null", "objective.kl_coeff=1"],
+        [*DDPO, "objective.ddpo.eta=0.1", "sampler.eta=0.5"],
         ["objective.alignprop.max_steps=40"],  # another method's settings do not matter
         ["train.steps=null", "train.epochs=2"],
         ["model.lora=null", "optim.grad_clip=null", "optim.ema=0.999", "optim.betas=[0, 0.5]"],

@@ -14,7 +14,7 @@ import torch
 import draftplus
 from draftplus.errors import Interrupted, UserError
 from draftplus.sweeps import launch
-from draftplus.sweeps.launch import devices, run_sweep
+from draftplus.sweeps.launch import run_sweep, slots
 from draftplus.sweeps.manifest import STATUSES, read_manifest
 from draftplus.sweeps.plan import plan_sweep
 from tests.engine.support import fingerprint, train_here
@@ -97,28 +97,49 @@ def test_one_process_for_each_device(tmp_path, stand_in, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert statuses(run_sweep(plan(tmp_path, 0, 5, 6, 7))) == ["finished"] * 4
-    seen, spans = set(), []
-    for seed in (0, 5, 6, 7):
+    assert seen(tmp_path, 0, 5, 6, 7) == {("0",), ("1",)}  # the device, and nothing of torchrun's
+    assert together(tmp_path, 0, 5, 6, 7) == 2
+
+
+def seen(tmp_path: Path, *seeds: int) -> set[tuple[str, ...]]:
+    return {tuple((tmp_path / "s" / f"seed-{seed}" / "started").read_text().split()[1:]) for seed in seeds}
+
+
+def together(tmp_path: Path, *seeds: int) -> int:
+    """The most runs that were in flight at one time."""
+    spans = []
+    for seed in seeds:
         run = tmp_path / "s" / f"seed-{seed}"
-        began, *rest = (run / "started").read_text().split()
-        seen.add(tuple(rest))  # the device, and nothing of torchrun's
-        spans.append((float(began), float((run / "ended").read_text())))
-    assert seen == {("0",), ("1",)}
-    overlaps = [sum(a <= began < b for a, b in spans) for began, _ in spans]
-    assert max(overlaps) == 2
+        spans.append((float((run / "started").read_text().split()[0]), float((run / "ended").read_text())))
+    return max(sum(a <= began < b for a, b in spans) for began, _ in spans)
 
 
-def test_devices_of_this_machine(monkeypatch):
+def test_as_many_at_a_time_as_asked(tmp_path, stand_in, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert statuses(run_sweep(plan(tmp_path, 0, 5, 6, 7), jobs=3)) == ["finished"] * 4
+    assert together(tmp_path, 0, 5, 6, 7) == 3
+    with pytest.raises(UserError, match="--jobs is 0; give at least 1"):
+        run_sweep(plan(tmp_path, 0), jobs=0)
+
+
+def test_each_run_has_a_gpu_or_its_share_of_the_cores(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    for count, wanted, expected in (
-        (0, ["auto"], [None]), (1, ["auto"], [None]), (2, ["auto", "auto"], ["0", "1"]), (2, ["cpu"], [None]),
-        (2, ["cuda:1"], [None]), (3, ["cuda"], ["0", "1", "2"]),
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    zero, one, two = ({"CUDA_VISIBLE_DEVICES": name} for name in "012")
+    third, half = {"OMP_NUM_THREADS": "2"}, {"OMP_NUM_THREADS": "4"}
+    for count, wanted, jobs, expected in (
+        (0, ["auto"], None, [{}]), (1, ["auto"], None, [{}]), (2, ["auto", "auto"], None, [zero, one]),
+        (2, ["cpu"], None, [{}]), (2, ["cuda:1"], None, [{}]), (3, ["cuda"], None, [zero, one, two]),
+        (0, ["auto"], 1, [{}]), (0, ["auto"], 3, [third] * 3), (2, ["cpu"], 2, [half] * 2),
+        (2, ["auto"], 1, [zero]), (2, ["auto"], 3, [zero | third, one | third, zero | third]),
     ):  # fmt: skip
         monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
-        assert devices(wanted) == expected
+        assert slots(wanted, jobs) == expected
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # what the user says holds
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert devices(["auto"]) == ["4", "7"]
+    assert slots(["auto"], 3) == [{"CUDA_VISIBLE_DEVICES": name} for name in ("4", "7", "4")]
 
 
 def test_as_a_function(tmp_path, stand_in):

@@ -28,15 +28,15 @@ class Solver(Protocol):
     ) -> Tensor: ...
 
 
-def make_solver(name: str, eta: float = 0.0) -> Solver:
+def make_solver(name: str, eta: float = 0.0, key: str = "sampler.eta") -> Solver:
     """The solver of a name that `make_schedule` resolved.
 
     Raises UserError where eta asks a deterministic solver for noise.
     """
     if eta < 0 or eta > 1:
-        raise UserError(f"sampler.eta is {eta}; it lies in [0, 1]")
+        raise UserError(f"{key} is {eta}; it lies in [0, 1]")
     if eta > 0 and name != "ddim":
-        raise UserError(f"sampler.eta={eta} needs sampler.solver=ddim; {name} is deterministic")
+        raise UserError(f"{key}={eta} needs sampler.solver=ddim; {name} is deterministic")
     if name == "dpmpp_2m":
         return dpmpp_2m
     return partial(ddim, eta=eta) if eta > 0 else first_order

@@ -204,13 +204,13 @@ def build_problem(config: Config, model: Model, rewards: Mapping[str, Reward]) -
             )
     scorer = Combined({name: (rewards[name], one.weight) for name, one in config.reward.items()})
     s = config.sampler
-    eta = config.objective.ddpo.eta if method == "ddpo" else s.eta
+    eta, key = (config.objective.ddpo.eta, "objective.ddpo.eta") if method == "ddpo" else (s.eta, "sampler.eta")
     schedule, solver = make_schedule(model.scheduler_config, s.steps, s.solver, s.spacing)
     problem = Problem(
         model,
         scorer,
         schedule,
-        make_solver(solver, eta),
+        make_solver(solver, eta, key),
         s.guidance_scale,
         s.negative_prompt,
         config.objective,

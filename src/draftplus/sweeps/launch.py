@@ -33,8 +33,8 @@ def run_sweep(plan: Plan, jobs: int | None = None) -> Manifest:
 
     jobs: how many train at the same time; null means one on each GPU, or one.
 
-    Raises UserError where `jobs` is below 1, where the directory is another recipe's sweep or cannot be written, and Interrupted, once every
-    run in flight has saved itself, where the process is asked to stop.
+    Raises UserError where `jobs` is below 1, or the directory is another recipe's sweep or cannot be written; and
+    Interrupted, once every run in flight has saved itself, where the process is asked to stop.
     """
     if jobs is not None and jobs < 1:
         raise UserError(f"--jobs is {jobs}; give at least 1")
@@ -108,9 +108,7 @@ def slots(wanted: Sequence[str], jobs: int | None) -> list[Slot]:
     own: Slot = {}
     if count > max(1, len(devices)) and "OMP_NUM_THREADS" not in os.environ:
         own = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))}
-    return [
-        {**own, "CUDA_VISIBLE_DEVICES": devices[i % len(devices)]} if devices else dict(own) for i in range(count)
-    ]
+    return [{**own, "CUDA_VISIBLE_DEVICES": devices[i % len(devices)]} if devices else dict(own) for i in range(count)]
 
 
 def _devices(wanted: Sequence[str]) -> list[str]:
