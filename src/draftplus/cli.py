@@ -245,6 +245,7 @@ def _told(number: dict[str, Any]) -> str:
     epilog=_epilog(
         "Examples:\n"
         "  draftplus sweep emoji objective.kl_coeff=0,1,10 seed=0,1,2       nine runs, then the report\n"
+        "  draftplus sweep emoji lora_scale=0.25,0.5 anneal=linear         knobs that need no training of their own\n"
         "  draftplus sweep emoji 'model.lora={rank:4,alpha:4},{rank:8,alpha:8}' optim.betas=[0.9,0.99] --dry-run\n"
         "  draftplus sweep trade-off.yaml                                   recipe, grid and runs from a file"
     )

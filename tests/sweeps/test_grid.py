@@ -1,13 +1,24 @@
 """A grid is split, multiplied and named as it is written, and a mistake in it is said before anything runs."""
 
 import itertools
+import json
 import math
 import re
 
 import pytest
 
 from draftplus.errors import UserError
-from draftplus.sweeps.grid import MOST_RUNS, arguments, expand, names, parse_grid, split_values, written, written_grid
+from draftplus.sweeps.grid import (
+    MOST_RUNS,
+    arguments,
+    expand,
+    names,
+    parse_grid,
+    split_values,
+    with_variants,
+    written,
+    written_grid,
+)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +90,24 @@ def test_names_tell_runs_apart_and_stay_when_values_are_added():
     assert names(few)[:2] == ["kl_coeff-0_seed-0", "kl_coeff-0_seed-1"]
     assert set(names(few)) < set(names(many)) and len(set(names(many))) == len(many)
     assert names([{"train.steps": "4"}]) == ["steps-4"]
+
+
+def test_names_leave_out_how_a_run_is_watched_unless_that_is_all():
+    assert names([{"seed": "0", "eval.every": "5"}, {"seed": "1", "eval.every": "10"}]) == ["seed-0", "seed-1"]
+    assert names([{"eval.every": "5"}, {"eval.every": "10"}]) == ["every-5", "every-10"]
+    alike = names([{"seed": "0", "eval.every": "5"}, {"seed": "0", "eval.every": "10"}, {"seed": "1"}])
+    assert len(set(alike)) == 3
+
+
+def test_knobs_are_ways_to_sample_each_run_and_make_no_runs():
+    grid = with_variants(parse_grid(["lora_scale=0,0.5", "seed=0,1", "anneal=power:2,linear", "checkpoint=40"]))
+    (text,) = grid.pop("eval.variants")
+    assert grid == {"seed": ["0", "1"]}
+    assert json.loads(text) == [
+        {"lora_scale": 0}, {"lora_scale": 0.5}, {"anneal": "power:2"}, {"anneal": "linear"}, {"checkpoint": 40},
+    ]  # fmt: skip
+    with pytest.raises(UserError, match=r"anneal and eval\.variants are both in the grid"):
+        with_variants({"eval.variants": ["[{anneal: linear}]"], "anneal": ["linear"]})
 
 
 def test_names_are_plain_short_and_unique():

@@ -21,6 +21,7 @@ Settings = dict[str, str]  # key -> value, as they are written in KEY=VALUE
 PLAIN = re.compile(r"[\w./:+-]+")  # text that stands for itself, unless YAML takes it for a number or the like
 CLOSES = {"(": ")", "[": "]", "{": "}"}
 WATCHING = ("eval.", "checkpoint.", "log.")  # keys that change nothing of what a run becomes
+KNOBS = ("lora_scale", "anneal", "checkpoint")  # what changes how a run is sampled, and not the run
 OWNED = {"name": "each run is named after what differs", "output_dir": "the runs of a sweep lie in its own directory"}
 
 
@@ -88,6 +89,30 @@ def written_grid(grid: Mapping[str, Any], where: str) -> dict[str, list[str]]:
         if not many:
             raise UserError(f"{where}: {key} has no values; give at least one")
         told[str(key)] = [written(value) for value in many]
+    return told
+
+
+def with_variants(grid: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """The grid with its knobs, such as lora_scale, as `eval.variants` of each run: they need no training of their own.
+
+    Raises UserError where the grid has `eval.variants` too.
+    """
+    knobs = {key: values for key, values in grid.items() if key in KNOBS}
+    if not knobs:
+        return {key: list(values) for key, values in grid.items()}
+    if "eval.variants" in grid:
+        raise UserError(f"{min(knobs)} and eval.variants are both in the grid; name all ways to sample in one of them")
+    given = [f"{key}={value}" for key, values in knobs.items() for value in values]
+    try:
+        variants = [OmegaConf.to_container(OmegaConf.from_dotlist([text])) for text in given]
+    except Exception as error:  # yaml's errors share no base class with OmegaConf's
+        raise UserError(f"{', '.join(given)}: a value cannot be read: {str(error).splitlines()[0]}") from None
+    told: dict[str, list[str]] = {}
+    for key, values in grid.items():
+        if key not in KNOBS:
+            told[key] = list(values)
+        elif "eval.variants" not in told:
+            told["eval.variants"] = [json.dumps(variants)]
     return told
 
 

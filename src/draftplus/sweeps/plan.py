@@ -61,7 +61,7 @@ def plan_sweep(
     """
     file = read_sweep_file(recipe)
     cells = {**file.grid, **{key: list(values) for key, values in over.items()}}
-    settings = grid.expand(cells, file.runs)
+    settings = grid.expand(grid.with_variants(cells), [grid.with_variants(run) for run in file.runs])
     chosen = name or (file.name if not over else None) or f"{Path(recipe).stem}-{_hash(file.recipe, settings)}"
     if "/" in chosen or chosen in (".", "..") or "=" in chosen:
         raise UserError(f"--name '{chosen}': give a plain name; the sweep is made in {parent / 'NAME'}")
