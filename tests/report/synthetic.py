@@ -82,7 +82,7 @@ def write_run(
             "lpips_per_prompt": {prompt: lpips + 0.01 * i for i, prompt in enumerate(prompts)},
         }  # fmt: skip
         if variants and step == reached:
-            row["variants"] = _variants(rewards, reward, lpips)
+            row["variants"] = [_whole(variant, row) for variant in _variants(rewards, reward, lpips)]
         rows.append(row)
         if pictures:
             write_pictures(directory / "samples", step, prompts, seed, lpips / BASE[1])
@@ -110,6 +110,20 @@ def _variants(rewards: Iterable[str], reward: float, lpips: float) -> list[dict[
         }
         for label, scale, anneal, at in ways
     ]  # fmt: skip
+
+
+def _whole(variant: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
+    """A variant with numbers of each image and prompt, as far from its means as the row's are from its own."""
+    return {
+        **variant,
+        "per_image": {
+            name: [value - row["reward"] + variant["reward"] for value in values]
+            for name, values in row["per_image"].items()
+        },
+        "lpips_per_prompt": {
+            prompt: value - row["lpips"] + variant["lpips"] for prompt, value in row["lpips_per_prompt"].items()
+        },
+    }
 
 
 def write_pictures(samples: Path, step: int, prompts: Sequence[str], seed: int, variety: float) -> None:

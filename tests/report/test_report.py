@@ -253,5 +253,6 @@ def test_method_in_words(objective, said):
 def test_numbers_as_people_write_them():
     assert show(0.41, 0.386) == "0.4100" and show(21.2149) == "21.21" and show(None) == "–" and show(0.0) == "0"
     assert show_gain(2.988, 0.1554) == "+2.99 ± 0.16" and show_gain(-0.25) == "−0.250"
+    assert show_gain(0.7, 1e-17) == "+0.700 ± 0.000"  # an error of rounding is none
     assert show(math.nan) == "not finite" and show_gain(0.0, 0.0) == "0.000 ± 0.000"
     assert duration(42) == "42.0 s" and duration(209) == "3 min 29 s" and duration(7260) == "2 h 1 min"

@@ -56,8 +56,8 @@ def show_gain(gain: float | None, error: float | None = None) -> str:
     """A gain with its sign and, where there is one, its standard error to two significant digits."""
     if gain is None:
         return "–"
-    finite = error is not None and math.isfinite(error) and error > 0
-    scale = error if finite else abs(gain) / 10
+    spread = error is not None and math.isfinite(error) and error > 1e-6 * abs(gain)  # below that it is rounding
+    scale = error if spread else abs(gain) / 10
     decimals = 1 - math.floor(math.log10(scale)) if scale and math.isfinite(scale) else 3
     sign = "+" if gain > 0 else ""
     return f"{sign}{_fixed(gain, decimals)}" + (f" ± {_fixed(error, decimals)}" if error is not None else "")
