@@ -30,7 +30,7 @@ from draftplus.report.read import Row, Run
 HERE = Path(__file__).parent
 SWEEPS = ("results", "results_ddpo", "results_jpeg")
 GAINS = (0.25, 0.5, 0.75, 1.0, 1.25)
-DRAWS = 4000
+DRAWS = 2000
 STYLES = ("lpips", "style_entropy", "style_divergence", "vendi")
 
 Array = NDArray[np.float64]
@@ -236,7 +236,7 @@ def equal_reward_table(made: Study, drawn: Sequence[Draw]) -> None:
         for path in paths:
 
             def less(draw: Draw, curve: Curve = path, gain: float = gain) -> float | None:
-                ours, rival = (diversity_at(one, gain, made.base, draw) for one in (path, made.early))
+                ours, rival = (diversity_at(one, gain, made.base, draw) for one in (curve, made.early))
                 return None if ours is None or rival is None else ours - rival
 
             row.append(estimate(less, drawn, 3))

@@ -14,7 +14,6 @@ import torch
 
 from draftplus.config import Config, ObjectiveConfig
 from draftplus.config.schema import DdpoConfig, TrainConfig
-from draftplus.data.batches import Batch
 from draftplus.distributed import World
 from draftplus.engine import ddpo
 from draftplus.engine.checkpoint import saved_steps, whole_or_not
@@ -159,10 +158,25 @@ def test_what_the_backward_pass_holds_grows_neither_with_steps_nor_with_the_batc
 
 def test_updates_share_the_batch_alike_on_any_number_of_ranks() -> None:
     """Each update has the same images, in whatever shares the ranks hold them."""
-    whole = interleaved(Batch(list("abcdefgh"), list(range(8))), 2)
-    assert whole.indices == [0, 2, 4, 6, 1, 3, 5, 7] and "".join(whole.prompts) == "acegbdfh"
-    halves = [interleaved(Batch(list("abcd"), list(range(4 * rank, 4 * rank + 4))), 2).indices for rank in range(2)]
+    assert interleaved(8, 2) == [0, 2, 4, 6, 1, 3, 5, 7]
+    halves = [[4 * rank + row for row in interleaved(4, 2)] for rank in range(2)]
     assert [halves[0][:2] + halves[1][:2], halves[0][2:] + halves[1][2:]] == [[0, 2, 4, 6], [1, 3, 5, 7]]
+
+
+def test_updates_do_not_change_whom_an_image_is_compared_with(settings: list[str]) -> None:
+    """A prompt's images are next to one another where they are scored, however the updates take them."""
+    alike = ["reward={dissimilarity: {args: {same_prompt: true}}}", "data.images_per_prompt=2", "train.steps=1"]
+    alike += ["objective.method=ddpo", "train.global_batch_size=8", "train.micro_batch_size=4"]
+    once, twice = (train_here(settings, *alike, f"objective.ddpo.updates={n}", f"name=u{n}") for n in (1, 2))
+    first, second = (rows(run / "metrics.jsonl")[0]["reward"] for run in (once, twice))
+    assert first == pytest.approx(second, rel=1e-5) and first != 0
+
+
+def test_a_step_that_is_not_finite_counts_once_however_many_updates(settings: list[str]) -> None:
+    more = [DDPO[0], "objective.ddpo.inner_epochs=12"]
+    run = train_here(settings, *more, reward="NanAt", bad=[3])
+    recorded = rows(run / "metrics.jsonl")
+    assert [row["skipped"] for row in recorded] == [0, 0, 1, 1] and recorded[2]["loss"] is None
 
 
 @pytest.mark.slow

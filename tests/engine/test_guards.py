@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Never
 
 import pytest
 
 from draftplus.config import RewardConfig, StopConfig
 from draftplus.engine.checkpoint import saved_steps
 from draftplus.engine.guards import stop_reason, write_best
-from draftplus.engine.journal import append_row
+from draftplus.errors import UserError
 from tests.engine.support import fingerprint, rows, train_here
 
 NAN = float("nan")
@@ -33,9 +34,12 @@ def evaluated(*measured: tuple[float | None, float | None]) -> list[dict[str, fl
         ((0.4, 0.2), None),  # the floor itself is allowed
         ((0.4, 0.19), "48% of the base model's 0.4"),
         ((0.4, 0.19, 0.3), None),  # it came back: only the latest counts
+        ((0.4, NAN), "LPIPS is not finite"),
+        ((0.4, None), "LPIPS is not finite"),  # the same, read from disk
+        ((None, 0.4), "LPIPS is not finite"),
     ],
 )
-def test_diversity_floor(lpips: tuple[float, ...], says: str | None) -> None:
+def test_diversity_floor(lpips: tuple[float | None, ...], says: str | None) -> None:
     reason = stop_reason(evaluated(*((value, 0.0) for value in lpips)), StopConfig(diversity_floor=0.5), [])
     assert reason is None if says is None else says in str(reason)
 
@@ -57,15 +61,19 @@ def test_held_out_drop(quality: tuple[float | None, ...], says: str | None) -> N
     assert reason is None if says is None else says in str(reason)
 
 
+def test_a_reward_that_was_not_measured_yet_ends_nothing() -> None:
+    assert stop_reason(evaluated((0.4, 5.0), (0.4, 5.0)), StopConfig(held_out_drop=1.0), ["new", "quality"]) is None
+
+
 def test_no_guard_no_end() -> None:
     assert stop_reason(evaluated((0.4, 5.0), (0.0, -5.0)), StopConfig(), ["quality"]) is None
 
 
 @pytest.mark.parametrize(("floor", "best"), [(None, 30), (0.5, 20), (0.95, None)])
 def test_the_best_step_respects_the_floor(tmp_path: Path, floor: float | None, best: int | None) -> None:
-    for row in evaluated((0.4, 0.0), (0.3, 0.0), (0.25, 0.0), (0.1, 0.0)):
-        append_row(tmp_path / "eval.jsonl", row)
-    write_best(tmp_path, {"trained": RewardConfig()}, StopConfig(diversity_floor=floor))
+    measured = evaluated((0.4, 0.0), (0.3, 0.0), (0.25, 0.0), (0.1, 0.0), (None, 0.0))
+    measured[-1]["reward"] = -1.0
+    write_best(tmp_path, measured, {"trained": RewardConfig()}, StopConfig(diversity_floor=floor))
     if best is None:
         assert not (tmp_path / "best.json").exists()
         return
@@ -74,8 +82,14 @@ def test_the_best_step_respects_the_floor(tmp_path: Path, floor: float | None, b
     assert ("LPIPS of at least 0.5" in told["rule"]) is (floor is not None)
 
 
+def _fails(*_: object) -> Never:
+    raise UserError("not finite")
+
+
 @pytest.mark.slow
-def test_a_guarded_run_ends_and_can_go_on(settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_guarded_run_ends_and_can_go_on(
+    settings: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = [*settings, "eval.rewards={tests.engine.rewards:paleness: {}}", "train.steps=6", "eval.every=2"]
     run = train_here(settings, "stop.held_out_drop=1e-9")
     stopped = json.loads((run / "stopped.json").read_text())
@@ -86,6 +100,16 @@ def test_a_guarded_run_ends_and_can_go_on(settings: list[str], capsys: pytest.Ca
 
     before = fingerprint(run)
     assert fingerprint(train_here(settings, "stop.held_out_drop=1e-9")) == before  # again: it has ended already
+
+    with pytest.raises(
+        UserError, match=r"stop\.held_out_drop=1 compares with the evaluation of step 0, made with other"
+    ):
+        train_here(settings, "stop.held_out_drop=1", "eval.images_per_prompt=3")
+
+    with pytest.raises(UserError, match="not finite"), monkeypatch.context() as patch:
+        patch.setattr("draftplus.engine.train.step_of", lambda config: _fails)
+        train_here(settings)
+    assert not (run / "stopped.json").exists()  # it has gone on, though not to its end
 
     assert train_here(settings) == run  # without the guard it goes on, as if it had never been stopped
     assert not (run / "stopped.json").exists()

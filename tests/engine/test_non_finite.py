@@ -66,7 +66,7 @@ def test_too_many_in_a_row(settings: list[str], count: int) -> None:
         run = train_here(steps, reward="Flaky", bad=list(range(1, 1 + count)))
         assert rows(run / "metrics.jsonl")[-1]["skipped"] == count
         return
-    with pytest.raises(UserError, match="in 10 steps in a row"):
+    with pytest.raises(UserError, match="in 10 updates in a row"):
         train_here(steps, reward="Flaky", bad=list(range(1, 1 + count)))
 
 
@@ -77,7 +77,7 @@ def test_the_count_goes_on_where_a_run_is_continued(settings: list[str], monkeyp
     run = train_here(steps, "train.steps=6", reward="Flaky", bad=[1, 2, 3, 4, 5])
     assert rows(run / "metrics.jsonl")[-1]["skipped"] == 5
     monkeypatch.setattr(rewards, "redness", lambda images, prompts: images.mean((1, 2, 3)) * float("nan"))
-    with pytest.raises(UserError, match="in 10 steps in a row"):
+    with pytest.raises(UserError, match="in 10 updates in a row"):
         train_here(steps, "train.steps=14", reward="Flaky", bad=[1, 2, 3, 4, 5])
     assert rows(run / "metrics.jsonl")[-1]["skipped"] == 9
 

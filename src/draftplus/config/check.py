@@ -59,6 +59,11 @@ def check(config: Config) -> None:
             raise UserError(
                 f"eval.rewards.{name}.weight is {one.weight}; held-out rewards are not summed, leave it at 1"
             )
+        if one.args.get("dropout"):
+            raise UserError(
+                f"eval.rewards.{name}.args.dropout is {one.args['dropout']}; it acts on gradients, which a held-out "
+                "reward does not give: remove it"
+            )
     for name, one in config.reward.items():
         if not math.isfinite(one.weight):
             raise UserError(f"reward.{name}.weight is {one.weight}; it must be finite")
@@ -156,9 +161,10 @@ def _check_ddpo(config: Config) -> None:
     if settings.min_history < 2:
         raise UserError(f"objective.ddpo.min_history is {settings.min_history}; a deviation needs at least 2 rewards")
     if settings.history is not None and settings.history < settings.min_history:
+        better = f"min_history={settings.history}" if settings.history > 1 else f"history={settings.min_history}"
         raise UserError(
             f"objective.ddpo.history is {settings.history} but min_history is {settings.min_history}, which it would "
-            f"never reach; set objective.ddpo.min_history={max(2, settings.history)}, or history=null"
+            f"never reach; set objective.ddpo.{better}, or history=null"
         )
     if not 0 < settings.eta <= 1:
         raise UserError(

@@ -143,7 +143,8 @@ def _check_keys(layer: Mapping[str, Any], node: Any, prefix: str = "") -> None:
 
 def shaping_keys(config: Config) -> dict[str, Any]:
     """The dotted keys and values that shape the trajectory, and so must not change when a run is continued."""
-    changeable = tuple(f"{key}." for key in CHANGEABLE)
+    shaping = {"train.micro_batch_size"} if config.compares_images else set()
+    changeable = tuple(f"{key}." for key in CHANGEABLE if key not in shaping)
     return {key: value for key, value in flatten(to_dict(config)).items() if not f"{key}.".startswith(changeable)}
 
 

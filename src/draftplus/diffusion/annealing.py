@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 
+import torch
 from torch import Tensor
 
 from draftplus.diffusion.guidance import Denoise
@@ -51,6 +52,7 @@ def annealed(denoise: Denoise, model: Model, schedule: Schedule, weights: Sequen
             return raw
         with model.reference():
             base = denoise(x, timestep)
-        return (1 - w) * base + w * raw
+        wide = torch.promote_types(torch.float32, raw.dtype)
+        return (1 - w) * base.to(wide) + w * raw.to(wide)
 
     return blended

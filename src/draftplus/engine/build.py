@@ -206,6 +206,11 @@ def build_problem(config: Config, model: Model, rewards: Mapping[str, Reward]) -
     s = config.sampler
     eta, key = (config.objective.ddpo.eta, "objective.ddpo.eta") if method == "ddpo" else (s.eta, "sampler.eta")
     schedule, solver = make_schedule(model.scheduler_config, s.steps, s.solver, s.spacing)
+    make_solver(solver, s.eta)  # what pictures are made with
+    if method == "ddpo" and schedule.prediction == "flow":
+        raise UserError(
+            f"objective.method=ddpo needs a model that DDIM can sample; '{config.model.path}' is a flow-matching model"
+        )
     problem = Problem(
         model,
         scorer,

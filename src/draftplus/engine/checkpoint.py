@@ -80,7 +80,9 @@ def restore(directory: Path, state: State) -> bool:
         moments = load_file(source / "optimizer.safetensors")
         averages = load_file(source / "ema.safetensors") if state.ema is not None else {}
         numbers = json.loads((source / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, SafetensorError) as error:
+        history, updates = numbers["history"], numbers["ema_updates"]
+        counted = {name: numbers[name] for name in state.counters}
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(
             f"{source}: damaged ({error}); remove it to continue from the checkpoint before it, if there is one"
         ) from None
@@ -91,12 +93,12 @@ def restore(directory: Path, state: State) -> bool:
         for name, parameter in state.parameters.items():
             parameter.copy_(weights[name])
     load_optimizer_tensors(state.parameters, state.optimizer, moments)
-    for name in state.counters:
-        setattr(state, name, numbers[name])
-    state.history = numbers.get("history", {})  # earlier versions had none
+    for name, number in counted.items():
+        setattr(state, name, number)
+    state.history = history
     if state.ema is not None:
         state.ema.shadow = {name: averages[name].to(p) for name, p in state.parameters.items()}
-        state.ema.updates = numbers["ema_updates"]
+        state.ema.updates = updates
     return True
 
 

@@ -7,6 +7,7 @@ device. Images are scored and dropped, and each step of each micro-batch has its
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from draftplus.diffusion.objectives import Problem
 from draftplus.diffusion.policy import StepLoss, Trajectory, normalized_advantages, rollout, step_loss
 from draftplus.engine.checkpoint import State, whole_or_not
 from draftplus.engine.step import Abandonable, Metrics, Setup, addressed_noise, chunks, saturated, unscale
-from draftplus.engine.update import update
+from draftplus.engine.update import skip, update
 from draftplus.types import Conditioning
 
 
@@ -64,6 +65,9 @@ def ddpo_step(setup: Setup, state: State, abandonable: Abandonable) -> dict[str,
             settings,
         )
     scores = made.means()
+    if not advantages.isfinite().all():
+        skip(state, scores, math.nan)
+        return {"loss": math.nan, "kl": 0.0, "grad_norm": math.nan, **scores}
     mine = advantages[made.places]
     size = len(mine) // settings.updates
     parts = [rows for _ in range(settings.inner_epochs) for rows in chunks(len(mine), size)]
@@ -93,7 +97,9 @@ def ddpo_step(setup: Setup, state: State, abandonable: Abandonable) -> dict[str,
 def experience(setup: Setup, step: int) -> Experience:
     """Rolls out and scores this process's share of a step."""
     problem, sizes = setup.problem, setup.config.train
-    share = interleaved(setup.share(step), setup.config.objective.ddpo.updates)
+    given = setup.share(step)
+    order = interleaved(len(given), setup.config.objective.ddpo.updates)
+    share = Batch([given.prompts[row] for row in order], [given.indices[row] for row in order])
     conditioning = problem.model.encode(share.prompts)
     parts, images = [], []
     # in the training's own micro-batches, unless told otherwise: what is computed alike is equal to the last bit
@@ -101,17 +107,18 @@ def experience(setup: Setup, step: int) -> Experience:
         noise = addressed_noise(setup.shape, setup.config.seed, step, share.indices[rows], problem.model.device)
         parts.append(rollout(problem, conditioning.rows(rows), noise))
     trajectory = Trajectory.concatenate(parts)
-    for rows in chunks(len(share), setup.micro):
-        with rng.samples(setup.config.seed, step, share.indices[rows]):  # for rewards that draw noise
-            images += _score(problem, trajectory.latents[rows, -1], share.prompts[rows], share.indices[rows])
+    latents = torch.empty_like(trajectory.latents[:, -1])
+    latents[order] = trajectory.latents[:, -1]  # as they were given, for rewards that compare neighbours
+    for rows in chunks(len(given), sizes.micro_batch_size):
+        with rng.samples(setup.config.seed, step, given.indices[rows]):  # for rewards that draw noise
+            images += _score(problem, latents[rows], given.prompts[rows], given.indices[rows])
     everyone = sorted((image for part in setup.here.gather(images) for image in part), key=lambda image: image.index)
     return Experience(conditioning, trajectory, share.indices, everyone)
 
 
-def interleaved(share: Batch, updates: int) -> Batch:
-    """A share in the order in which its updates take it: every `updates`-th image, so that the ranks do not matter."""
-    order = [row for first in range(updates) for row in range(first, len(share), updates)]
-    return Batch([share.prompts[row] for row in order], [share.indices[row] for row in order])
+def interleaved(length: int, updates: int) -> list[int]:
+    """The rows of a share in the order of its updates: every `updates`-th image, so that the ranks do not matter."""
+    return [row for first in range(updates) for row in range(first, length, updates)]
 
 
 def _score(problem: Problem, latents: Tensor, prompts: Sequence[str], indices: Sequence[int]) -> list[Scored]:

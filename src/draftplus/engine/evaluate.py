@@ -64,6 +64,11 @@ def evaluation_set(config: Config, prompts: PromptSet) -> EvaluationSet:
     return EvaluationSet(chosen, config.eval.images_per_prompt)
 
 
+def same_images(row: Mapping[str, Any], which: EvaluationSet) -> bool:
+    """Whether a row of eval.jsonl is of these prompts and as many images, so that numbers compare."""
+    return list(row["lpips_per_prompt"]) == which.prompts and row["images"] == len(which.jobs())
+
+
 def variant_knobs(variant: Mapping[str, Any]) -> Knobs:
     """The knobs of one of `eval.variants`."""
     return Knobs(float(variant.get("lora_scale", 1.0)), variant.get("anneal"))

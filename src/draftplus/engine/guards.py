@@ -9,26 +9,28 @@ from pathlib import Path
 
 from draftplus.config import RewardConfig, StopConfig
 from draftplus.engine.files import write_text
-from draftplus.engine.journal import Row, read_rows
+from draftplus.engine.journal import Row
 
 
 def stop_reason(rows: Sequence[Row], stop: StopConfig, held_out: Iterable[str]) -> str | None:
     """Why a run ends after its latest evaluation, or None.
 
-    rows: of eval.jsonl, that of the base model (step 0) first. held_out: names of rewards that are measured and not
-    optimised.
+    rows: of eval.jsonl, all of the same images, that of the base model (step 0) first. held_out: names of rewards that
+    are measured and not optimised.
     """
     if len(rows) < 2:
         return None
     base, now = rows[0], rows[-1]
     floor = stop.diversity_floor
+    if floor is not None and not (_is_number(base["lpips"]) and _is_number(now["lpips"])):
+        return f"LPIPS is not finite, which stop.diversity_floor={floor:g} cannot be compared with"
     if floor is not None and now["lpips"] < floor * base["lpips"]:
         return (
             f"LPIPS is {now['lpips']:.4g}, {now['lpips'] / base['lpips']:.0%} of the base model's {base['lpips']:.4g}; "
             f"stop.diversity_floor is {floor:g}"
         )
     if stop.held_out_drop is not None:
-        for name in held_out:
+        for name in [name for name in held_out if f"reward/{name}" in now]:  # a new one is not measured yet
             values = {row["step"]: row[key] for row in rows if _is_number(row.get(key := f"reward/{name}"))}
             best = max(values, key=values.__getitem__, default=0)
             if now["step"] not in values:
@@ -54,20 +56,23 @@ def write_stopped(run: Path, step: int, reason: str | None) -> None:
         write_text(run / "stopped.json", json.dumps({"step": step, "reason": reason}, indent=1))
 
 
-def write_best(run: Path, rewards: Mapping[str, RewardConfig], stop: StopConfig) -> None:
+def write_best(run: Path, rows: Sequence[Row], rewards: Mapping[str, RewardConfig], stop: StopConfig) -> None:
     """Writes best.json: the evaluated step, past the base model, with the highest held-out value of what is trained.
 
-    With `stop.diversity_floor`, of the steps whose LPIPS is not below it. Removes it where there is no such step.
+    rows: as `stop_reason` takes them. With `stop.diversity_floor`, of the steps whose LPIPS is not below it. Removes it
+    where there is no such step.
     """
-    rows = read_rows(run / "eval.jsonl")
-    floor = 0.0 if stop.diversity_floor is None or not rows else stop.diversity_floor * rows[0]["lpips"]
-    past = [row for row in rows if row["step"] > 0 and _is_number(row["reward"]) and row["lpips"] >= floor]
+    past = [row for row in rows if row["step"] > 0 and _is_number(row["reward"])]
+    floor = stop.diversity_floor
+    if floor is not None and rows:
+        base = rows[0]["lpips"]
+        past = [r for r in past if _is_number(base) and _is_number(r["lpips"]) and r["lpips"] >= floor * base]
     if not past:
         (run / "best.json").unlink(missing_ok=True)
         return
     best = max(past, key=lambda row: float(row["reward"]))
     terms = " + ".join(name if one.weight == 1 else f"{one.weight:g} x {name}" for name, one in rewards.items())
     rule = f"highest mean of {terms} on the held-out prompts, over the evaluated steps"
-    if floor:
-        rule += f" with LPIPS of at least {stop.diversity_floor:g} times the base model's"
+    if floor is not None:
+        rule += f" with LPIPS of at least {floor:g} times the base model's"
     write_text(run / "best.json", json.dumps({"step": best["step"], "value": best["reward"], "rule": rule}, indent=1))

@@ -134,4 +134,8 @@ def _best(run: Path) -> int:
     try:
         return int(json.loads((run / "best.json").read_text(encoding="utf-8"))["step"])
     except (OSError, ValueError, KeyError):
-        raise UserError(f"{run} has no best.json yet; it is written at the first evaluation after a step") from None
+        floor = load_config(run / "config.yaml").stop.diversity_floor
+        why = "it is written at the first evaluation after a step"
+        if floor is not None:
+            why += f" whose LPIPS is at least stop.diversity_floor={floor:g} times the base model's"
+        raise UserError(f"{run} has no best.json; {why}") from None

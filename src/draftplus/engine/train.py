@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from draftplus.engine import checkpoint, journal
 from draftplus.engine.build import build_model, build_problem, build_rewards, quiet_libraries
 from draftplus.engine.checkpoint import State, step_name
 from draftplus.engine.ddpo import ddpo_step
-from draftplus.engine.evaluate import EvaluationSet, Rewards, evaluate, evaluation_set
+from draftplus.engine.evaluate import EvaluationSet, Rewards, evaluate, evaluation_set, same_images
 from draftplus.engine.files import whole_directory
 from draftplus.engine.guards import stop_reason, write_best, write_stopped
 from draftplus.engine.interrupt import interruption
@@ -64,10 +64,14 @@ def _train(config: Config, run: Path, here: World) -> None:
     if here.is_main:
         forget_after(run, state.step if restored else -1)
         write_config(run, config)
-        write_best(run, config.reward, config.stop)
     here.barrier()
-    evaluations = here.gather(journal.read_rows(run / "eval.jsonl"))[0]
-    evaluated = {row["step"] for row in evaluations}
+    rows = here.gather(journal.read_rows(run / "eval.jsonl"))[0]
+    evaluated = {row["step"] for row in rows}
+    evaluations = comparable(rows, held_out, config)
+    if here.is_main:
+        write_best(run, evaluations, config.reward, config.stop)
+        if stop_reason(evaluations, config.stop, config.eval.rewards) is None:  # it goes on
+            write_stopped(run, state.step, None)
     check_checkpoints(config, evaluated, state.step)
     logs = here.is_main and (state.step < total or state.step not in evaluated)  # a finished run has nothing to say
     loggers = journal.open_loggers(config.log.to if logs else (), run, to_dict(config), state.step)
@@ -85,7 +89,7 @@ def _train(config: Config, run: Path, here: World) -> None:
                     if here.is_main:
                         _save_weights(model, state, run / "adapters" / step_name(state.step))
                         journal.append_row(run / "eval.jsonl", row)
-                        write_best(run, config.reward, config.stop)
+                        write_best(run, evaluations, config.reward, config.stop)
                         _log(loggers, "held_out/", row, state.step)
                     continue  # what it found may end the run
                 if state.step > 0 and (state.step % config.checkpoint.every == 0 or last):
@@ -126,6 +130,21 @@ def _train(config: Config, run: Path, here: World) -> None:
     here.barrier()
 
 
+def comparable(rows: Sequence[journal.Row], which: EvaluationSet, config: Config) -> list[journal.Row]:
+    """The evaluations of the images that `eval` asks for now: `eval` may have changed since the others.
+
+    Raises UserError where a guard needs the base model's and has it of other images only.
+    """
+    kept = [row for row in rows if same_images(row, which)]
+    for key, value in vars(config.stop).items():
+        if value is not None and rows and (not kept or kept[0]["step"] != rows[0]["step"]):
+            raise UserError(
+                f"stop.{key}={value:g} compares with the evaluation of step {rows[0]['step']}, made with other prompts "
+                f"or images than eval says now; set eval back to what it was, or stop.{key}=null"
+            )
+    return kept
+
+
 def total_steps(config: Config, prompts: int) -> int:
     """Optimizer steps of a run over so many training prompts; epochs, where given, decide."""
     if config.train.epochs is not None:
@@ -138,9 +157,17 @@ def total_steps(config: Config, prompts: int) -> int:
 def micro_batch_size(config: Config, ranks: int) -> int:
     """Images per backward pass: `train.micro_batch_size`, or a rank's whole share of an update where that is smaller.
 
-    Raises UserError where ranks, DDPO's updates or micro-batches do not divide the batch.
+    Raises UserError where ranks, DDPO's updates or micro-batches do not divide the batch, or a rank's share is too
+    small for a reward that compares the images of a micro-batch.
     """
     sizes, objective = config.train, config.objective
+    share = sizes.global_batch_size // ranks
+    if config.compares_images and share < min(sizes.micro_batch_size, sizes.global_batch_size):
+        raise UserError(
+            f"reward 'dissimilarity' compares the images of a micro-batch, train.micro_batch_size="
+            f"{sizes.micro_batch_size} of them, and each of {ranks} processes has {share}; "
+            f"set train.micro_batch_size={max(1, share)}"
+        )
     updates = objective.ddpo.updates if objective.method == "ddpo" else 1
     micro = min(sizes.micro_batch_size, max(1, sizes.global_batch_size // (ranks * updates)))
     check_batch_sizes(sizes.global_batch_size, micro, config.data.images_per_prompt, ranks, updates)

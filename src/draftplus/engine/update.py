@@ -28,19 +28,20 @@ def update(state: State, config: OptimConfig, means: Mapping[str, float]) -> flo
             state.ema.update(state.parameters)
         state.skipped_in_a_row = 0
     else:
-        state.skipped += 1
-        state.skipped_in_a_row += 1
-        _refuse_non_finite(state, means, norm)
+        skip(state, means, norm)
     state.optimizer.zero_grad(set_to_none=True)
     return norm
 
 
-def _refuse_non_finite(state: State, means: Mapping[str, float], norm: float) -> None:
+def skip(state: State, means: Mapping[str, float], norm: float) -> None:
+    """Counts an update that is not made. Raises as `update` does."""
+    state.skipped += 1
+    state.skipped_in_a_row += 1
     if state.step > 0 and state.skipped_in_a_row < MOST_SKIPPED_IN_A_ROW:
         return
     bad = [name for name, value in {**means, "grad_norm": norm}.items() if not math.isfinite(value)]
     rewards = [name for name in bad if name.startswith("reward/")]
-    when = "at the first step" if state.step == 0 else f"in {MOST_SKIPPED_IN_A_ROW} steps in a row"
+    when = "at the first step" if state.step == 0 else f"in {MOST_SKIPPED_IN_A_ROW} updates in a row"
     what = f"reward '{rewards[0].removeprefix('reward/')}' is" if rewards else f"{', '.join(bad)} is"
     mend = "look at what it returns for images in [0, 1]" if rewards else "lower optim.lr, or use model.dtype=float32"
     raise UserError(f"{what} not finite {when} (step {state.step + 1}); {mend}. Nothing of this step was kept")

@@ -10,7 +10,7 @@ from draftplus.config import Config
 from draftplus.distributed import World
 from draftplus.engine import journal
 from draftplus.engine.checkpoint import step_name
-from draftplus.engine.evaluate import EvaluationSet, Rewards, measure, variant_knobs
+from draftplus.engine.evaluate import EvaluationSet, Rewards, measure, same_images, variant_knobs
 from draftplus.engine.progress import Advance
 from draftplus.errors import UserError
 from draftplus.types import Model
@@ -72,8 +72,7 @@ def add_variants(
 
 
 def _refuse_other_set(row: dict[str, Any], which: EvaluationSet, rewards: Rewards) -> None:
-    same_prompts = list(row["lpips_per_prompt"]) == which.prompts
-    if not same_prompts or row["images"] != len(which.jobs()) or row["per_image"].keys() != rewards.keys():
+    if not same_images(row, which) or row["per_image"].keys() != rewards.keys():
         raise UserError(
             f"eval.variants: step {row['step']} was evaluated with other prompts, images or rewards than eval "
             "says now, so no variant compares with it; set eval back to what it was"

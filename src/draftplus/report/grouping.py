@@ -165,9 +165,11 @@ def last_step(run: Run) -> int:
 def finished(run: Run) -> bool:
     """Whether the run got to its end, or a guard ended it."""
     planned = None if flatten(run.config).get("train.epochs") else flatten(run.config).get("train.steps")
-    if run.stopped or (run.directory / "adapter").is_dir():
+    if run.stopped:
         return True
-    return isinstance(planned, int) and last_step(run) >= planned
+    if isinstance(planned, int):  # a run that goes on past an earlier end has that end's adapter
+        return last_step(run) >= planned
+    return (run.directory / "adapter").is_dir()
 
 
 def _set_short_aside(group: Group) -> None:

@@ -66,7 +66,8 @@ def _progress(run: Run) -> str:
     done, planned = int(run.steps[-1]["step"]), _planned_steps(run)
     text = f"{done} of {planned} steps" if isinstance(planned, int) and planned != done else f"{done} steps"
     skipped = run.steps[-1].get("skipped")
-    text += f", {skipped} of them skipped because their loss or gradient was not finite" if skipped else ""
+    many = "s" * (skipped != 1)
+    text += f", {skipped} update{many} skipped because a loss or gradient was not finite" if skipped else ""
     if "step" in run.best:
         rule = f" ({run.best['rule']})" if run.best.get("rule") else ""
         text += f"; best evaluation at step {run.best['step']}{rule}"
