@@ -18,7 +18,7 @@ LAYERS = [
     {"diffusion"},
     {"models", "rewards", "data", "metrics"},
     {"engine"},
-    {"api", "cli", "sweeps", "report", "__main__"},
+    {"api", "cli", "sweeps", "report", "tables", "__main__"},
 ]
 SAME_LAYER = {0, 4}  # files of one vocabulary, and surfaces, may build on one another; without cycles
 BELOW_ALL = {"draftplus"}  # the package itself holds the version and lazy names; anyone may import it

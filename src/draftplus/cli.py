@@ -205,40 +205,14 @@ def evaluate(
     directory = output or Path("evaluated") / (Path(targets[0].replace("@", "-")).name + more)
     _make(directory)
     from draftplus import api
+    from draftplus.tables import print_evaluation
 
     told = api.evaluate(
         targets, settings, chosen, images_per_prompt, numbers, reward or [], metric or [], features, lora_scale,
         anneal, directory,
     )  # fmt: skip
-    _print_table(told)
+    print_evaluation(told)
     print(f"numbers:  {directory / 'eval.json'}\npictures: {directory / 'pictures'}")
-
-
-def _print_table(told: dict[str, Any]) -> None:
-    """Every target's metrics with their standard errors, and what changed from the base model."""
-    from rich.console import Console
-    from rich.table import Table
-
-    rows = told["targets"]
-    table = Table(box=None, pad_edge=False)
-    table.add_column("")
-    for name in rows[0]["metrics"]:
-        table.add_column(name.removeprefix("reward/"), justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(row["label"], *(_told(number) for number in row["metrics"].values()))
-    # as wide as it must be: a terminal folds a line that is too long, rich would cut the numbers off
-    Console(width=40 + 40 * len(table.columns)).print(table)
-    images, prompts = len(told["seeds"]), len(told["prompts"])
-    print(f"mean ± standard error over {images} images of {prompts} prompts; in brackets the paired change from base")
-
-
-def _told(number: dict[str, Any]) -> str:
-    def plain(mean: float, error: float | None, sign: str = "") -> str:
-        return f"{mean:{sign}.3f}" + ("" if error is None else f" ± {error:.3f}")
-
-    told = plain(number["mean"], number["standard_error"])
-    change = number.get("change")
-    return f"{told} ({plain(change['mean'], change['standard_error'], '+')})" if change else told
 
 
 @app.command(

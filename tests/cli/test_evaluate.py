@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from draftplus import cli
+from draftplus.tables import shown
 from tests.engine.support import REWARDS, train_here
 
 SMALL = ["--images-per-prompt", "2", "device=cpu", "sampler.steps=2"]
@@ -63,7 +63,7 @@ def test_what_is_refused(refused: Callable[..., None], small: Path, tmp_path: Pa
 
 def test_numbers_in_the_table() -> None:
     one: dict[str, Any] = {"mean": 1.23456, "standard_error": 0.1}
-    assert cli._told(one) == "1.235 ± 0.100"
-    assert cli._told({**one, "standard_error": None}) == "1.235"
-    assert cli._told({**one, "change": {"mean": -0.5, "standard_error": 0.25}}) == "1.235 ± 0.100 (-0.500 ± 0.250)"
+    assert shown(one) == "1.235 ± 0.100"
+    assert shown({**one, "standard_error": None}) == "1.235"
+    assert shown({**one, "change": {"mean": -0.5, "standard_error": 0.25}}) == "1.235 ± 0.100 (-0.500 ± 0.250)"
     assert pytest.approx(1.235, abs=1e-3) == one["mean"]

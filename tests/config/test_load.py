@@ -24,6 +24,7 @@ from draftplus.config import (
     to_dict,
     to_yaml,
 )
+from draftplus.engine.train import micro_batch_size
 from draftplus.errors import UserError
 
 
@@ -268,6 +269,14 @@ def test_what_shapes_the_trajectory_changes_it(override: str) -> None:
     base, changed = load_config(), load_config(None, [override])
     assert shaping_keys(base) != shaping_keys(changed)
     assert run_name(base, "emoji") != run_name(changed, "emoji")
+
+
+def test_the_micro_batch_shapes_what_compares_its_images() -> None:
+    base, changed = (load_config(None, ["reward=dissimilarity", f"train.micro_batch_size={n}"]) for n in (8, 4))
+    assert shaping_keys(base) != shaping_keys(changed)
+    assert micro_batch_size(base, 1) == 8 and micro_batch_size(changed, 2) == 4
+    with pytest.raises(UserError, match=r"each of 2 processes has 4; set train\.micro_batch_size=4"):
+        micro_batch_size(base, 2)
 
 
 def test_run_names() -> None:
