@@ -95,12 +95,12 @@ def generate(
 
 def evaluate(
     targets: str | Sequence[str],
-    overrides: Sequence[str] = (),
-    prompts: Sequence[str] | None = None,
+    overrides: str | Sequence[str] = (),
+    prompts: str | Sequence[str] | None = None,
     images_per_prompt: int | None = None,
     seeds: Iterable[int] | None = None,
-    rewards: Sequence[str] = (),
-    metrics: Sequence[str] = (),
+    rewards: str | Sequence[str] = (),
+    metrics: str | Sequence[str] = (),
     features: str | None = None,
     lora_scale: float = 1.0,
     anneal: str | None = None,
@@ -111,10 +111,9 @@ def evaluate(
     prompts: None: those that the first run holds out, or for models alone the built-in animals that are held out.
     images_per_prompt: None: as that run evaluates; image i of prompt p has seed p * images_per_prompt + i. seeds:
     instead of these, for every prompt. rewards: besides those that the runs train and hold out. metrics: names of
-    `engine.build.METRICS` or rewards; none: LPIPS, and for the embedded model entropy and
-    divergence of styles. features: the
-    `CLIPModel` of metrics that need one, the embedded one unless given. lora_scale, anneal: for all that has trained
-    weights. The base model is always measured too.
+    `engine.build.METRICS` or rewards; none: LPIPS, and for the embedded model entropy and divergence of styles. Of each
+    of these lists, one text stands for a list of it. features: the `CLIPModel` of metrics that need one, the embedded
+    one unless given. lora_scale, anneal: for all that has trained weights. The base model is always measured too.
 
     Returns what is in `output`/eval.json, beside which the pictures lie. Images that were made before, for the same
     files and settings, are not made again.
@@ -122,9 +121,14 @@ def evaluate(
     Raises UserError for a user's mistake.
     """
     return compare(
-        [targets] if isinstance(targets, str) else list(targets), overrides, Path(output), prompts, images_per_prompt,
-        list(seeds) if seeds is not None else None, rewards, metrics, features, Knobs(lora_scale, anneal),
+        _listed(targets), _listed(overrides), Path(output), None if prompts is None else _listed(prompts),
+        images_per_prompt, list(seeds) if seeds is not None else None, _listed(rewards), _listed(metrics), features,
+        Knobs(lora_scale, anneal),
     )  # fmt: skip
+
+
+def _listed(texts: str | Sequence[str]) -> list[str]:
+    return [texts] if isinstance(texts, str) else list(texts)
 
 
 def sweep(

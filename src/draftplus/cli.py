@@ -198,12 +198,13 @@ def evaluate(
     settings = [text for text in arguments if "=" in text and not Path(text.partition("@")[0]).exists()]
     targets = [text for text in arguments if text not in settings]
     if not targets:
-        raise UserError("no target given; name a model or a run, such as runs/demo")
+        missing = f"; {settings[0]} is no file, and taken for a setting" if settings else ""
+        raise UserError(f"no target given; name a model or a run, such as runs/demo{missing}")
     numbers = _seeds(seeds) if seeds is not None else None
     chosen = _read_prompts(prompts) if prompts is not None else None
     more = f"-and-{len(targets) - 1}-more" if len(targets) > 1 else ""
-    directory = output or Path("evaluated") / (Path(targets[0].replace("@", "-")).name + more)
-    _make(directory)
+    first = Path(targets[0].replace("@", "-"))
+    directory = output or Path("evaluated") / ((first.name or first.resolve().name) + more)
     from draftplus import api
     from draftplus.tables import print_evaluation
 

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from draftplus.tables import shown
 from tests.engine.support import REWARDS, train_here
 
@@ -55,6 +53,14 @@ def test_what_is_refused(refused: Callable[..., None], small: Path, tmp_path: Pa
     refused(["evaluate", small, "--seeds", "5:2"], "--seeds '5:2'")
     refused(["evaluate", f"{small}@best"], "not a run directory")
     refused(["evaluate", "emojy"], "did you mean 'emoji'")
+    refused(["evaluate", tmp_path / "gone"], "no such run, model or adapter")
+    (tmp_path / "runs" / "lion").mkdir(parents=True)
+    refused(["evaluate", tmp_path / "runs" / "lino"], "no such run, model or adapter; did you mean '.*lion'")
+    refused(["evaluate", "emoji", f"model.path={small}"], "is named and model.path=.* is set too")
+    refused(["evaluate", small, "--features", small], "no metric here looks at features")
+    refused(["evaluate", small, "--reward", "lpips"], "say --metric lpips")
+    refused(["evaluate", small, "--reward", "dissimilarity"], "scores a training batch")
+    refused(["evaluate", "runs/lr=0.1"], "runs/lr=0.1 is no file, and taken for a setting")
     refused(["evaluate", small, "--anneal", "linear"], "no trained weights")
     refused(["evaluate", small, "sampler.stepz=3"], r"sampler\.steps")
     (tmp_path / "file").write_text("")
@@ -66,4 +72,3 @@ def test_numbers_in_the_table() -> None:
     assert shown(one) == "1.235 ± 0.100"
     assert shown({**one, "standard_error": None}) == "1.235"
     assert shown({**one, "change": {"mean": -0.5, "standard_error": 0.25}}) == "1.235 ± 0.100 (-0.500 ± 0.250)"
-    assert pytest.approx(1.235, abs=1e-3) == one["mean"]

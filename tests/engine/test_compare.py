@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from torch import Tensor
 
 from draftplus import api
 from draftplus.engine import latents as store
-from draftplus.engine.build import METRICS, build_styles
+from draftplus.engine.build import METRICS, build_metric, build_styles
 from draftplus.engine.pictures import to_pil
+from draftplus.engine.targets import files_hash
 from draftplus.errors import UserError
 from draftplus.metrics.lpips import lpips_per_prompt
-from draftplus.metrics.metric import NEIGHBOURS
+from draftplus.metrics.metric import NEIGHBOURS, Seen
 from draftplus.rewards.clip import EMOJI_CLIP
 from tests.engine import rewards
 from tests.engine.support import REWARDS, rows, small_settings, train_here
@@ -241,10 +243,42 @@ def test_every_metric(run: Path, tmp_path: Path) -> None:
         assert f"reward/{REWARDS}:brightness" in metrics
         for number in metrics.values():
             assert number["images"] == 2 * n
-            assert number["interval"][0] <= number["mean"] <= number["interval"][1] or number["standard_error"] < 1e-6
+            assert number["interval"][0] <= number["mean"] <= number["interval"][1]
     assert [base["metrics"][name]["mean"] for name in ("precision", "recall", "coverage")] == [1, 1, 1]
     assert base["metrics"]["drift"]["mean"] < 1e-6 < tuned["metrics"]["drift"]["mean"]
     assert 1 <= tuned["metrics"]["style_count"]["mean"] <= 7
+
+
+@pytest.mark.parametrize("name", ["style_entropy", "style_count", "style_divergence"])
+def test_intervals_of_styles_hold_what_other_images_give(name: str) -> None:
+    """Of as many images: these statistics depend on their number, so a second bootstrap on top would lie below."""
+    generator = torch.Generator().manual_seed(0)
+    metric = build_metric(name)
+
+    def images() -> Tensor:
+        return (2 * torch.randn(12, 7, generator=generator)).softmax(1)
+
+    expected = torch.tensor([metric.estimate([Seen(styles=images())], False).mean for _ in range(200)]).mean()
+    told = [metric.estimate([Seen(styles=images()) for _ in range(4)], False).interval for _ in range(60)]
+    assert sum(one is not None and one[0] <= expected <= one[1] for one in told) >= 50
+    assert metric.estimate([Seen(styles=images()[:2])], False).interval is None
+
+
+@pytest.mark.parametrize("name", ["vendi", "precision", "recall", "coverage", "drift"])
+def test_features_that_are_not_finite_make_no_number(name: str) -> None:
+    good = torch.nn.functional.normalize(torch.randn(8, 4), dim=1)
+    told = build_metric(name).estimate([Seen(features=torch.full((8, 4), torch.nan), base=good)], False)
+    assert math.isnan(told.mean) and told.interval is None and told.images == 8
+
+
+def test_a_linked_part_of_a_model_counts_in_its_hash(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"unet-{name}").mkdir()
+        (tmp_path / f"unet-{name}" / "weights").write_text(name)
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "unet").symlink_to(tmp_path / f"unet-{name}")
+        (tmp_path / name / "again").symlink_to(tmp_path / name)  # a cycle is not followed
+    assert files_hash(tmp_path / "a") != files_hash(tmp_path / "b")
 
 
 def test_styles_are_told_apart() -> None:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from draftplus.metrics.intervals import (
+    _all_but_one_group,
     leaving_out,
     leaving_out_of_all,
     mean_over_images,
     mean_over_pairs,
-    of_mean_rows,
 )
 
 
@@ -103,7 +103,7 @@ def test_the_jackknife_of_a_mean_is_the_textbooks() -> None:
         (estimate.mean - 1.96 * expected, estimate.mean + 1.96 * expected), rel=1e-3
     )
     everything = draws(250, seed=3)  # more images than groups
-    whole = leaving_out_of_all(250, lambda kept: float(everything[kept].mean()))
+    whole = leaving_out_of_all([250], lambda kept: float(everything[kept].mean()))
     assert whole.standard_error == pytest.approx(float(everything.std()) / math.sqrt(250), rel=0.2)
 
 
@@ -113,12 +113,26 @@ def test_intervals_keep_to_the_range() -> None:
     assert estimate.interval is not None and estimate.interval[1] == 1.0 > estimate.mean
 
 
-def test_statistics_of_a_mean_row() -> None:
-    rows = torch.eye(4)[torch.arange(40) % 4].double()
-    estimate = of_mean_rows([rows], lambda p: p.square().sum(-1))
-    assert estimate.mean == pytest.approx(0.25)
-    same = of_mean_rows([torch.eye(4)[[2] * 6]], lambda p: p.square().sum(-1))
-    assert (same.mean, same.standard_error) == (1.0, 0.0)
+def test_prompts_are_strata_of_a_statistic_of_all_images() -> None:
+    """How far apart prompts are is no error; images of one seed are left out together."""
+    noise = torch.stack([draws(12, seed=4), draws(12, seed=5)])
+    near, far = noise, noise + torch.tensor([[0.0], [100.0]])
+
+    def error(values: Tensor) -> float | None:
+        return leaving_out_of_all([12, 12], lambda kept: float(values.flatten()[kept].mean())).standard_error
+
+    errors = [error(near), error(far)]
+    expected = math.sqrt(sum(float(one.var()) / 12 for one in noise)) / 2
+    assert errors == pytest.approx([expected, expected], rel=0.1)
+    shared = torch.stack([noise[0], noise[0]]).flatten()
+    joint = leaving_out_of_all([12, 12], lambda kept: float(shared[kept].mean()), same_seeds=True).standard_error
+    assert joint == pytest.approx(float(noise[0].std()) / math.sqrt(12))
+
+
+@pytest.mark.parametrize("n", [101, 150, 200, 260])
+def test_groups_that_are_left_out_are_of_one_size_or_nearly(n: int) -> None:
+    sizes = {n - len(kept) for kept in _all_but_one_group(n)}
+    assert sizes == {1} if n <= 200 else max(sizes) <= 1.5 * min(sizes)
 
 
 def test_too_few_images_have_no_interval() -> None:
@@ -126,7 +140,7 @@ def test_too_few_images_have_no_interval() -> None:
     two = mean_over_pairs([torch.tensor([[0.0, 0.4], [0.4, 0.0]])])
     assert (two.mean, two.standard_error, two.interval) == (pytest.approx(0.4), None, None)
     assert leaving_out([2], lambda p, kept: float(len(kept))).interval is None
-    assert leaving_out_of_all(2, lambda kept: 1.0).interval is None
+    assert leaving_out_of_all([2], lambda kept: 1.0).interval is None
 
 
 def test_numbers_that_are_not_finite_have_no_interval() -> None:

@@ -28,7 +28,7 @@ from draftplus.engine.build import (
     quiet_libraries,
 )
 from draftplus.engine.evaluate import Rewards, evaluation_prompts, score_images
-from draftplus.engine.files import disk_errors, write_text
+from draftplus.engine.files import whole_directory, write_text
 from draftplus.engine.generate import TUNED, Job, Knobs, decoded
 from draftplus.engine.journal import finite
 from draftplus.engine.latents import latents_of
@@ -41,6 +41,7 @@ from draftplus.metrics.intervals import Estimate, mean_over_images, mean_over_pa
 from draftplus.metrics.lpips import pairwise_lpips
 from draftplus.metrics.metric import Metric, Seen
 
+BATCHED = "dissimilarity"  # its scores depend on what they are made together with
 GRID = 16  # pictures in a row of the grid, and rows
 
 
@@ -100,6 +101,7 @@ def compare(
     targets = find_targets(names, overrides, knobs)
     which = _images(targets, prompts, images_per_prompt, seeds)
     quiet_libraries()
+    _make(output)
     tools = _instruments(targets, which, rewards, metrics, features)
     rows: list[dict[str, Any]] = []
     base: Measured | None = None
@@ -120,6 +122,13 @@ def compare(
     }
     write_text(output / "eval.json", json.dumps(finite(told), ensure_ascii=False, allow_nan=False, indent=1))
     return told
+
+
+def _make(output: Path) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output '{output}': it cannot be made: {error.strerror}") from None
 
 
 def _images(
@@ -166,6 +175,13 @@ def _instruments(
     device = pick_device(first.config.device)
     embedded = first.config.model.path in MODELS
     known = _reward_configs([t for t in targets if t.run is not None or (embedded and t is first)])
+    known.pop(BATCHED, None)
+    for name in [*rewards, *metrics]:
+        if name == BATCHED:
+            raise UserError(f"'{name}' scores a training batch and not an image; measure diversity by --metric vendi")
+    for name in rewards:
+        if name in METRICS:
+            raise UserError(f"--reward {name}: that is a metric; say --metric {name}")
     named = list(metrics) or ["lpips", *(["style_entropy", "style_divergence"] if embedded else [])]
     scorers = dict.fromkeys([*known, *rewards, *(name for name in named if name not in METRICS and is_reward(name))])
     chosen = {name: build_metric(name) for name in dict.fromkeys(named) if name not in scorers}
@@ -176,6 +192,8 @@ def _instruments(
                 "more images per prompt, or name other metrics"
             )
     needs = frozenset().union(*(metric.needs for metric in chosen.values()))
+    if features is not None and "features" not in needs:
+        raise UserError(f"--features {features}: no metric here looks at features; add one, such as --metric vendi")
     return Instruments(
         {name: build_reward(name, known.get(name, RewardConfig()), device) for name in scorers},
         chosen,
@@ -219,9 +237,8 @@ def _measure(
         target.knobs, advance,
     )  # fmt: skip
     scores: dict[str, list[Tensor]] = {name: [] for name in tools.rewards}
-    seen, files, rows = [], [], []
+    seen, files, pictures = [], [], []
     directory = output / pictures_directory(target)
-    directory.mkdir(parents=True, exist_ok=True)
     n = which.per_prompt
     for number, (prompt, seeds) in enumerate(zip(which.prompts, which.seeds, strict=True)):
         images = decoded(model, latents[number * n : (number + 1) * n], tools.batch_size)  # (n, 3, H, W)
@@ -230,16 +247,13 @@ def _measure(
             for name, values in scored.items():
                 scores[name].append(values)
         seen.append(_see(images, prompt, tools, base.seen[number] if base else None))
-        pictures = [to_pil(image) for image in images]
-        names = [picture_name(number, prompt, seed) for seed in seeds]
-        with disk_errors(directory):
-            for name, picture in zip(names, pictures, strict=True):
-                picture.save(directory / name)
-        files += names
-        rows.append(pictures[:GRID])
-        rows = rows[:GRID]
-    with disk_errors(directory):
-        grid(rows).save(directory / "grid.png")
+        pictures += [to_pil(image) for image in images]
+        files += [picture_name(number, prompt, seed) for seed in seeds]
+    with whole_directory(directory) as building:
+        for file, picture in zip(files, pictures, strict=True):
+            picture.save(building / file)
+        rows = [pictures[start : start + min(n, GRID)] for start in range(0, len(pictures), n)]
+        grid(rows[:GRID]).save(building / "grid.png")
     return Measured(scores, seen, files)
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from draftplus.config import Config, load_config, run_name, shaping_keys, to_yaml
+from draftplus.config import Config, load_config, nearest, run_name, shaping_keys, to_yaml
 from draftplus.engine import journal
+from draftplus.engine.build import MODELS
 from draftplus.engine.checkpoint import saved_steps, step_name
 from draftplus.engine.files import write_text
 from draftplus.errors import UserError
@@ -110,9 +111,14 @@ def find_weights(target: str, overrides: Sequence[str] = ()) -> Weights:
     if not is_run(path):
         if at:
             raise UserError(f"'{target}': {path} is not a run directory, so it has no '{at}'")
-        recipe = target if target == "emoji" else None  # it has its own guidance
-        return Weights(load_config(recipe, [f"model.path={target}", *overrides]), None, target)
-    run = Path(path)
+        _refuse_missing(target)
+        config = load_config(None, [f"model.path={json.dumps(target)}", *overrides])
+        if config.model.path != target:
+            raise UserError(f"'{target}' is named and model.path={config.model.path} is set too; name the one you mean")
+        if target == "emoji":  # it has its own guidance
+            config = load_config("emoji", list(overrides))
+        return Weights(config, None, target)
+    run = Path(path) if Path(path).name not in ("", "..") else Path(path).resolve()  # "." has no name
     config = load_config(run / "config.yaml", overrides)
     steps = saved_steps(run / "adapters")
     if not at:
@@ -122,12 +128,24 @@ def find_weights(target: str, overrides: Sequence[str] = ()) -> Weights:
                 raise UserError(f"{run} has no trained weights yet; run: draftplus train {run}")
             adapter = run / "adapters" / step_name(steps[-1])
         return Weights(config, adapter, run.name)
-    step = _best(run) if at == "best" else int(at) if at.isdigit() else None
+    step = _best(run) if at == "best" else int(at) if at.isdecimal() else None
     if step is None:
         raise UserError(f"'{target}': after @ comes a step or best")
     if step not in steps:
         raise UserError(f"{run} has no adapter of step {step}; it has {', '.join(map(str, steps)) or 'none yet'}")
     return Weights(config, run / "adapters" / step_name(step), f"{run.name}@{step}")
+
+
+def _refuse_missing(target: str) -> None:
+    """UserError for what is neither here nor could be a hub id, which is OWNER/NAME."""
+    path = Path(target).expanduser()
+    owner, slash, _ = target.partition("/")
+    hub = slash and target.count("/") == 1 and owner not in (".", "~", "") and not Path(owner).is_dir()
+    if target in MODELS or path.exists() or hub:
+        return
+    beside = [str(path.parent / one.name) for one in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = nearest(target, [*beside, *MODELS])
+    raise UserError(f"'{target}': no such run, model or adapter{f'; {near}' if near else ''}")
 
 
 def _best(run: Path) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +15,7 @@ from draftplus.engine.build import model_path
 from draftplus.engine.generate import TUNED, Knobs
 from draftplus.engine.run import find_weights, is_run
 from draftplus.errors import UserError
+from draftplus.models.lora import LORA_FILE
 
 BASE = "base"
 
@@ -57,8 +58,11 @@ def find_targets(names: Sequence[str], overrides: Sequence[str], knobs: Knobs) -
     have nothing that a knob could act on.
     """
     distinct = list(dict.fromkeys(names))
+    if not distinct:
+        raise UserError("no target given; name a model or a run, such as runs/demo")
     runs = [name for name in distinct if _run_of(name) is not None]
-    settings = find_weights(_inside_run(runs[0]), overrides).config if runs else None
+    leaders = [_inside_run(name) for name in runs] or [name for name in distinct if not _is_adapter(Path(name))]
+    settings = find_weights(leaders[0], overrides).config if leaders else None
     targets = [_find(name, overrides, knobs, settings) for name in distinct]
     first = next((target for target in targets if target.name in runs), targets[0])
     if knobs != TUNED and all(target.adapter is None for target in targets):
@@ -76,13 +80,13 @@ def find_targets(names: Sequence[str], overrides: Sequence[str], knobs: Knobs) -
 def _find(name: str, overrides: Sequence[str], knobs: Knobs, settings: Config | None) -> Target:
     run, path = _run_of(name), Path(name)
     if run is None and not _is_adapter(path):
-        weights = find_weights(name, overrides)
+        weights = find_weights(name, overrides)  # its own model, sampled as the others are
         config = weights.config
         if settings is not None:
             config = replace(settings, model=replace(config.model, dtype=settings.model.dtype))
         return Target(name, weights.label, config, None, None, None, TUNED, model_hash(config.model), None)
     if _is_adapter(path):
-        config = settings or load_config("emoji", list(overrides))
+        config = settings or find_weights(load_config(None, list(overrides)).model.path, overrides).config
         adapter, label = path, path.resolve().name if run is None else f"{run.name}/{path.name}"
     else:
         weights = find_weights(name, overrides)
@@ -94,7 +98,7 @@ def _find(name: str, overrides: Sequence[str], knobs: Knobs, settings: Config | 
         raise UserError(
             f"'{name}' is a fully tuned denoiser, which has no lora_scale; blend it by anneal, such as linear"
         )
-    step = adapter.name.removeprefix("step-")
+    step = adapter.name.removeprefix("step-") if run is not None else ""
     return Target(
         name, f"{label} {knobs.label}".strip(), config, run, int(step) if step.isdigit() else None, adapter, knobs,
         model_hash(config.model), files_hash(adapter),
@@ -115,7 +119,8 @@ def _inside_run(name: str) -> str:
 
 def _is_adapter(path: Path) -> bool:
     """Whether a path is what `save_adapter` writes: the directory of a LoRA file, or of a denoiser."""
-    return any(path.glob("*.safetensors")) and not (path / "model_index.json").is_file()
+    denoiser = (path / "config.json").is_file() and any(path.glob("*.safetensors"))
+    return (path / LORA_FILE).is_file() or (denoiser and not (path / "model_index.json").is_file())
 
 
 def _refuse_other(target: Target, first: Target) -> None:
@@ -146,11 +151,20 @@ def files_hash(path: Path) -> str:
         state = path.stat()
         return _file_hash(path, state.st_size, state.st_mtime_ns)
     whole = hashlib.sha256()
-    visible = [p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts)]
-    for file in sorted(p for p in visible if p.is_file()):
+    for file in sorted(_visible_files(path, frozenset())):
         state = file.stat()
         whole.update(f"{file.relative_to(path)} {_file_hash(file, state.st_size, state.st_mtime_ns)}\n".encode())
     return whole.hexdigest()
+
+
+def _visible_files(directory: Path, above: frozenset[Path]) -> Iterator[Path]:
+    """The files below, through links too; a link to a directory that it lies in is not followed."""
+    above |= {directory.resolve()}
+    for path in directory.iterdir():
+        if path.is_dir() and not path.name.startswith(".") and path.resolve() not in above:
+            yield from _visible_files(path, above)
+        elif path.is_file() and not path.name.startswith("."):
+            yield path
 
 
 def model_hash(config: ModelConfig) -> str:

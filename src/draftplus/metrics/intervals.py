@@ -21,7 +21,7 @@ from torch import Tensor
 from draftplus import rng
 
 DRAWS = 2000
-GROUPS = 100  # at most, that the jackknife leaves out one after another
+GROUPS = 100  # that the jackknife leaves out one after another where images are many
 NORMAL_95 = 1.959964
 
 
@@ -70,18 +70,6 @@ def mean_over_pairs(distances: Sequence[Tensor], same_seeds: bool = False) -> Es
     return _bootstrapped(per_prompt, draws, sum(sizes))
 
 
-def of_mean_rows(rows: Sequence[Tensor], statistic: Callable[[Tensor], Tensor], same_seeds: bool = False) -> Estimate:
-    """The mean over prompts of a statistic of the mean row. rows: for each prompt (n, s); statistic: (…, s) -> (…)."""
-    groups = [one.double() for one in rows]
-    sizes = [len(group) for group in groups]
-    per_prompt = [float(statistic(group.mean(0))) for group in groups]
-    draws = None
-    if min(sizes) >= 2:
-        counts = _counts(sizes, same_seeds, least=1)
-        draws = [statistic(c @ group / c.sum(1, keepdim=True)) for c, group in zip(counts, groups, strict=True)]
-    return _bootstrapped(per_prompt, draws, sum(sizes))
-
-
 def leaving_out(
     sizes: Sequence[int], statistic: Callable[[int, Tensor], float], same_seeds: bool = False,
     within: tuple[float, float] = (-math.inf, math.inf), least: int = 2,
@@ -102,20 +90,40 @@ def leaving_out(
 
 
 def leaving_out_of_all(
-    images: int, statistic: Callable[[Tensor], float], within: tuple[float, float] = (-math.inf, math.inf)
-) -> Estimate:
-    """A statistic of all images together, with the jackknife. statistic: (indices that are kept) -> number."""
+    sizes: Sequence[int], statistic: Callable[[Tensor], float], same_seeds: bool = False,
+    within: tuple[float, float] = (-math.inf, math.inf),
+) -> Estimate:  # fmt: skip
+    """A statistic of the images of all prompts together, with the jackknife.
+
+    sizes: images of each prompt. statistic: indices of the images that are kept, a prompt's next to one another ->
+    number. Images are left out of one prompt at a time, each prompt a stratum: how prompts differ is no error.
+    """
+    images = sum(sizes)
     mean = statistic(torch.arange(images))
-    if images < 3:
+    if min(sizes) < 2 or images < 3:
         return Estimate(mean, None, None, images)
-    error = math.sqrt(_jackknifed([statistic(kept) for kept in _all_but_one_group(images)]))
-    return _normal(mean, error, within, images, None)
+    if same_seeds and len(set(sizes)) == 1:
+        starts = [sizes[0] * prompt for prompt in range(len(sizes))]
+        strata = [[torch.cat([kept + start for start in starts]) for kept in _all_but_one_group(sizes[0])]]
+    else:
+        strata = []
+        for prompt, n in enumerate(sizes):
+            start = sum(sizes[:prompt])
+            before, after = torch.arange(start), torch.arange(start + n, images)
+            groups = _all_but_one_group(n, max(2, GROUPS // len(sizes)))
+            strata.append([torch.cat([before, kept + start, after]) for kept in groups])
+    variances = [_jackknifed([statistic(kept) for kept in stratum]) for stratum in strata]
+    return _normal(mean, math.sqrt(sum(variances)), within, images, None)
 
 
-def _all_but_one_group(n: int) -> list[Tensor]:
-    """The indices that are left of range(n), one group at a time left out; a group is an image where n <= GROUPS."""
-    group = torch.arange(n) % min(n, GROUPS)
-    return [(group != one).nonzero()[:, 0] for one in range(min(n, GROUPS))]
+def _all_but_one_group(n: int, most: int = GROUPS) -> list[Tensor]:
+    """The indices that are left of range(n), one group at a time left out; a group is an image where n <= 2 * most.
+
+    Groups of one and of two images would mix statistics of sets of different sizes, which differ by more than chance.
+    """
+    groups = n if n <= 2 * most else most
+    group = torch.arange(n) % groups
+    return [(group != one).nonzero()[:, 0] for one in range(groups)]
 
 
 def _jackknifed(left: Sequence[float]) -> float:

@@ -25,7 +25,6 @@ from draftplus.metrics.intervals import (
     leaving_out_of_all,
     mean_over_images,
     mean_over_pairs,
-    of_mean_rows,
 )
 from draftplus.metrics.styles import style_entropy
 
@@ -46,12 +45,21 @@ class Seen:
 
 @dataclass(frozen=True)
 class Metric:
-    """needs: fields of `Seen`. least: images of each prompt. estimate: (one `Seen` per prompt, whether all prompts have
-    the same seeds) -> the number."""
+    """needs: fields of `Seen`. least: images of each prompt. of_finite: (one `Seen` per prompt, whether all prompts
+    have the same seeds) -> the number, where all that was seen is finite."""
 
     needs: frozenset[str]
     least: int
-    estimate: Callable[[Sequence[Seen], bool], Estimate]
+    of_finite: Callable[[Sequence[Seen], bool], Estimate]
+
+    def estimate(self, seen: Sequence[Seen], same_seeds: bool) -> Estimate:
+        """The number; NaN, without an interval, where an image gave numbers that are not finite."""
+        own = min(self.needs - {"base"})  # what it looks at in the images themselves
+        images = [_given(getattr(one, own)) for one in seen]
+        base = [_given(one.base) for one in seen] if "base" in self.needs else []
+        if all(bool(one.isfinite().all()) for one in [*images, *base]):
+            return self.of_finite(seen, same_seeds)
+        return Estimate(math.nan, None, None, sum(map(len, images)))
 
 
 def _lpips(seen: Sequence[Seen], same_seeds: bool) -> Estimate:
@@ -90,25 +98,37 @@ def _coverage(seen: Sequence[Seen], same_seeds: bool) -> Estimate:
 
 def _drift(seen: Sequence[Seen], same_seeds: bool) -> Estimate:
     # of all prompts together, as the FID is: a prompt's few images say nothing of a covariance
-    features = torch.stack([_given(one.features) for one in seen], dim=1).flatten(0, 1)  # image, then prompt
-    base = torch.cat([_given(one.base) for one in seen])
-    return leaving_out_of_all(len(features), lambda kept: frechet_distance(features[kept], base), (0.0, math.inf))
+    features, base = torch.cat([_given(s.features) for s in seen]), torch.cat([_given(s.base) for s in seen])
+    sizes = [len(_given(one.features)) for one in seen]
+    return leaving_out_of_all(sizes, lambda kept: frechet_distance(features[kept], base), same_seeds, (0.0, math.inf))
 
 
-def _style_entropy(seen: Sequence[Seen], same_seeds: bool) -> Estimate:
-    return of_mean_rows([_given(one.styles) for one in seen], style_entropy, same_seeds)
+def _of_styles(statistic: Callable[[Tensor], Tensor]) -> Callable[[Sequence[Seen], bool], Estimate]:
+    """The mean over prompts of a statistic of a prompt's (n, s) probabilities. It needs two images to be of a set."""
+
+    def estimate(seen: Sequence[Seen], same_seeds: bool) -> Estimate:
+        styles = [_given(one.styles).double() for one in seen]
+
+        def of_some(prompt: int, kept: Tensor) -> float:
+            return float(statistic(styles[prompt][kept]))
+
+        return leaving_out([len(one) for one in styles], of_some, same_seeds, (0.0, math.inf))
+
+    return estimate
 
 
-def _style_count(seen: Sequence[Seen], same_seeds: bool) -> Estimate:
-    return of_mean_rows([_given(one.styles) for one in seen], lambda p: style_entropy(p).exp(), same_seeds)
+def _entropy(styles: Tensor) -> Tensor:
+    return style_entropy(styles.mean(0))
 
 
-def _style_divergence(seen: Sequence[Seen], same_seeds: bool) -> Estimate:
+def _count(styles: Tensor) -> Tensor:
+    return _entropy(styles).exp()
+
+
+def _divergence(styles: Tensor) -> Tensor:
     """The entropy of the mean distribution less the mean entropy: the Jensen-Shannon divergence of the images, 0 where
     all are alike in style, however much in doubt that is."""
-    # both are functions of the mean of each image's distribution and entropy, side by side
-    rows = [torch.cat([p := _given(one.styles).double(), style_entropy(p)[:, None]], dim=1) for one in seen]
-    return of_mean_rows(rows, lambda mean: style_entropy(mean[..., :-1]) - mean[..., -1], same_seeds)
+    return _entropy(styles) - style_entropy(styles).mean()
 
 
 def _given(seen: Tensor | None) -> Tensor:
@@ -132,6 +152,6 @@ PRECISION = Metric(_TO_BASE, NEIGHBOURS + 1, _precision)
 RECALL = Metric(_TO_BASE, NEIGHBOURS + 1, _recall)
 COVERAGE = Metric(_TO_BASE, NEIGHBOURS + 1, _coverage)
 DRIFT = Metric(_TO_BASE, 2, _drift)
-STYLE_ENTROPY = Metric(frozenset({"styles"}), 2, _style_entropy)
-STYLE_COUNT = Metric(frozenset({"styles"}), 2, _style_count)
-STYLE_DIVERGENCE = Metric(frozenset({"styles"}), 2, _style_divergence)
+STYLE_ENTROPY = Metric(frozenset({"styles"}), 2, _of_styles(_entropy))
+STYLE_COUNT = Metric(frozenset({"styles"}), 2, _of_styles(_count))
+STYLE_DIVERGENCE = Metric(frozenset({"styles"}), 2, _of_styles(_divergence))

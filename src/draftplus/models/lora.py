@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from draftplus.config import LoraConfig
 from draftplus.errors import UserError
 from draftplus.models.weights import first_line
 
+LORA_FILE = "pytorch_lora_weights.safetensors"
 ADAPTER = "default"
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -152,7 +154,8 @@ def attach(denoiser: nn.Module, file: Path) -> None:
     if layers(denoiser):
         denoiser.unload_lora()  # type: ignore[operator]
     try:
-        denoiser.load_lora_adapter(state, prefix="unet", adapter_name=ADAPTER)  # type: ignore[operator]
+        with _silent(logging.getLogger("diffusers")):  # it would print all names of an adapter that does not fit
+            denoiser.load_lora_adapter(state, prefix="unet", adapter_name=ADAPTER)  # type: ignore[operator]
     except (ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"{file}: not an adapter of this model: {first_line(error)[:200]}") from None
     _at_least_float32(denoiser)
@@ -163,6 +166,16 @@ def attach(denoiser: nn.Module, file: Path) -> None:
     with torch.no_grad():  # on the way in, peft rounded them to the precision of the layers that they adapt
         for name, parameter in trained(denoiser).items():
             parameter.copy_(state["unet." + name.replace(f".{ADAPTER}.", ".")])
+
+
+@contextmanager
+def _silent(logger: logging.Logger) -> Iterator[None]:
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def set_scale(denoiser: nn.Module, scale: float) -> None:

@@ -21,7 +21,6 @@ from draftplus.models.weights import first_line, read_state_dict, refuse_code
 from draftplus.types import Conditioning
 
 CACHE_BYTES = 2**28  # of text embeddings: about 1,100 prompts of Stable Diffusion 1.5
-LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 class StableDiffusion:
@@ -113,13 +112,13 @@ class StableDiffusion:
         directory.mkdir(parents=True, exist_ok=True)
         if lora.layers(self.unet):
             state = {f"unet.{name}": tensor for name, tensor in lora.export(self.unet).items()}
-            save_file(state, directory / LORA_FILE, metadata={"format": "pt"})
+            save_file(state, directory / lora.LORA_FILE, metadata={"format": "pt"})
         else:
             self.unet.save_pretrained(directory)
 
     def load_adapter(self, directory: Path) -> None:
-        if (directory / LORA_FILE).is_file():
-            lora.attach(self.unet, directory / LORA_FILE)
+        if (directory / lora.LORA_FILE).is_file():
+            lora.attach(self.unet, directory / lora.LORA_FILE)
         elif (directory / "config.json").is_file():
             weights = _denoiser_weights(directory)
             self.reference_unet = self.reference_unet or copy.deepcopy(self.unet)
@@ -127,9 +126,11 @@ class StableDiffusion:
             try:
                 self.unet.load_state_dict(weights)
             except RuntimeError as error:
-                raise UserError(f"{directory}: not a denoiser of this model: {first_line(error)}") from None
+                raise UserError(f"{directory}: not a denoiser of this model: {first_line(error)[:200]}") from None
         else:
-            raise UserError(f"{directory}: no {LORA_FILE} and no denoiser in it; give an adapter/ directory of a run")
+            raise UserError(
+                f"{directory}: no {lora.LORA_FILE} and no denoiser in it; give an adapter/ directory of a run"
+            )
 
     def set_lora_scale(self, scale: float) -> None:
         if scale != 1 and self.reference_unet is not None:

@@ -116,7 +116,7 @@ def _read_evaluation(path: Path, found: Inputs) -> None:
 
 
 def _target(told: Mapping[str, Any], source: str, prompts: tuple[str, ...]) -> Target:
-    metrics = {str(name): dict(value) for name, value in told["metrics"].items()}
+    metrics = {str(name): dict(value) for name, value in told["metrics"].items() if value["mean"] is not None}
     for value in metrics.values():
         value["mean"] = float(value["mean"])
     run, step, scale = told.get("run"), told.get("step"), told.get("lora_scale")
