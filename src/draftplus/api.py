@@ -158,6 +158,9 @@ def run_planned(planned: Plan, jobs: int | None = None) -> Path | None:
     Returns the report's path; None where no run left anything.
     """
     manifest = run_sweep(planned, jobs)
-    if all(entry.status == "failed" for entry in manifest.runs):
-        return None
-    return write_report(planned.directory)
+    try:
+        return write_report(planned.directory)
+    except UserError:
+        if all(entry.status == "failed" for entry in manifest.runs):  # and left nothing; why is told run by run
+            return None
+        raise

@@ -8,12 +8,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from omegaconf import OmegaConf
 
 from draftplus.errors import UserError
-from draftplus.report import write_report
+from draftplus.report import mosaics, write_report
+from draftplus.report.comparison import Report
 from draftplus.report.grouping import Mean, comparisons, differing_keys, mean_over
 from draftplus.report.inputs import read_inputs
-from draftplus.report.points import BASE, EARLY, Point, figures_of, pareto, without_kl
+from draftplus.report.looks import ON_PAPER
+from draftplus.report.points import BASE, EARLY, Point, figures_of, pareto
 from tests.report.page import LOADING, Page
 from tests.report.synthetic import BASE as BASE_NUMBERS
 from tests.report.synthetic import PROMPTS, configuration, write_run, write_sweep
@@ -115,8 +120,131 @@ def test_lines_over_the_kl_coefficient_begin_at_the_method_without(tmp_path):
     line = series_of(figures(*runs), "DRaFT+")
     assert [point.x for point in line.path()] == [0.0, 0.5, 3.0]
     assert line.start is not None and line.start.series == "DRaFT-1"
-    assert without_kl("DRaFT+ (K = 2), lr 0.01") == "DRaFT-2, lr 0.01"
-    assert without_kl("AlignProp with KL in x0 space") == "AlignProp"
+
+
+@pytest.mark.parametrize(
+    ("shared", "plain", "with_kl"),
+    [
+        ({"objective.grad_steps": 2, "objective.kl_space": "x0"}, "DRaFT-2", "DRaFT+ (K = 2) in x0 space"),
+        ({"objective.grad_steps": 10}, "DRaFT", "DRaFT+ (K = 10)"),  # all of the ten sampling steps
+        ({"objective.method": "alignprop"}, "AlignProp", "AlignProp with KL"),
+    ],
+)
+def test_every_method_with_kl_begins_at_the_same_method_without(tmp_path, shared, plain, with_kl):
+    runs = [write_run(tmp_path / f"kl{kl}", {**shared, "objective.kl_coeff": kl}, pictures=False) for kl in (0.0, 2.0)]
+    start = series_of(figures(*runs), with_kl).start
+    assert start is not None and start.series == plain
+
+
+def test_a_line_does_not_begin_at_a_run_with_other_settings(tmp_path):
+    slow = write_run(tmp_path / "slow", {"optim.lr": 1e-3}, pictures=False)
+    fast = write_run(tmp_path / "fast", {"optim.lr": 0.1, "objective.kl_coeff": 2.0}, pictures=False)
+    assert series_of(figures(slow, fast), "DRaFT+").start is None
+
+
+def test_what_tells_groups_apart_is_in_their_names(tmp_path):
+    def names(**runs):
+        paths = [write_run(tmp_path / name, changes, pictures=False) for name, changes in runs.items()]
+        return [group.method for group in comparisons(read_inputs(paths).runs)[0].groups]
+
+    assert names(lora={}, full={"model.lora": None}) == ["DRaFT-1", "DRaFT-1, lora null"]
+    drtune = {"objective.method": "drtune"}
+    assert len(names(k2={**drtune, "objective.grad_steps": 2}, k5={**drtune, "objective.grad_steps": 5})) == 2
+    assert names(s20={"sampler.steps": 20}, t20={"train.steps": 20}) == [
+        "DRaFT-1, sampler.steps 20, train.steps 60", "DRaFT-1, train.steps 20",
+    ]  # fmt: skip
+    one, other = ({"reward": {f"a.b:{name}": {"weight": 1.0, "path": None, "args": {}}}} for name in ("one", "other"))
+    assert names(one=one, other=other) == ["DRaFT-1, reward a.b:one", "DRaFT-1, reward a.b:other"]
+
+
+def test_a_copy_of_a_run_is_no_second_seed(tmp_path):
+    first = write_run(tmp_path / "first", pictures=False)
+    again = write_run(tmp_path / "again", pictures=False)
+    (point,) = series_of(figures(first, again), "DRaFT-1").points
+    assert (point.lpips.error, point.lpips.count) == (None, 1)
+    assert "again: settings and seed of another run; not in the averages" in page_of(first, again).text
+
+
+def test_numbers_that_are_not_finite_leave_a_seed_out_of_all_means(tmp_path):
+    runs = [write_run(tmp_path / f"s{seed}", {"seed": seed}, pictures=False) for seed in (0, 1, 2)]
+    change_rows(runs[0] / "eval.jsonl", lambda row: {**row, "lpips": None} if row["step"] == 0 else row)
+    change_rows(runs[1] / "eval.jsonl", lambda row: {**row, "reward/emoji_clip": None} if row["step"] == 60 else row)
+    made = figures(*runs)
+    assert made.base  # another run has it
+    (point,) = series_of(made, "DRaFT-1").points
+    assert [run.name for run in point.runs] == ["s0", "s2"] and point.rewards[REWARD].count == point.lpips.count == 2
+    assert "s1: its last evaluation has numbers that are not finite" in page_of(*runs).text
+
+
+def cut(path: Path, before: str) -> None:
+    """A configuration as a run writes it, of which only the beginning is there."""
+    text = OmegaConf.to_yaml(OmegaConf.load(path))
+    path.write_text(text[: text.index(f"\n{before}") + 1])
+
+
+def change_config(run: Path, **objective) -> None:
+    config = json.loads((run / "config.yaml").read_text())
+    config["objective"].update(objective)
+    (run / "config.yaml").write_text(json.dumps(config))
+
+
+def middle(path: Path) -> None:
+    """Breaks a picture between its first and last bytes."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 255
+    path.write_bytes(content)
+
+
+def change_rows(path: Path, change):
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(change(row)) + "\n" for row in rows))
+
+
+def test_runs_of_one_name_are_told_apart_and_linked_to_their_own_pages(tmp_path):
+    for sweep in ("first", "second"):
+        run = write_run(tmp_path / sweep / "seed 0 #1", {"optim.lr": 0.1 if sweep == "first" else 0.2}, pictures=False)
+        (run / "report.html").write_text("")
+    page = page_of(tmp_path / "first", tmp_path / "second")
+    assert "first/seed 0 #1" in page.text and "second/seed 0 #1" in page.text
+    links = [link for link in page.attributes("href") if link.endswith("report.html")]
+    assert [link.partition("/../")[2] for link in links] == [
+        f"{sweep}/seed%200%20%231/report.html" for sweep in ("first", "second")
+    ]
+
+
+def test_prompts_in_another_order_are_other_pictures(tmp_path):
+    one = write_run(tmp_path / "a", prompts=["an owl", "a crab"], pictures=False)
+    other = write_run(tmp_path / "b", {"objective.kl_coeff": 1.0}, prompts=["a crab", "an owl"], pictures=False)
+    assert len(comparisons(read_inputs([one, other]).runs)) == 2
+
+
+def test_many_coefficients_leave_the_other_methods_among_the_pictures(tmp_path):
+    runs = [
+        write_run(tmp_path / f"kl{kl}", {"objective.kl_coeff": float(kl)}, steps=2, every=2, prompts=["an owl"])
+        for kl in range(18)
+    ]
+    (comparison,) = comparisons(read_inputs(runs).runs)
+    labels = [column.label for column in mosaics.columns_of(comparison)]
+    assert len(labels) == mosaics.MOST_COLUMNS and {"DRaFT-1", "DRaFT+, β = 1", "DRaFT+, β = 17"} <= set(labels)
+    assert "left out of the pictures side by side" in page_of(*runs).text
+    shutil.rmtree(runs[3] / "samples" / "step-000002")
+    one = next((runs[2] / "samples" / "step-000002").glob("*.png"))
+    for picture in (runs[2] / "samples" / "step-000002").glob("*.png"):
+        if picture != one:
+            picture.unlink()
+    assert len(mosaics.common_pictures(mosaics.columns_of(comparisons(read_inputs(runs).runs)[0]))[0]) == 12
+
+
+def test_every_mark_over_the_kl_coefficient_has_its_bars(tmp_path):
+    runs = [
+        write_run(tmp_path / f"kl{kl}-{seed}", {"objective.kl_coeff": kl, "seed": seed}, pictures=False)
+        for kl in (0.0, 1.0, 3.0) for seed in (0, 1)
+    ]  # fmt: skip
+    report = Report(read_inputs(runs).runs, [], [], "x")
+    (drawing,) = [d for d in report.comparing(report.sections[0]) if d.name == "diversity-kl"]
+    figure = Figure()
+    drawing.paint(figure.add_subplot(), ON_PAPER)
+    assert sum(isinstance(one, LineCollection) for one in figure.axes[0].collections) == 3
 
 
 def test_base_model_is_one_point_whatever_the_training_seed(tmp_path):
@@ -171,10 +299,23 @@ def test_unfinished_runs_are_named_and_kept_out_of_the_averages(tmp_path):
         (lambda run: (run / "config.yaml").write_text("a: [1"), "config.yaml (cannot be read"),
         (lambda run: (run / "config.yaml").unlink(), "left out of the comparison"),
         (lambda run: (run / "eval.jsonl").write_bytes(b"\xff\xfe{"), "eval.jsonl, line 1"),
-        (lambda run: (run / "eval.jsonl").write_text('{"step": 0, "lpips": "many", "reward/emoji_clip": []}\n'), "b"),
+        (
+            lambda run: (run / "eval.jsonl").write_text('{"step": 0, "lpips": "many", "reward/emoji_clip": []}\n'),
+            "eval.jsonl, line 1: lpips (not",
+        ),
         (lambda run: (run / "eval.jsonl").write_text('{"step": 0}\n[1]\nnull\n'), "eval.jsonl, line 2"),
         (lambda run: (run / "samples" / "prompts.json").write_text("{"), "samples/prompts.json (not JSON)"),
-        (lambda run: (run / "best.json").write_text("[3]"), "b"),
+        (lambda run: (run / "best.json").write_text("[3]"), "best.json (not an object)"),
+        (lambda run: (run / "stopped.json").write_text("null"), "stopped.json (not an object)"),
+        (
+            lambda run: change_rows(run / "metrics.jsonl", lambda row: {**row, "step": math.inf}),
+            "metrics.jsonl, line 1",
+        ),
+        (lambda run: change_rows(run / "eval.jsonl", lambda row: {**row, "per_image": [1]}), "line 2: per_image"),
+        (lambda run: change_rows(run / "eval.jsonl", lambda row: {**row, "variants": 3}), "line 1: variants"),
+        (lambda run: cut(run / "config.yaml", "reward:"), "config.yaml (cut off: it lacks reward"),
+        (lambda run: change_config(run, kl_coeff="x"), "config.yaml (Value 'x'"),
+        (lambda run: middle(next(run.glob("samples/step-000002/*.png"))), "(not whole PNG files)"),
         (lambda run: (run / "best.json").write_text('{"step": '), "best.json (not JSON)"),
         (
             lambda run: [p.write_bytes(b"no picture") for p in run.glob("samples/*/*.png")],
@@ -211,13 +352,15 @@ def test_guards_and_the_best_step_are_marked(tmp_path):
     assert "ended by a guard at step 60: diversity fell below 0.8" in Page(write_report(run).read_text()).text
 
 
-def evaluation(path: Path, prompts=PROMPTS, **changes) -> Path:
+def evaluation(path: Path, prompts=PROMPTS, model="emoji", **changes) -> Path:
     metrics = {
         "reward/emoji_clip": {"mean": 13.5, "standard_error": 0.1, "interval": [13.3, 13.7], "images": 48},
         "lpips": {"mean": 0.31, "standard_error": 0.01, "interval": [0.29, 0.33], "images": 48},
     }
     target = {"target": "runs/a@best", "label": "a@best", "metrics": metrics, **changes}
-    path.write_text(json.dumps({"draftplus": "0.1.0", "prompts": prompts, "seeds": [], "targets": [target]}))
+    told = {"draftplus": "0.1.0", "prompts": prompts, "seeds": list(range(12 * len(prompts)))}
+    told |= {"model": [model, None, None, None, "float32"], "targets": [target]}
+    path.write_text(json.dumps(told))
     return path
 
 
@@ -233,6 +376,12 @@ def test_evaluations_are_a_table_and_points(tmp_path):
     assert "Evaluated models; 4 prompts" in alone and "apart" not in alone
     elsewhere = page_of(run, evaluation(tmp_path / "g.json", ["a hen"])).text
     assert "these are apart: Model emoji" in elsewhere and "Evaluated models; 1 prompt" in elsewhere
+    other = page_of(run, evaluation(tmp_path / "h.json", model="runwayml/sd15")).text
+    assert "these are apart: Model emoji" in other  # the same prompts, and another model
+    few = page_of(run, evaluation(tmp_path / "i.json", metrics={"lpips": {"mean": 0.3}, "vendi": {"mean": None}})).text
+    assert "i.json: a@best: vendi not finite" in few and "not what draftplus evaluate writes" not in few
+    bad = {"lpips": {"mean": 0.3, "images": '"><img src=x>'}}
+    assert "img" not in {tag for tag, _ in page_of(run, evaluation(tmp_path / "j.json", metrics=bad)).tags}
     path.write_text('{"targets": [{"label": 3}]}')
     assert "not what draftplus evaluate writes" in page_of(run, path).text
 
@@ -262,13 +411,14 @@ def test_nothing_to_report_is_a_users_mistake(tmp_path):
 
 
 def test_the_page_stands_alone_and_is_well_formed(tmp_path):
+    prompts = ["a <b>'\"&", "$\\frac$ x"]
     runs = [
-        write_run(tmp_path / f"r{kl}", {"objective.kl_coeff": kl}, steps=4, every=2, prompts=["a <b>'\"&", "$x"])
+        write_run(tmp_path / f"r{kl}", {"objective.kl_coeff": kl}, steps=4, every=2, prompts=prompts)
         for kl in (0.0, 1.0)
     ]
-    hostile = tmp_path / "<i>${name}</script>".replace("/", "∕")
-    runs.append(write_run(hostile, {"seed": 3}, steps=4, every=2, prompts=["a <b>'\"&", "$x"]))
-    path = write_report(runs, tmp_path / "report.html", figures=False)
+    hostile = tmp_path / "<!--<script><i>${name}</script>".replace("/", "∕")
+    runs.append(write_run(hostile, {"seed": 3}, steps=4, every=2, prompts=prompts))
+    path = write_report(runs, tmp_path / "report.html")  # with its figures, whose text is not TeX
     html = path.read_text(encoding="utf-8")
     page = Page(html)
     addresses = [value for name in LOADING for value in page.attributes(name)]
@@ -280,6 +430,7 @@ def test_the_page_stands_alone_and_is_well_formed(tmp_path):
     assert referenced <= set(ids)
     data = json.loads(re.search(r'id="data">(.*?)</script>', html, re.DOTALL)[1])
     assert hostile.name in [run["name"] for run in data["runs"]]
+    assert "<!--" not in html.split('id="data">')[1].split("</script>")[0]  # nor anything else that HTML reads there
 
 
 @pytest.mark.slow

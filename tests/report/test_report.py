@@ -196,7 +196,7 @@ def test_values_that_are_not_finite_leave_a_gap(run_directory):
     rows[-1].update(skipped=1)  # counts from the start of the run
     write_rows(run_directory / "metrics.jsonl", rows)
     text = page_of(run_directory).text
-    assert "Training reward" in text and "1 of them skipped" in text
+    assert "Training reward" in text and "1 update skipped because" in text
 
 
 def test_evaluations_without_single_values_show_no_error(run_directory):

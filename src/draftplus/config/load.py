@@ -25,6 +25,8 @@ CHANGEABLE = (
     "train.micro_batch_size", "train.sampling_batch_size", "eval", "checkpoint", "stop", "parallel", "log",
 )  # fmt: skip
 
+BASE_MODEL = ("model.path", "model.revision", "model.unet", "model.vae", "model.dtype")  # what is tuned
+
 
 def load_config(recipe: str | Path | None = None, overrides: Sequence[str] = (), base: Config | None = None) -> Config:
     """The configuration of a recipe with `key=value` overrides, checked.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from draftplus import __version__
-from draftplus.config import RewardConfig
+from draftplus.config import BASE_MODEL, RewardConfig, flatten, to_dict
 from draftplus.data.prompts import load_prompts
 from draftplus.distributed import pick_device
 from draftplus.engine.build import (
@@ -117,6 +117,7 @@ def compare(
         "draftplus": __version__,
         "prompts": which.prompts,
         "seeds": [job.seed for job in which.jobs()],
+        "model": [flatten(to_dict(targets[0].config))[key] for key in BASE_MODEL],
         "sampler": asdict(targets[0].config.sampler),
         "targets": rows,
     }

@@ -24,6 +24,7 @@ VARIABLES = {INK: "--muted", GRID: "--grid", FAINT: "--line-faint", LINE: "--lin
 
 STYLE = {
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a prompt may have a $
     "svg.hashsalt": "draftplus",
     "font.family": "sans-serif",
     "font.size": 9.5,
@@ -113,7 +114,8 @@ def inline(svg: str, prefix: str, title: str) -> str:
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
     view = re.search(r'viewBox="[^"]*"', body)
     assert view is not None
-    body = re.sub(r"<svg[^>]*>", f'<svg {view[0]} role="img" aria-label="{escape(title)}">', body, count=1)
+    opening = f'<svg {view[0]} role="img" aria-label="{escape(title)}">'
+    body = re.sub(r"<svg[^>]*>", lambda _: opening, body, count=1)
     body = re.sub(r'\bid="', f'id="{prefix}-', body)
     body = re.sub(r'xlink:href="#', f'href="#{prefix}-', body)
     body = body.replace("url(#", f"url(#{prefix}-")

@@ -173,15 +173,5 @@
       });
     });
   }
-  for (const table of document.querySelectorAll("table.sortable")) {
-    for (const row of table.tBodies[0].rows) {
-      const run = data.runs.find((one) => one.name === row.cells[0].textContent);
-      if (!run?.href) continue;
-      const link = document.createElement("a");
-      link.href = run.href;
-      link.textContent = run.name;
-      row.cells[0].replaceChildren(link);
-    }
-  }
   apply();
 })();

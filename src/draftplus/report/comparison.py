@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 from string import Template
 from typing import Any
+from urllib.parse import quote
 
 from draftplus import __version__
 from draftplus.report import figures, mosaics, summary, tables
@@ -45,13 +46,15 @@ class Report:
         self.looks = looks_of(list(distinct.values()))
         self.shown = {name: series.shown for name, series in distinct.items()}
         self.points = [point for section in self.sections for point in section.figures.points()]
+        keys = [(section.comparison.runs, differing_keys(section.comparison.runs)) for section in self.sections]
+        self.differing = {id(run): told for runs, told in keys for run in runs}
         self.numbering = Numbering(self.series, {id(point): i for i, point in enumerate(self.points)})
         self.run_numbers = {id(run): i for i, run in enumerate(self.runs)}
         self.methods = {
             id(run): group.method
             for section in self.sections
             for group in section.comparison.groups
-            for run in [*group.runs, *group.short]
+            for run in [*group.runs, *group.short, *group.copies]
         }
         for method in self.methods.values():  # one that has no point yet is still a line among the training curves
             self.looks.setdefault(method, spare_look(len(self.looks)))
@@ -129,13 +132,13 @@ class Report:
         """The page as text; it links to the runs as seen from `directory`."""
         files = importlib.resources.files("draftplus.report")
         curves: dict[str, Any] = {}
-        sections = "".join(self._section(section, curves) for section in self.sections)
+        sections = "".join(self._section(section, curves, directory) for section in self.sections)
         data = {
             "series": [{"name": name, "shown": self.shown.get(name, True)} for name in self.series],
             "points": [self._told(i, point) for i, point in enumerate(self.points)],
             "runs": [
                 {"name": run.name, "series": self.series[self.methods[id(run)]], "text": self._search(run),
-                 "method": self.methods[id(run)], "href": _page_of(run, directory)}
+                 "method": self.methods[id(run)]}
                 for run in self.runs
             ],
             "curves": curves,
@@ -143,7 +146,7 @@ class Report:
         return Template((files / "comparison.html").read_text(encoding="utf-8")).substitute(
             style=(files / "report.css").read_text(encoding="utf-8"),
             script=(files / "comparison.js").read_text(encoding="utf-8"),
-            data=json.dumps(data, ensure_ascii=False, allow_nan=False).replace("</", "<\\/"),
+            data=json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c"),
             name=escape(self.title),
             summary=escape(summary_line(self.runs, self.targets, self.sections)),
             problems=problems_block(self.problems + notes(self.sections)),
@@ -152,9 +155,13 @@ class Report:
             version=escape(__version__),
         )
 
+    def pages(self, directory: Path) -> dict[int, str]:
+        """The address of each run's own page, where it has one, as seen from `directory`; by id()."""
+        told = {id(run): _page_of(run, directory) for run in self.runs}
+        return {number: page for number, page in told.items() if page is not None}
+
     def _search(self, run: Run) -> str:
-        section = next(one for one in self.sections if run in one.comparison.runs)
-        return tables.search_text(run, differing_keys(section.comparison.runs))
+        return tables.search_text(run, self.differing[id(run)])
 
     def _told(self, number: int, point: Point) -> dict[str, Any]:
         rows = []
@@ -170,11 +177,12 @@ class Report:
         if point.source:
             rows.append(["from", point.source])
         sheet = None
-        if point.runs and point.step is not None and number < MOST_SHEETS:
-            sheet = mosaics.contact_sheet(point.runs[0], point.step)
+        pictured = next((run for run in point.runs if point.step in run.samples), None)
+        if pictured is not None and point.step is not None and number < MOST_SHEETS:
+            sheet = mosaics.contact_sheet(pictured, point.step)
         return {"label": point.label, "rows": rows, "picture": sheet}
 
-    def _section(self, section: Section, curves: dict[str, Any]) -> str:
+    def _section(self, section: Section, curves: dict[str, Any], directory: Path) -> str:
         parts = [f"<h2>{escape(section.comparison.title)}</h2>"] if len(self.sections) > 1 else []
         missing: list[tuple[str, str]] = []
         drawings = list(self.comparing(section))
@@ -198,7 +206,7 @@ class Report:
             missing.append(("training curves", "needs runs with metrics.jsonl or eval.jsonl: draftplus train"))
         if section.comparison.runs:
             series_of = {id(run): self.series[self.methods[id(run)]] for run in section.comparison.runs}
-            table = tables.runs_table(section.comparison, section.figures.rewards, series_of)
+            table = tables.runs_table(section.comparison, section.figures.rewards, series_of, self.pages(directory))
             parts.append(
                 "<section><h2>What differs, and what came out</h2><p>A row is a run. A click on a heading sorts.</p>"
                 f"{table}</section>"
@@ -270,4 +278,6 @@ def _prompts(comparison: Comparison) -> list[str]:
 
 def _page_of(run: Run, directory: Path) -> str | None:
     page = run.directory / "report.html"
-    return os.path.relpath(page.resolve(), directory.resolve()) if page.is_file() else None
+    if not page.is_file():
+        return None
+    return "./" + quote(Path(os.path.relpath(page.resolve(), directory.resolve())).as_posix())

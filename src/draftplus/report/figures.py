@@ -105,20 +105,26 @@ def _line(
             linestyle=DASHES if look.dashed else "-", alpha=0.85,
         )  # fmt: skip
     for point in series.points:
-        x, y = across(point), up(point)
-        if x is None or y is None:
-            continue
-        if x.error or y.error:
-            bar = axes.errorbar(
-                x.value, y.value, y.error or None, x.error or None, fmt="none", ecolor=colour, elinewidth=1.1, alpha=0.7
-            )
-            for artist in bar.get_children():
-                artist.set_gid(gid)
-        axes.plot(
-            x.value, y.value, look.marker, markersize=5 if look.hollow else 7.5, color=colour, zorder=4,
-            markerfacecolor=ink.page if look.hollow else colour, gid=numbers.mark(point),
-            markeredgecolor=colour if look.hollow else ink.page, markeredgewidth=1.2 if look.hollow else 0.8,
-        )  # fmt: skip
+        if (x := across(point)) is not None and (y := up(point)) is not None:
+            _mark(axes, ink, look, numbers, gid, point, x, y)
+
+
+def _mark(
+    axes: Axes, ink: Ink, look: Look, numbers: Numbering, gid: str, point: Point, x: Mean, y: Mean
+) -> None:  # fmt: skip
+    """A point with its error bars, which belong to the line `gid`."""
+    colour = ink.series[look.colour]
+    if x.error or y.error:
+        bar = axes.errorbar(
+            x.value, y.value, y.error or None, x.error or None, fmt="none", ecolor=colour, elinewidth=1.1, alpha=0.7
+        )
+        for artist in bar.get_children():
+            artist.set_gid(gid)
+    axes.plot(
+        x.value, y.value, look.marker, markersize=5 if look.hollow else 7.5, color=colour, zorder=4,
+        markerfacecolor=ink.page if look.hollow else colour, gid=numbers.mark(point),
+        markeredgecolor=colour if look.hollow else ink.page, markeredgewidth=1.2 if look.hollow else 0.8,
+    )  # fmt: skip
 
 
 def against_kl(figures: Figures, reward: str | None, looks: Mapping[str, Look], numbers: Numbering) -> Drawing | None:
@@ -136,11 +142,9 @@ def against_kl(figures: Figures, reward: str | None, looks: Mapping[str, Look], 
         for series in lines:
             _line(axes, ink, looks[series.name], numbers, series, lambda p: Mean(place[p.x]), up)
             if series.start is not None and (at := up(series.start)) is not None:
-                own = looks[series.start.series]
-                axes.plot(
-                    place[0.0], at.value, own.marker, markersize=7.5, color=ink.series[own.colour], zorder=4,
-                    markeredgecolor=ink.page, gid=numbers.mark(series.start),
-                )  # fmt: skip
+                start = series.start
+                own, gid = looks[start.series], f"line-{numbers.series[start.series]}"
+                _mark(axes, ink, own, numbers, gid, start, Mean(place[0.0]), at)
         for point in figures.base:
             if (at := up(point)) is not None:
                 axes.axhline(at.value, color=ink.text, linewidth=1.1, linestyle=DASHES, zorder=1)

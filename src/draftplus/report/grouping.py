@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from draftplus.config import Config, RewardConfig, flatten, to_dict
+from draftplus.config import BASE_MODEL, Config, RewardConfig, flatten, to_dict
 from draftplus.report.read import Run
 from draftplus.report.wording import METHODS, setting
 
@@ -18,18 +18,24 @@ BESIDE = (
     "name", "output_dir", "device", "checkpoint", "log", "parallel", "eval", "stop", "model.gradient_checkpointing",
     "train.micro_batch_size", "train.sampling_batch_size",
 )  # fmt: skip
-BASE_MODEL = ("model.path", "model.revision", "model.unet", "model.vae", "model.dtype")
+MISSING = "no such key"  # null is a value of its own
 METHOD_KEYS = ("objective.method", "objective.grad_steps", "objective.kl_coeff", "objective.kl_space")
 
 
 @dataclass
 class Group:
-    """Runs that differ in nothing but their seed. short: those that did not get as far as the others, left out."""
+    """Runs that differ in nothing but their seed, one of each.
+
+    short: those that did not get as far as the others, and copies: those whose seed another has; both are left out.
+    plain: the method's name at a KL coefficient of 0.
+    """
 
     method: str
     kl_coeff: float
     runs: list[Run]
     short: list[Run] = field(default_factory=list)
+    copies: list[Run] = field(default_factory=list)
+    plain: str = ""
 
     @property
     def label(self) -> str:
@@ -66,9 +72,9 @@ def _world(run: Run) -> str:
 
 
 def evaluated_prompts(run: Run) -> list[str]:
-    """The prompts that the run was evaluated on."""
+    """The prompts that the run was evaluated on, in their order, which their seeds depend on."""
     rows = (row["lpips_per_prompt"] for row in run.evaluations if isinstance(row.get("lpips_per_prompt"), dict))
-    return sorted(next(rows, run.prompts))
+    return list(next(rows, run.prompts))
 
 
 def _title(run: Run, flat: dict[str, Any]) -> str:
@@ -98,7 +104,7 @@ def differing_keys(runs: Sequence[Run]) -> list[str]:
     """The keys whose values are not the same in all runs, in the order of the configuration."""
     flats = [settings_of(run) for run in runs]
     keys = dict.fromkeys(key for flat in flats for key in flat)
-    return [key for key in keys if len({json.dumps(flat.get(key), sort_keys=True) for flat in flats}) > 1]
+    return [key for key in keys if len({json.dumps(flat.get(key, MISSING), sort_keys=True) for flat in flats}) > 1]
 
 
 def method_name(flat: dict[str, Any]) -> str:
@@ -124,31 +130,39 @@ def _groups(runs: Sequence[Run]) -> list[Group]:
         by_method.setdefault(method_name(flatten(run.config)), []).append(run)
     groups: dict[str, Group] = {}
     for method, members in by_method.items():
-        keys = [key for key in differing_keys(members) if key not in METHOD_KEYS]
+        told_by_name = [key for key in METHOD_KEYS if key != "objective.grad_steps" or method.startswith("DRaFT")]
+        keys = [key for key in differing_keys(members) if key not in told_by_name]
         for run in members:
             flat = settings_of(run)
-            named = ", ".join([method, *_told(flat, keys)])
+            more = _told(run, flat, keys)
             kl = float(flat.get("objective.kl_coeff") or 0)
-            identity = json.dumps([named, kl, [flat.get(key) for key in keys]], sort_keys=True, default=str)
-            groups.setdefault(identity, Group(named, kl, [])).runs.append(run)
+            plain = ", ".join([method_name({**flat, "objective.kl_coeff": 0}), *more])
+            identity = json.dumps([method, kl, [flat.get(key, MISSING) for key in keys]], sort_keys=True, default=str)
+            groups.setdefault(identity, Group(", ".join([method, *more]), kl, [], plain=plain)).runs.append(run)
     told = sorted(groups.values(), key=lambda group: (_order(group.method), group.method, group.kl_coeff))
     for group in told:
         _set_short_aside(group)
+        _set_copies_aside(group)
     return told
 
 
-def _told(flat: dict[str, Any], keys: Sequence[str]) -> list[str]:
+def _told(run: Run, flat: dict[str, Any], keys: Sequence[str]) -> list[str]:
     """What differs and is not at its default, in words; which rewards there are is told by their names."""
     defaults, plain = flatten(to_dict(Config())), flatten(to_dict(RewardConfig()))  # type: ignore[arg-type]
     own = [key for key in keys if key in flat]
     parts = []
     if len(own) < len(keys) or any(key.startswith("reward.") and key not in defaults for key in own):
-        names = dict.fromkeys(key.split(".")[1] for key in flat if key.startswith("reward."))
-        parts = [f"reward {' + '.join(names)}"] if list(names) != list(Config().reward) else []
+        names = list(run.config.get("reward") or {})
+        parts = [f"reward {' + '.join(map(str, names))}"] if names != list(Config().reward) else []
     for key in own:
-        default = defaults.get(key, plain.get(".".join(key.split(".")[2:])) if key.startswith("reward.") else None)
-        if flat[key] != default:
-            parts.append(f"{key.rpartition('.')[2]} {setting(flat[key])}")
+        of_reward = next((name for name in run.config.get("reward") or {} if key.startswith(f"reward.{name}.")), None)
+        usual = defaults.get(key, MISSING)
+        if usual == MISSING and of_reward is not None:
+            usual = plain.get(key.removeprefix(f"reward.{of_reward}."), MISSING)
+        if flat[key] != usual and flat[key] != {}:
+            last = key.rpartition(".")[2]
+            shared = sum(other.rpartition(".")[2] == last for other in keys) > 1
+            parts.append(f"{key if shared else last} {setting(flat[key])}")
     return parts
 
 
@@ -177,6 +191,15 @@ def _set_short_aside(group: Group) -> None:
     if whole:
         group.short = [run for run in group.runs if run not in whole]
         group.runs = whole
+
+
+def _set_copies_aside(group: Group) -> None:
+    """The same settings and the same seed are the same run, and no second seed."""
+    first: dict[str, Run] = {}
+    for run in group.runs:
+        if first.setdefault(str(seed_of(run)), run) is not run:
+            group.copies.append(run)
+    group.runs = list(first.values())
 
 
 @dataclass(frozen=True)

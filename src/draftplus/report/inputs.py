@@ -16,7 +16,10 @@ MANIFEST, EVALUATION = "manifest.json", "eval.json"
 
 @dataclass(frozen=True)
 class Target:
-    """One evaluated model of an eval.json. metrics: of each its mean, standard error and interval."""
+    """One evaluated model of an eval.json.
+
+    metrics: of each its mean, standard error and interval. model: the base model's keys, as JSON; images: of a prompt.
+    """
 
     label: str
     source: str
@@ -26,6 +29,8 @@ class Target:
     lora_scale: float = 1.0
     anneal: str | None = None
     prompts: tuple[str, ...] = ()
+    model: str | None = None
+    images: int | None = None
 
 
 @dataclass
@@ -60,6 +65,10 @@ def read_inputs(paths: Sequence[Path]) -> Inputs:
                 _read_run(one, found, seen)
             if not inside:
                 found.problems.append(f"{path}: not a run, and none in it; a run has config.yaml and eval.jsonl")
+    names = [run.name for run in found.runs]
+    for run in found.runs:
+        if names.count(run.directory.resolve().name) > 1:  # such as seed-0 of two sweeps
+            run.alias = f"{run.directory.resolve().parent.name}/{run.directory.resolve().name}"
     if not found.runs and not found.targets:
         told = "; ".join(found.problems[:3])
         raise UserError(f"{', '.join(map(str, paths))}: no runs found{': ' + told if told else ''}")
@@ -108,14 +117,22 @@ def _read_evaluation(path: Path, found: Inputs) -> None:
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
         prompts = tuple(map(str, told.get("prompts") or ()))
-        targets = [_target(one, str(path), prompts) for one in told["targets"]]
+        images = len(told["seeds"]) // len(prompts) if prompts else None
+        model = json.dumps(told["model"]) if "model" in told else None
+        targets = [_target(one, str(path), prompts, model, images) for one in told["targets"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         found.problems.append(f"{path}: not what draftplus evaluate writes; left out")
         return
     found.targets += targets
+    for one in told["targets"]:
+        bad = [name for name, value in one["metrics"].items() if value["mean"] is None]
+        if bad:
+            found.problems.append(f"{path}: {one.get('label')}: {', '.join(bad)} not finite")
 
 
-def _target(told: Mapping[str, Any], source: str, prompts: tuple[str, ...]) -> Target:
+def _target(
+    told: Mapping[str, Any], source: str, prompts: tuple[str, ...], model: str | None, images: int | None
+) -> Target:
     metrics = {str(name): dict(value) for name, value in told["metrics"].items() if value["mean"] is not None}
     for value in metrics.values():
         value["mean"] = float(value["mean"])
@@ -123,5 +140,5 @@ def _target(told: Mapping[str, Any], source: str, prompts: tuple[str, ...]) -> T
     return Target(
         str(told.get("label") or told["target"]), source, metrics, str(run) if run else None,
         int(step) if step is not None else None, float(scale) if scale is not None else 1.0, told.get("anneal"),
-        prompts,
+        prompts, model, images,
     )  # fmt: skip

@@ -9,6 +9,7 @@ from draftplus.report.looks import Look
 from draftplus.report.points import BASE, Figures, Point
 from draftplus.report.wording import show
 
+MOST_LISTED = 8  # items of a list before the rest is folded away
 ENOUGH = 0.8  # of the base model's diversity
 
 SHAPES = {
@@ -60,8 +61,11 @@ def missing_block(missing: Sequence[tuple[str, str]]) -> str:
 def _list(title: str, items: Sequence[str]) -> str:
     if not items:
         return ""
-    told = "".join(f"<li>{escape(item)}</li>" for item in items)
-    return f'<section class="missing"><h2>{title}</h2><ul>{told}</ul></section>'
+    told = [f"<li>{escape(item)}</li>" for item in items]
+    rest = told[MOST_LISTED:] if len(told) > MOST_LISTED + 1 else []
+    more = f"<details><summary>{len(rest)} more</summary><ul>{''.join(rest)}</ul></details>" if rest else ""
+    first = "".join(told[: len(told) - len(rest)])
+    return f'<section class="missing"><h2>{title}</h2><ul>{first}</ul>{more}</section>'
 
 
 def cards(figures: Figures) -> str:

@@ -34,6 +34,7 @@ class Column:
     series: str
     pictures: dict[tuple[int, int], Path]
     note: str
+    kl_coeff: float = 0.0
 
 
 def columns_of(comparison: Comparison) -> list[Column]:
@@ -45,8 +46,24 @@ def columns_of(comparison: Comparison) -> list[Column]:
         if run is not None:
             step = max(run.samples)
             note = f"{run.name}, step {step}"
-            columns.append(Column(group.label, group.method, run.samples[step], note))
-    return columns[:MOST_COLUMNS]
+            columns.append(Column(group.label, group.method, run.samples[step], note, group.kl_coeff))
+    most = max((len(column.pictures) for column in columns), default=0)
+    whole = [column for column in columns if len(column.pictures) > most / 2]  # a half-written one would empty all rows
+    return _thinned(whole)
+
+
+def _thinned(columns: list[Column]) -> list[Column]:
+    """At most MOST_COLUMNS, leaving out KL coefficients in between before anything else."""
+    while len(columns) > MOST_COLUMNS:
+        inner = [i for i, c in enumerate(columns) if c.kl_coeff > 0][1:-1]
+        columns = [c for i, c in enumerate(columns) if i != (inner[len(inner) // 2] if inner else len(columns) - 1)]
+    return columns
+
+
+def left_out(comparison: Comparison) -> list[str]:
+    """The models that have pictures and no column."""
+    shown = {column.label for column in columns_of(comparison)}
+    return [g.label for g in comparison.groups if g.label not in shown and any(_tuned(run) for run in g.runs)]
 
 
 def _order(group: Group) -> tuple[bool, bool, str, float]:

@@ -8,7 +8,17 @@ from dataclasses import dataclass, field
 
 from draftplus.config import flatten
 from draftplus.report import summary
-from draftplus.report.grouping import Comparison, Group, Mean, differing_keys, last_step, mean_over, seed_of
+from draftplus.report.grouping import (
+    METHOD_KEYS,
+    Comparison,
+    Group,
+    Mean,
+    differing_keys,
+    last_step,
+    mean_over,
+    seed_of,
+    settings_of,
+)
 from draftplus.report.inputs import Target
 from draftplus.report.read import Row, Run
 from draftplus.report.wording import setting
@@ -95,6 +105,7 @@ def figures_of(comparison: Comparison, targets: Sequence[Target] = ()) -> Figure
 def pareto(points: Sequence[Point], reward: str) -> list[Point]:
     """The points that no other beats in both reward and diversity, from the lowest reward to the highest."""
     measured = [(r.value, point.lpips.value, point) for point in points if (r := point.reward(reward)) is not None]
+    measured = [one for one in measured if math.isfinite(one[0]) and math.isfinite(one[1])]
     front: list[Point] = []
     best = -math.inf
     for _, lpips, point in sorted(measured, key=lambda one: (-one[0], -one[1])):
@@ -108,8 +119,18 @@ def _row_at(run: Run, step: int) -> Row | None:
     return next((row for row in run.evaluations if row["step"] == step), None)
 
 
+def complete(row: Row) -> bool:
+    """Whether all that an evaluation measured are finite numbers."""
+    values = [row.get("lpips"), *(value for key, value in row.items() if key.startswith("reward/"))]
+    return all((number := summary.number(value)) is not None and math.isfinite(number) for value in values)
+
+
 def _point(series: str, label: str, rows: Sequence[tuple[Run, Row]], x: float, step: int | None) -> Point | None:
-    """The mean of the rows, one of each seed; None where no diversity or no reward was measured."""
+    """The mean of the rows, one of each seed; None where no diversity or no reward was measured.
+
+    A row with a number that is not finite is left out of all of them, so that all are means over the same seeds.
+    """
+    rows = [(run, row) for run, row in rows if complete(row)]
     lpips = mean_over([value for _, row in rows if (value := summary.number(row.get("lpips"))) is not None])
     rewards = {}
     for name in summary.reward_names([row for _, row in rows]):
@@ -127,7 +148,7 @@ def _base(runs: Sequence[Run]) -> list[Point]:
     ways: dict[str, list[tuple[Run, Row]]] = {}
     for run in runs:
         row = _row_at(run, 0)
-        if row is not None:
+        if row is not None and complete(row):
             sampler = {k: v for k, v in flatten(run.config).items() if k.startswith("sampler.")}
             ways.setdefault(repr(sampler), []).append((run, row))
     points = []
@@ -151,7 +172,9 @@ def _base_label(run: Run, others: Sequence[Run]) -> str:
 def _final(groups: Sequence[Group], base: Point | None) -> list[Series]:
     """A line for each method, over its KL coefficients; DRaFT+ begins at DRaFT, which is its coefficient 0."""
     told: dict[str, Series] = {}
+    of: dict[str, list[Group]] = {}
     for group in groups:
+        of.setdefault(group.method, []).append(group)
         rows = [(run, run.evaluations[-1]) for run in group.runs if run.evaluations and last_step(run) > 0]
         if not rows:
             continue
@@ -159,21 +182,17 @@ def _final(groups: Sequence[Group], base: Point | None) -> list[Series]:
         if point is not None:
             told.setdefault(group.method, Series(group.method, FINAL, group.method)).points.append(point)
     for name, series in told.items():
-        plain = told.get(without_kl(name))
-        if name != without_kl(name) and plain is not None and len(plain.points) == 1:
-            series.start = plain.points[0]
+        plain = of[name][0].plain
+        if plain != name and len(of.get(plain, ())) == 1 and plain in told and _alike(of[plain][0], of[name][0]):
+            series.start = told[plain].points[0]
         series.points.sort(key=lambda point: point.x)
     return list(told.values())
 
 
-def without_kl(method: str) -> str:
-    """The name of the same method at a KL coefficient of 0."""
-    head, comma, rest = method.partition(", ")
-    plain = head.removesuffix(" in x0 space").removesuffix(" with KL")
-    if plain.startswith("DRaFT+"):
-        k = plain.removeprefix("DRaFT+").strip(" ()").removeprefix("K = ") or "1"
-        plain = "DRaFT" if k == "all" else f"DRaFT-{k}"
-    return f"{plain}{comma}{rest}"
+def _alike(plain: Group, group: Group) -> bool:
+    """Whether only the KL coefficient tells two groups apart."""
+    one, other = ({k: v for k, v in settings_of(g.runs[0]).items() if k not in METHOD_KEYS} for g in (plain, group))
+    return one == other
 
 
 def _without_retraining(group: Group, base: Point | None) -> Iterable[Series]:

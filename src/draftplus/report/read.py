@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping
@@ -10,11 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from PIL import Image
 
+from draftplus.config import Config
 from draftplus.errors import UserError
 
 Row = Mapping[str, Any]
 
+VARIANT_KEYS = ("label", "lora_scale", "anneal", "checkpoint")  # what names a variant
 STEP_DIRECTORY = re.compile(r"step-(\d+)")
 SAMPLE_FILE = re.compile(r"(?P<prompt>\d+)-.*-(?P<seed>\d+)\.png")
 
@@ -38,10 +43,12 @@ class Run:
     best: dict[str, Any] = field(default_factory=dict)
     stopped: dict[str, Any] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
+    alias: str = ""
 
     @property
     def name(self) -> str:
-        return self.directory.resolve().name
+        """The directory's name, with that of the directory above where two runs of a report share it."""
+        return self.alias or self.directory.resolve().name
 
 
 def read_run(directory: Path) -> Run:
@@ -75,7 +82,21 @@ def _read_config(run: Run) -> dict[str, Any]:
     except Exception as error:  # yaml's errors share no base class with OmegaConf's
         run.missing.append(f"config.yaml (cannot be read: {str(error).splitlines()[0]})")
         return {}
-    return {str(key): value for key, value in config.items()} if isinstance(config, dict) else {}
+    if not isinstance(config, dict):
+        run.missing.append("config.yaml (not a configuration)")
+        return {}
+    lacking = [field.name for field in dataclasses.fields(Config) if field.name not in config]
+    if lacking:
+        run.missing.append(f"config.yaml (cut off: it lacks {', '.join(lacking)})")
+        return {}
+    try:
+        OmegaConf.merge(OmegaConf.structured(Config), config)
+    except (ConfigKeyError, ConfigAttributeError):
+        pass  # of another version
+    except OmegaConfBaseException as error:
+        run.missing.append(f"config.yaml ({str(error).splitlines()[0]})")
+        return {}
+    return {str(key): value for key, value in config.items()}
 
 
 def _read_rows(run: Run, name: str, consequence: str) -> list[Row]:
@@ -88,12 +109,33 @@ def _read_rows(run: Run, name: str, consequence: str) -> list[Row]:
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         try:
             row = json.loads(line)
-            rows[int(row["step"])] = row
-        except (ValueError, TypeError, KeyError):
+            row["step"] = int(row["step"])
+        except (ValueError, TypeError, KeyError, OverflowError):
             run.missing.append(f"{name}, line {number} (not a row with a step)")
+            continue
+        bad = [key for key, value in row.items() if not _is_well(key, value)]
+        run.missing += [f"{name}, line {number}: {key} (not what a run writes there)" for key in bad]
+        rows[row["step"]] = {key: value for key, value in row.items() if key not in bad}
     if not rows:
         run.missing.append(f"{name} is empty ({consequence})")
     return [rows[step] for step in sorted(rows)]
+
+
+def _is_well(key: str, value: Any) -> bool:
+    """Whether a field of a row has the shape that a run gives it; null stands for a number that was not finite."""
+    if key == "per_image":
+        return isinstance(value, dict) and all(_are_numbers(one) for one in value.values())
+    if key == "lpips_per_prompt":
+        return isinstance(value, dict) and _are_numbers(list(value.values()))
+    if key == "variants":
+        return isinstance(value, list) and all(
+            isinstance(one, dict) and all(k in VARIANT_KEYS or _is_well(k, v) for k, v in one.items()) for one in value
+        )
+    return _are_numbers([value])
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(value is None or isinstance(value, (int, float)) for value in values)
 
 
 def _read_samples(run: Run) -> None:
@@ -125,19 +167,25 @@ def _read_samples(run: Run) -> None:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a PNG file begins and ends as one; a copy or a write that broke off does not."""
+    """Whether a PNG file is all there, by its checksums; a copy or a write that broke off is not."""
     try:
+        with Image.open(path) as image:
+            image.verify()
+            path_end = path.stat().st_size
         with path.open("rb") as file:
-            begins = file.read(8) == b"\x89PNG\r\n\x1a\n"
-            file.seek(-8, 2)
-            return begins and file.read(4) == b"IEND"
-    except OSError:
+            file.seek(max(0, path_end - 8))
+            return file.read(4) == b"IEND"
+    except (OSError, SyntaxError, ValueError):
         return False
 
 
 def _read_object(run: Run, name: str) -> dict[str, Any]:
     value = _read_json(run, name)
-    return value if isinstance(value, dict) else {}
+    if isinstance(value, dict) or not (run.directory / name).is_file():
+        return value or {}
+    if value is not None or (run.directory / name).read_text(encoding="utf-8", errors="replace").strip() == "null":
+        run.missing.append(f"{name} (not an object)")
+    return {}
 
 
 def _read_json(run: Run, name: str) -> Any:

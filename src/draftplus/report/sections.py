@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from draftplus.report import summary, tables
+from draftplus.config import BASE_MODEL, flatten
+from draftplus.report import mosaics, summary, tables
 from draftplus.report.grouping import Comparison, comparisons, evaluated_prompts, finished, seed_of
 from draftplus.report.inputs import Target
-from draftplus.report.points import Figures, figures_of
+from draftplus.report.points import Figures, complete, figures_of
 from draftplus.report.read import Run
 from draftplus.report.wording import duration
 
@@ -25,22 +27,33 @@ class Section:
 def sections_of(runs: Sequence[Run], targets: Sequence[Target]) -> list[Section]:
     """A section for each set of comparable runs; evaluated models join the one that was evaluated on their prompts.
 
-    Evaluated models that join none have sections of their own, one for each set of prompts.
+    Evaluated models that join none have sections of their own, one for each base model and set of images.
     """
     sets = comparisons(runs)
     joined: list[list[Target]] = [[] for _ in sets]
-    apart: dict[tuple[str, ...], list[Target]] = {}
+    apart: dict[tuple[object, ...], list[Target]] = {}
     for target in targets:
-        fitting = [i for i, one in enumerate(sets) if evaluated_prompts(one.runs[0]) == sorted(target.prompts)]
+        fitting = [i for i, one in enumerate(sets) if _fits(target, one.runs[0])]
         if len(fitting) == 1:
             joined[fitting[0]].append(target)
         else:
-            apart.setdefault(tuple(sorted(target.prompts)), []).append(target)
+            apart.setdefault((target.model, target.images, *target.prompts), []).append(target)
     pairs = list(zip(sets, joined, strict=True))
-    for prompts, members in apart.items():
-        told = f"Evaluated models; {len(prompts)} prompt{'s' * (len(prompts) != 1)}"
+    for members in apart.values():
+        told = f"Evaluated models; {_count(len(members[0].prompts), 'prompt')}"
         pairs.append((Comparison(told, []), members))
     return [Section(one, figures_of(one, members), f"{i}-" if i else "") for i, (one, members) in enumerate(pairs)]
+
+
+def _fits(target: Target, run: Run) -> bool:
+    """Whether both are of one base model, and images of the same prompts, as many of each."""
+    flat = flatten(run.config)
+    model = [flat.get(key) for key in BASE_MODEL]
+    return (
+        target.model == json.dumps(model)
+        and list(target.prompts) == evaluated_prompts(run)
+        and target.images == flat.get("eval.images_per_prompt")
+    )
 
 
 def summary_line(runs: Sequence[Run], targets: Sequence[Target], sections: Sequence[Section]) -> str:
@@ -67,8 +80,17 @@ def notes(sections: Sequence[Section]) -> list[str]:
         names = "; ".join(section.comparison.title for section in sections)
         told = [f"Different base models or evaluation prompts are never in one figure, so these are apart: {names}"]
     for section in sections:
+        without = mosaics.left_out(section.comparison)
+        if without:
+            told.append(f"{', '.join(without)}: left out of the pictures side by side; too few of them, or no place")
         for group in section.comparison.groups:
             told += [f"{run.name}: {tables.ended(run)}; not in the averages over seeds" for run in group.short]
+            told += [f"{run.name}: settings and seed of another run; not in the averages" for run in group.copies]
+            told += [
+                f"{run.name}: its last evaluation has numbers that are not finite; not in the averages"
+                for run in group.runs
+                if run.evaluations and not complete(run.evaluations[-1])
+            ]
             unfinished = [run for run in group.runs if not finished(run)]
             told += [f"{run.name}: {tables.ended(run)}; shown as far as it got" for run in unfinished]
     return told

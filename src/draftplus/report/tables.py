@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any
+from typing import Any, TypeGuard
 
 from draftplus.config import flatten
 from draftplus.report import summary
@@ -14,10 +15,12 @@ from draftplus.report.read import Run
 from draftplus.report.wording import duration, setting, show
 
 
-def runs_table(comparison: Comparison, rewards: Sequence[str], series_of: Mapping[int, int]) -> str:
+def runs_table(
+    comparison: Comparison, rewards: Sequence[str], series_of: Mapping[int, int], pages: Mapping[int, str]
+) -> str:
     """HTML: a row for each run, with the keys that differ, its last numbers, best step, seconds and how it ended.
 
-    series_of: the number of each run's method, by id().
+    series_of, pages: the number of each run's method, and the address of its own page, by id().
     """
     keys = differing_keys(comparison.runs)
     seeds = len({seed_of(run) for run in comparison.runs}) > 1
@@ -31,13 +34,18 @@ def runs_table(comparison: Comparison, rewards: Sequence[str], series_of: Mappin
     head = "".join(f'<th scope="col" title="{escape(told)}">{escape(text)}</th>' for text, told in heads)
     rows = "".join(
         f'<tr data-series="{series_of[id(run)]}" data-text="{escape(search_text(run, keys))}">'
-        f'<th scope="row">{escape(run.name)}</th>{_cells(run, keys, seeds, rewards)}</tr>'
+        f'<th scope="row">{_linked(run, pages)}</th>{_cells(run, keys, seeds, rewards)}</tr>'
         for run in comparison.runs
     )
     return (
         '<div class="scroll"><table class="sortable"><thead><tr><th scope="col">run</th>'
         f"{head}</tr></thead><tbody>{rows}</tbody></table></div>"
     )
+
+
+def _linked(run: Run, pages: Mapping[int, str]) -> str:
+    page = pages.get(id(run))
+    return f'<a href="{escape(page)}">{escape(run.name)}</a>' if page else escape(run.name)
 
 
 def search_text(run: Run, keys: Sequence[str]) -> str:
@@ -67,9 +75,14 @@ def _cells(run: Run, keys: Sequence[str], seeds: bool, rewards: Sequence[str]) -
         (ended(run), None),
     ]  # fmt: skip
     return "".join(
-        f"<td{f' data-value={chr(34)}{value}{chr(34)}' if isinstance(value, (int, float)) else ''}>{escape(text)}</td>"
+        f"<td{f' data-value={chr(34)}{float(value)}{chr(34)}' if _sorts(value) else ''}>{escape(text)}</td>"
         for text, value in cells
     )
+
+
+def _sorts(value: object) -> TypeGuard[float]:
+    """Whether a column sorts by this number; bool counts as 0 and 1."""
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def ended(run: Run) -> str:
@@ -78,7 +91,10 @@ def ended(run: Run) -> str:
         return f"stopped at step {run.stopped.get('step', '?')}: {run.stopped.get('reason', 'no reason given')}"
     if finished(run):
         return "finished"
-    planned = flatten(run.config).get("train.steps")
+    flat = flatten(run.config)
+    if flat.get("train.epochs"):
+        return f"not finished: evaluated to step {max(0, last_step(run))} of {flat['train.epochs']} epochs"
+    planned = flat.get("train.steps")
     return f"not finished: evaluated to step {max(0, last_step(run))} of {planned}"
 
 
@@ -109,5 +125,5 @@ def _metric(value: Mapping[str, Any] | None) -> str:
         and all(summary.number(v) is not None for v in interval)
     ):
         told += f" [{show(interval[0], mean)}, {show(interval[1], mean)}]"
-    images = f' title="{value["images"]} images"' if value.get("images") else ""
+    images = f' title="{escape(str(value["images"]))} images"' if value.get("images") else ""
     return f'<td data-value="{mean}"{images}>{told}</td>'
