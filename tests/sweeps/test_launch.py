@@ -68,6 +68,10 @@ def test_a_grid_may_grow_and_runs_that_left_it_stay(tmp_path, stand_in):
     manifest = run_sweep(plan(tmp_path, 5, 6))
     assert [entry.name for entry in manifest.runs] == ["seed-5", "seed-6", "seed-0"]
     assert statuses(manifest) == ["finished"] * 3 and starts(tmp_path, 5) == 1
+    grown = plan_sweep("emoji", {"seed": ["0", "5"], "train.steps": ["80", "3"]}, "s", tmp_path)  # a second key
+    names = [run.name for run in grown.runs]
+    assert names[0] == "seed-0" and names[2] == "seed-5" and names[1] == "seed-0_steps-3"  # what was there stays itself
+    assert statuses(run_sweep(grown))[0] == "finished" and starts(tmp_path, 0) == 1
     other = plan_sweep("demo", {"seed": ["0"]}, "s", tmp_path)
     with pytest.raises(UserError, match="is a sweep of emoji, not of demo"):
         run_sweep(other)

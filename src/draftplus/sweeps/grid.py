@@ -168,9 +168,9 @@ def names(runs: Sequence[Settings]) -> list[str]:
     told = []
     for settings in runs:
         parts = [f"{short[key]}-{_slug(settings[key])}" for key in settings if key in differing]
-        told.append(_bounded("_".join(parts) or "base", settings))
+        told.append(bounded("_".join(parts) or "base", settings))
     return [
-        name if told.count(name) == 1 else _bounded(name, settings, always=True)
+        name if told.count(name) == 1 else bounded(name, settings, always=True)
         for name, settings in zip(told, runs, strict=True)
     ]
 
@@ -193,7 +193,8 @@ def _slug(text: str) -> str:
     return re.sub(r"\s+", "-", kept.strip()) or "empty"
 
 
-def _bounded(name: str, settings: Settings, always: bool = False) -> str:
+def bounded(name: str, settings: Settings, always: bool = False) -> str:
+    """The name, cut and with a hash of the settings where it is too long, or always."""
     if len(name) <= LONGEST_NAME and not always:
         return name
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]

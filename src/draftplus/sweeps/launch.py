@@ -18,7 +18,7 @@ from draftplus.engine.progress import Advance, progress
 from draftplus.engine.run import locked
 from draftplus.errors import Interrupted, UserError
 from draftplus.sweeps.manifest import Entry, Manifest, read_manifest
-from draftplus.sweeps.plan import Plan, PlannedRun
+from draftplus.sweeps.plan import Plan, PlannedRun, identity
 
 COMMAND = (sys.executable, "-m", "draftplus", "train")
 LOGS = "logs"
@@ -61,7 +61,10 @@ def _continued(plan: Plan) -> Manifest:
     entries = []
     for run in plan.runs:
         entry = known.pop(run.name, None) or Entry(run.name, run.settings)
-        done = entry.settings == run.settings and (plan.directory / run.name / "adapter").is_dir()
+        same = entry.settings == run.settings or identity(plan.recipe, entry.settings) == identity(
+            plan.recipe, run.settings
+        )
+        done = same and (plan.directory / run.name / "adapter").is_dir()
         status = entry.status if entry.status == "finished" and done else "pending"
         entries.append(Entry(run.name, run.settings, status, None, entry.seconds))
     return Manifest(plan.recipe, plan.grid, [*entries, *known.values()])

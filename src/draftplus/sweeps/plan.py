@@ -20,6 +20,7 @@ from draftplus.engine.run import plan_run
 from draftplus.engine.train import micro_batch_size, total_steps
 from draftplus.errors import UserError
 from draftplus.sweeps import grid
+from draftplus.sweeps.manifest import read_manifest
 
 FILE_KEYS = ("recipe", "name", "grid", "runs")
 
@@ -70,7 +71,7 @@ def plan_sweep(
     prompts = cache(load_prompts)
     runs = [
         _plan_run(directory, run, file.recipe, grid.arguments(one), prompts)
-        for run, one in zip(grid.names(settings), settings, strict=True)
+        for run, one in zip(_names(directory, file.recipe, settings), settings, strict=True)
     ]
     _refuse_twins(runs)
     return Plan(directory, file.recipe, cells, runs)
@@ -123,6 +124,31 @@ def read_sweep_file(path: str | Path) -> SweepFile:
 
 def _strings(mapping: Mapping[Any, Any]) -> dict[str, Any]:
     return {str(key): value for key, value in mapping.items()}
+
+
+def _names(directory: Path, recipe: str, settings: Sequence[grid.Settings]) -> list[str]:
+    """A name for each run: of one that is in the directory already its own, though the grid has grown since."""
+    fresh, manifest = grid.names(settings), read_manifest(directory)
+    made = [entry for entry in manifest.runs if (directory / entry.name).is_dir()] if manifest is not None else []
+    if not made:
+        return fresh
+    known = {identity(recipe, entry.settings): entry.name for entry in made}
+    names = [known.get(identity(recipe, grid.arguments(one)), name) for one, name in zip(settings, fresh, strict=True)]
+    taken = {entry.name for entry in made}
+    return [
+        grid.bounded(name, one, always=True) if name == new and name in taken and names.count(name) > 1 else name
+        for name, new, one in zip(names, fresh, settings, strict=True)
+    ]
+
+
+def identity(recipe: str, arguments: Sequence[str]) -> str:
+    """What a run is, however it is written: a key at its default is the same as none. `arguments` that say nothing
+    that can be read are themselves."""
+    try:
+        config = load_config(recipe, [*arguments])
+    except UserError:
+        return json.dumps(sorted(arguments))
+    return json.dumps({**to_dict(config), "name": None}, sort_keys=True)
 
 
 def _plan_run(directory: Path, name: str, recipe: str, settings: list[str], prompts: Any) -> PlannedRun:
