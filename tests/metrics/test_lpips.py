@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from draftplus.errors import UserError
 from draftplus.metrics import lpips
-from draftplus.metrics.lpips import WEIGHTS, diversity, lpips_per_prompt, mean_pairwise_lpips, pairwise_lpips
+from draftplus.metrics.lpips import WEIGHTS, lpips_per_prompt, mean_pairwise_lpips, pairwise_lpips
 
 
 @pytest.fixture(scope="module")
@@ -119,9 +119,8 @@ def test_diversity_averages_per_prompt_first():
     cats, dogs = mean_pairwise_lpips(images[[0, 2, 4]]), mean_pairwise_lpips(images[[1, 3]])
     assert lpips_per_prompt(images, prompts) == pytest.approx({"a cat": cats, "a dog": dogs})
     assert list(lpips_per_prompt(images, prompts)) == ["a cat", "a dog"]
-    assert diversity(images, prompts) == pytest.approx((cats + dogs) / 2)
     with pytest.raises(ValueError, match="5 images but 4 prompts"):
-        diversity(images, prompts[:4])
+        lpips_per_prompt(images, prompts[:4])
 
 
 def test_one_image_has_no_diversity():
@@ -129,7 +128,7 @@ def test_one_image_has_no_diversity():
     with pytest.raises(UserError, match="at least 2 images per prompt, got 1"):
         mean_pairwise_lpips(pictures(1))
     with pytest.raises(UserError, match="got 1"):
-        diversity(pictures(3), ["a cat", "a cat", "a dog"])
+        lpips_per_prompt(pictures(3), ["a cat", "a cat", "a dog"])
 
 
 def test_bad_images_and_weights_are_refused(tmp_path):
@@ -141,3 +140,9 @@ def test_bad_images_and_weights_are_refused(tmp_path):
         pairwise_lpips(pictures(2)[:0])
     with pytest.raises(UserError, match=r"absent\.safetensors' cannot be read"):
         pairwise_lpips(pictures(2), tmp_path / "absent.safetensors")
+
+
+@pytest.mark.parametrize("images", [torch.zeros(2, 3, 40, 40, dtype=torch.uint8), 255 * torch.ones(2, 3, 40, 40)])
+def test_pictures_of_eight_bits_are_refused(images):
+    with pytest.raises(UserError, match=r"images in \[0, 1\], got .* divide pictures of 8 bits by 255"):
+        pairwise_lpips(images)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from draftplus.config import Config, ModelConfig, RewardConfig, nearest
@@ -27,7 +26,6 @@ from draftplus.metrics.styles import style_captions
 from draftplus.rewards.clip import EMOJI_CLIP, load_clip_reward
 from draftplus.rewards.combined import Combined
 from draftplus.rewards.custom import load_custom
-from draftplus.rewards.preprocessing import preprocess
 from draftplus.types import Model, Reward
 
 ASSETS = Path(str(files("draftplus"))) / "assets"
@@ -164,8 +162,7 @@ def build_features(path: str | None, device: torch.device) -> Callable[[Tensor],
 
     @torch.no_grad()
     def features(images: Tensor) -> Tensor:
-        pixels = preprocess(images.to(device), clip.preprocessing).to(clip.model.dtype)
-        return F.normalize(clip.model.get_image_features(pixel_values=pixels).pooler_output.float(), dim=-1).cpu()
+        return clip.image_features(images.to(device)).float().cpu()
 
     return features
 
@@ -179,8 +176,8 @@ def build_styles(device: torch.device) -> Callable[[Tensor, str], Tensor]:
 
     @torch.no_grad()
     def styles(images: Tensor, prompt: str) -> Tensor:
-        logits = [clip(images.to(device), [caption] * len(images)) for caption in style_captions(prompt)]
-        return torch.stack(logits, dim=1).softmax(1).cpu()
+        logits = clip.logits(images.to(device), style_captions(prompt))  # (b, 7)
+        return logits.softmax(1).cpu()
 
     return styles
 

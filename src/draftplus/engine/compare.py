@@ -75,12 +75,14 @@ class Measured:
 
 @dataclass(frozen=True)
 class Instruments:
-    """What measures images. features, styles: None where no metric asks for them."""
+    """What measures images. features, styles: None where no metric asks for them. described: each
+    reward's settings, and whether it was trained on."""
 
     rewards: Rewards
     metrics: Mapping[str, Metric]
     features: Callable[[Tensor], Tensor] | None
     styles: Callable[[Tensor, str], Tensor] | None
+    described: Mapping[str, dict[str, Any]]
     device: torch.device
     batch_size: int
 
@@ -119,6 +121,8 @@ def compare(
         "seeds": [job.seed for job in which.jobs()],
         "model": [flatten(to_dict(targets[0].config))[key] for key in BASE_MODEL],
         "sampler": asdict(targets[0].config.sampler),
+        "rewards": tools.described,
+        "features": (features or "emoji_clip") if tools.features is not None else None,
         "targets": rows,
     }
     write_text(output / "eval.json", json.dumps(finite(told), ensure_ascii=False, allow_nan=False, indent=1))
@@ -200,6 +204,10 @@ def _instruments(
         chosen,
         build_features(features, device) if "features" in needs else None,
         build_styles(device) if "styles" in needs else None,
+        {
+            name: {**asdict(known.get(name, RewardConfig())), "trained": any(name in t.config.reward for t in targets)}
+            for name in scorers
+        },
         device,
         first.config.train.sampling_batch_size or SAMPLING_BATCH,
     )

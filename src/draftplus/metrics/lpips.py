@@ -35,6 +35,11 @@ def pairwise_lpips(images: Tensor, weights: str | Path = WEIGHTS) -> Tensor:
         raise UserError(
             f"LPIPS needs n >= 1 images (n, 3, H, W) of at least {SMALLEST} pixels, got {tuple(images.shape)}."
         )
+    if not images.is_floating_point() or images.amin() < -0.01 or images.amax() > 1.01:
+        raise UserError(
+            f"LPIPS needs images in [0, 1], got {images.dtype} from {images.amin().item():g} to "
+            f"{images.amax().item():g}: divide pictures of 8 bits by 255."
+        )
     network = _network(str(weights), images.device)
     distances = torch.zeros(len(images), len(images), dtype=torch.float64)  # (n, n)
     size = max(1, _RESIDENT // _embed(images[:1], network).shape[1])
@@ -68,12 +73,6 @@ def lpips_per_prompt(images: Tensor, prompts: Sequence[str], weights: str | Path
     for index, prompt in enumerate(prompts):
         rows.setdefault(prompt, []).append(index)
     return {prompt: mean_pairwise_lpips(images[index], weights) for prompt, index in rows.items()}
-
-
-def diversity(images: Tensor, prompts: Sequence[str], weights: str | Path = WEIGHTS) -> float:
-    """Mean over prompts of `lpips_per_prompt`: each prompt counts the same, however many images it has."""
-    per_prompt = lpips_per_prompt(images, prompts, weights)
-    return sum(per_prompt.values()) / len(per_prompt)
 
 
 @lru_cache(maxsize=2)

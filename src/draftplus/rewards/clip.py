@@ -59,6 +59,12 @@ class ClipReward:
             return 100 * cosine.clamp(min=0)
         return self.model.logit_scale.to(cosine.dtype).exp() * cosine
 
+    def logits(self, images: Tensor, captions: Sequence[str]) -> Tensor:
+        """Each of (b, 3, H, W) images in [0, 1] with each of n captions, exp(logit_scale)·cos: (b, n)."""
+        text = torch.stack([self._text_features(caption) for caption in captions])  # (n, d)
+        cosine = self.image_features(images) @ text.T
+        return self.model.logit_scale.to(cosine.dtype).exp() * cosine
+
     def image_features(self, images: Tensor) -> Tensor:
         """images: (b, 3, H, W) in [0, 1]. Returns (b, d) of length 1."""
         pixels = preprocess(images, self.preprocessing).to(self.model.dtype)  # (b, 3, h, w)
