@@ -85,7 +85,8 @@ def estimate(told: Callable[[Draw], float | None], drawn: Sequence[Draw], digits
         return "–"
     others = [other for draw in drawn[1:] if (other := told(draw)) is not None]
     low, high = np.quantile(others, [0.025, 0.975])
-    often = "" if len(others) == len(drawn) - 1 else f", in {100 * len(others) / (len(drawn) - 1):.0f}% of draws"
+    share = 100 * len(others) / (len(drawn) - 1)  # a curve that never gains so much has no number there
+    often = "" if share > 99.5 else f", in {share:.0f}% of draws"
     return f"{value:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f}{often})"
 
 
@@ -239,7 +240,9 @@ def equal_reward_table(made: Study, drawn: Sequence[Draw]) -> None:
                 ours, rival = (diversity_at(one, gain, made.base, draw) for one in (curve, made.early))
                 return None if ours is None or rival is None else ours - rival
 
-            row.append(estimate(less, drawn, 3))
+            alone = [less(Draw(seed, np.ones(len(made.prompts)))) for seed in np.eye(made.seeds)]
+            reached = [one for one in alone if one is not None]
+            row.append(f"{estimate(less, drawn, 3)}; {sum(one > 0 for one in reached)} of {len(reached)} seeds")
         rows.append(row)
     table(["gain", f"LPIPS of {made.early.label}", *(f"{path.label}: more by" for path in paths)], rows)
     print("Runs of other methods, beside DRaFT-1 stopped at the same reward:\n")
