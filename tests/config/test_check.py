@@ -85,6 +85,7 @@ def test_choices(override: str, choices: str) -> None:
         ),
         (["objective.method=drtune", "objective.drtune.early_stop=10"], "must be below sampler.steps, 10"),
         ([*DDPO, "objective.ddpo.eta=0"], "objective.ddpo.eta is 0.0; it lies above 0"),
+        (['reward="{emoji_clip: {weight: 2}}"'], "is neither a built-in name nor package.module:object"),
         ([*DDPO, "objective.ddpo.eta=1.5"], "objective.ddpo.eta is 1.5"),
         ([*DDPO, "objective.grad_steps=2"], "learns from all steps; set objective.grad_steps=all"),
         ([*DDPO, "objective.ddpo.min_history=1"], "objective.ddpo.min_history is 1; a deviation needs at least 2"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 
 from draftplus.config.keys import flatten, nearest, to_dict
@@ -16,6 +17,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "objective.kl_space": ("noise", "x0"),
     "parallel.mode": ("auto", "replicate", "shard"),
 }
+
+CUSTOM_REWARD = re.compile(r"[^\W\d][\w.]*:[^\W\d][\w.]*")
 
 
 def check(config: Config) -> None:
@@ -50,6 +53,12 @@ def check(config: Config) -> None:
         raise UserError("train.steps and train.epochs are both null; set one of them")
     if not config.reward:
         raise UserError("reward is empty; name one, such as reward=emoji_clip")
+    for name in [*config.reward, *config.eval.rewards]:
+        if ":" in name and not CUSTOM_REWARD.fullmatch(name):
+            raise UserError(
+                f"reward '{name}' is neither a built-in name nor package.module:object; settings of a reward are a "
+                "mapping, such as reward.emoji_clip.weight=2"
+            )
     for name, one in config.eval.rewards.items():
         if name in config.reward:
             raise UserError(

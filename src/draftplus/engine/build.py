@@ -115,17 +115,22 @@ def build_reward(name: str, config: RewardConfig, device: torch.device, dtype: t
 
     Raises UserError for an unknown name (naming the nearest) or weights that are missing.
     """
-    if ":" in name:
-        reward: Reward = load_custom(name, config.path, config.args, device, dtype)
-    elif name in REWARDS:
-        reward = _resolve(REWARDS[name])(config.path, config.args, device, dtype)
+    refuse_unknown_reward(name)
+    if name in REWARDS:
+        reward: Reward = _resolve(REWARDS[name])(config.path, config.args, device, dtype)
     else:
+        reward = load_custom(name, config.path, config.args, device, dtype)
+    return reward
+
+
+def refuse_unknown_reward(name: str) -> None:
+    """UserError for what is neither a built-in reward nor could be a user's own, naming the nearest."""
+    if not is_reward(name):
         near = nearest(name, list(REWARDS))
         raise UserError(
             f"reward '{name}' is not known; {near or 'built in: ' + ', '.join(REWARDS)} "
             "Your own is package.module:object"
         )
-    return reward
 
 
 def build_rewards(configs: Mapping[str, RewardConfig], device: torch.device) -> dict[str, Reward]:

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from draftplus.config import Config, load_config, nearest, recipe_path, to_dict
 from draftplus.data.prompts import PromptSet, load_prompts
+from draftplus.engine.build import refuse_unknown_reward
 from draftplus.engine.checkpoint import saved_steps
 from draftplus.engine.evaluate import evaluation_set
 from draftplus.engine.run import plan_run
@@ -156,6 +157,8 @@ def _plan_run(directory: Path, name: str, recipe: str, settings: list[str], prom
         config = load_config(recipe, [*settings, f"output_dir={json.dumps(str(directory))}", f"name={name}"])
         if saved_steps(directory / name / "checkpoints"):
             plan_run(config, [])  # refuses a key that shaped the run and has changed
+        for reward in (*config.reward, *config.eval.rewards):
+            refuse_unknown_reward(reward)
         micro_batch_size(config, 1)
         data: PromptSet = prompts(config.data.prompts)
         evaluation_set(config, data)
