@@ -245,9 +245,8 @@ def equal_reward_table(made: Study, drawn: Sequence[Draw]) -> None:
             row.append(f"{estimate(less, drawn, 3)}; {sum(one > 0 for one in reached)} of {len(reached)} seeds")
         rows.append(row)
     table(["gain", f"LPIPS of {made.early.label}", *(f"{path.label}: more by" for path in paths)], rows)
-    print("Runs of other methods, beside DRaFT-1 stopped at the same reward:\n")
-    others = [one for label, one in made.finals.items() if not label.startswith(("DRaFT+", "DRaFT-1"))]
-    others += [one for label, one in made.finals.items() if label.startswith("DRaFT-1,")]
+    print("The last step of every other run, beside DRaFT-1 stopped at the same reward:\n")
+    others = [one for label, one in made.finals.items() if label != "DRaFT-1"]
     rows = []
     for one in others:
 
@@ -256,68 +255,77 @@ def equal_reward_table(made: Study, drawn: Sequence[Draw]) -> None:
             rival = diversity_at(made.early, gain, made.base, draw)
             return None if rival is None else draw.mean(one.lpips) - rival
 
-        rows.append([one.label, estimate(more, drawn, 3)])
-    table(["method", "LPIPS: more by"], rows)
+        alone = [more(Draw(seed, np.ones(len(made.prompts)))) for seed in np.eye(made.seeds)]
+        reached = [value for value in alone if value is not None]
+        rows.append([one.label, estimate(more, drawn, 3), f"{sum(v > 0 for v in reached)} of {len(reached)}"])
+    table(["method", "LPIPS: more by", "seeds in which it is more"], rows)
 
 
 def _plain(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-def against_draft_table(made: Study, drawn: Sequence[Draw]) -> None:
-    """Every method's last step less that of DRaFT-1."""
+def against_draft_table(made: Study, drawn: Sequence[Draw], reward: str) -> None:
+    """Every method less DRaFT-1, after half of the steps and after all."""
     print("## Beside DRaFT-1 after as many steps\n")
-    plain = made.finals["DRaFT-1"]
-    rows = [
-        [
-            label,
+    plain, group = made.finals["DRaFT-1"], made.groups["DRaFT-1"]
+    half = group.runs[0].evaluations[-1]["step"] // 2
+    rows = []
+    for label, one in made.finals.items():
+        if one is plain:
+            continue
+        halves = [[row for run in g.runs for row in run.evaluations if row["step"] == half] for g in
+                  (made.groups[label], group)]  # fmt: skip
+        cells = ["–"]
+        if all(len(rows) == made.seeds for rows in halves):
+            first, second = (measured("", rows, reward) for rows in halves)
+            cells = [estimate(lambda d, a=first, b=second: d.mean(a.reward) - d.mean(b.reward), drawn)]
+        cells += [
             estimate(lambda d, one=one: d.mean(one.reward) - d.mean(plain.reward), drawn),
             estimate(lambda d, one=one: d.mean(one.lpips) - d.mean(plain.lpips), drawn, 3),
-            f"{seconds(made.groups[label]) / seconds(made.groups['DRaFT-1']):.2f}",
+            f"{seconds(made.groups[label]) / seconds(group):.2f}",
         ]
-        for label, one in made.finals.items()
-        if one is not plain
-    ]
-    table(["method", "reward", "LPIPS", "time, of DRaFT-1's"], rows)
+        rows.append([label, *cells])
+    table(["method", f"reward after {half} steps", "reward at the end", "LPIPS at the end", "time, of DRaFT-1's"], rows)
 
 
 def ddpo_table(made: Study, long: Run, reward: str) -> None:
     """The long run of DDPO, and when DRaFT-1 was as far."""
     print("## DDPO for longer, one seed\n")
     plain, base = made.groups["DRaFT-1"], made.base
-    whole = Draw(np.ones(made.seeds), np.ones(len(made.prompts)))
     reached = [(0.0, 0.0)]
     reached += [(row.reward.mean() - base.reward.mean(), float(step)) for row, step in
                 zip(made.early.points, (r["step"] for r in plain.runs[0].evaluations[1:]), strict=True)]  # fmt: skip
     per_step, own = seconds(plain) / len(plain.runs[0].steps), median(row["seconds"] for row in long.steps)
-    rows = []
+    drawn, rows = draws(1, len(made.prompts)), []
     for row in long.evaluations[1:]:
         one = measured("", [row], reward)
-        gain = whole.mean(one.reward) - base.reward.mean()
-        step = next((s0 + (gain - g0) / (g1 - g0) * (s1 - s0)
-                     for (g0, s0), (g1, s1) in pairwise(reached) if g0 < gain <= g1), None)  # fmt: skip
-        time = own * row["step"]
-        factor = "–" if step is None else f"{time / (step * per_step):.0f}"
-        rows.append([str(row["step"]), f"{time:.0f}", f"{gain:+.2f}", f"{100 * row['lpips'] / base.lpips.mean():.0f}",
-                     "–" if step is None else f"{step * per_step:.0f}", factor])  # fmt: skip
-    table(
-        ["step", "seconds", "gain in reward", "LPIPS, % of base", "seconds of DRaFT-1 to that gain", "times longer"],
-        rows,
-    )
+
+        def gained(draw: Draw, one: Measured = one) -> float:
+            return draw.mean(one.reward) - draw.mean(base.reward)
+
+        gain, low = gained(drawn[0]), float(np.quantile([gained(draw) for draw in drawn[1:]], 0.025))
+        step = next(
+            (s0 + (gain - g0) / (g1 - g0) * (s1 - s0) for (g0, s0), (g1, s1) in pairwise(reached) if g0 < gain <= g1),
+            None,
+        )
+        time, known = own * row["step"], low > 0 and step is not None
+        rows.append([
+            str(row["step"]), f"{time:.0f}", estimate(gained, drawn), f"{100 * row['lpips'] / base.lpips.mean():.0f}",
+            f"{step * per_step:.0f}" if known else "–", f"{time / (step * per_step):.0f}" if known else "–",
+        ])  # fmt: skip
+    head = ["step", "seconds", "gain in reward", "LPIPS, % of base", "seconds of DRaFT-1 to that gain", "times longer"]
+    table(head, rows)
 
 
-def styles_table(told: Mapping[str, list[dict[str, Any]]]) -> None:
-    """Measures of the last step that training does not take: means over seeds."""
-    print("## Styles, of the last step\n")
+def styles_table(told: Mapping[str, dict[str, Any]]) -> None:
+    """Measures of the last step that training does not take, with their standard errors over images."""
+    print("## Styles, of the last step, one seed\n")
     rows = []
-    for label, targets in told.items():
-        means = {name: np.array([one["metrics"][name]["mean"] for one in targets]) for name in STYLES}
-        rows.append([label, *(_spread(means[name]) for name in STYLES)])
+    for label, target in told.items():
+        numbers = [target["metrics"][name] for name in STYLES]
+        rows.append([label, *(f"{one['mean']:.3f} ± {one['standard_error']:.3f}" for one in numbers)])
     table(["method", *STYLES], rows)
-
-
-def _spread(values: Array) -> str:
-    return f"{values.mean():.3f}" + (f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else "")
 
 
 def jpeg_table(runs: Sequence[Run]) -> None:
@@ -340,15 +348,12 @@ def _jpeg_row(row: Row, base: Row) -> list[str]:
     ]  # fmt: skip
 
 
-def styles_of(made: Study, output: Path) -> dict[str, list[dict[str, Any]]]:
-    """`draftplus evaluate` of the last step of every run, by method."""
-    runs = [(label, run) for label, group in made.groups.items() for run in group.runs]
+def styles_of(made: Study, output: Path) -> dict[str, dict[str, Any]]:
+    """`draftplus evaluate` of the last step of each method's first seed."""
+    runs = [(label, group.runs[0]) for label, group in made.groups.items()]
     told = draftplus.evaluate([str(run.directory) for _, run in runs], metrics=STYLES, output=output)
     targets = {target["run"]: target for target in told["targets"]}
-    by_label: dict[str, list[dict[str, Any]]] = {"base model": [told["targets"][0]]}
-    for label, run in runs:
-        by_label.setdefault(label, []).append(targets[str(run.directory)])
-    return by_label
+    return {"base model": told["targets"][0], **{label: targets[str(run.directory)] for label, run in runs}}
 
 
 def main() -> None:
@@ -367,7 +372,7 @@ def main() -> None:
     finals_table(made, drawn, "jpeg_compressibility")
     coefficient_table(made, drawn)
     equal_reward_table(made, drawn)
-    against_draft_table(made, drawn)
+    against_draft_table(made, drawn, "emoji_clip")
     if ddpo.exists():
         ddpo_table(made, read_inputs([ddpo]).runs[0], "emoji_clip")
     if jpeg.exists():

@@ -71,7 +71,7 @@ def test_tables_of_runs(script: ModuleType, tmp_path: Path, capsys: pytest.Captu
     script.finals_table(made, drawn, "jpeg_compressibility")
     script.coefficient_table(made, drawn)
     script.equal_reward_table(made, drawn)
-    script.against_draft_table(made, drawn)
+    script.against_draft_table(made, drawn, "emoji_clip")
     told = capsys.readouterr().out
     assert "| DRaFT+, β = 10 | +" in told and "| DRaFT-1, stopped early: step 10 | +" in told
     assert "DRaFT-1 → DRaFT+, β = 1 | +" in told and "| 2 of 2 |" in told  # the law of the synthetic runs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +218,10 @@ def _reward_configs(targets: Sequence[Target]) -> dict[str, RewardConfig]:
     known: dict[str, tuple[Target, RewardConfig]] = {}
     for target in targets:
         for name, config in {**target.config.reward, **target.config.eval.rewards}.items():
+            # dropout acts on gradients; scores are the same without
+            config = replace(
+                config, args={key: one for key, one in config.args.items() if key != "dropout"}
+            )  # no score
             first, other = known.setdefault(name, (target, config))
             if (config.path, config.args) != (other.path, other.args):
                 raise UserError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,21 +61,30 @@ class Drawing:
     def save(self, directory: Path) -> list[Path]:
         """Writes the figure as PNG and SVG, with a title and a legend, and returns the paths."""
         with rc_context({**ON_PAPER.style(), "font.size": 10}):
-            rows = -(-len(self.legend) // 3) if len(self.legend) > 1 else 0
-            height = self.wide[1] + 0.35 + 0.24 * rows
-            figure = Figure(figsize=(max(self.wide[0], 5.6), height), facecolor=ON_PAPER.page)
-            axes = figure.add_axes((0.11, (0.55 + 0.24 * rows) / height, 0.86, 1 - (0.95 + 0.24 * rows) / height))
+            width = max(self.wide[0], 5.6)
+            columns = next((n for n in (3, 2) if _breadth(list(self.legend), n) <= width), 1)
+            rows = -(-len(self.legend) // columns) if len(self.legend) > 1 else 0
+            height = self.wide[1] + 0.35 + 0.2 * rows
+            figure = Figure(figsize=(width, height), facecolor=ON_PAPER.page)
+            axes = figure.add_axes((0.11, (0.55 + 0.2 * rows) / height, 0.86, 1 - (0.95 + 0.2 * rows) / height))
             self.paint(axes, ON_PAPER)
             axes.set_title(self.title, color=ON_PAPER.text, fontsize=11, loc="left")
             if rows:
                 figure.legend(
-                    [_handle(look) for look in self.legend.values()], list(self.legend), loc="lower center", ncols=3,
-                    frameon=False, fontsize=8.5, labelcolor=ON_PAPER.text,
+                    [_handle(look) for look in self.legend.values()], list(self.legend), loc="lower center",
+                    ncols=columns, frameon=False, fontsize=8.5, labelcolor=ON_PAPER.text,
                 )  # fmt: skip
             paths = [directory / f"{self.name}.{kind}" for kind in ("png", "svg")]
             figure.savefig(paths[0], dpi=200)
             figure.savefig(paths[1], metadata=SVG_METADATA)
         return paths
+
+
+def _breadth(labels: Sequence[str], columns: int) -> float:
+    """How wide a legend is about, in inches: in each column a line and the longest label."""
+    rows = -(-len(labels) // columns)
+    parts = [labels[start : start + rows] for start in range(0, len(labels), rows)]
+    return sum(0.6 + 0.066 * max(map(len, part)) for part in parts)
 
 
 def _axes(figure: Figure, size: tuple[float, float]) -> Axes:

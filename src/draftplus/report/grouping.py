@@ -132,9 +132,9 @@ def _groups(runs: Sequence[Run]) -> list[Group]:
     for method, members in by_method.items():
         told_by_name = [key for key in METHOD_KEYS if key != "objective.grad_steps" or method.startswith("DRaFT")]
         keys = [key for key in differing_keys(members) if key not in told_by_name]
+        names = _names(members, keys)
         for run in members:
-            flat = settings_of(run)
-            more = _told(run, flat, keys)
+            flat, more = settings_of(run), names[id(run)]
             kl = float(flat.get("objective.kl_coeff") or 0)
             plain = ", ".join([method_name({**flat, "objective.kl_coeff": 0}), *more])
             identity = json.dumps([method, kl, [flat.get(key, MISSING) for key in keys]], sort_keys=True, default=str)
@@ -146,15 +146,31 @@ def _groups(runs: Sequence[Run]) -> list[Group]:
     return told
 
 
-def _told(run: Run, flat: dict[str, Any], keys: Sequence[str]) -> list[str]:
-    """What differs and is not at its default, in words; which rewards there are is told by their names."""
+def _names(runs: Sequence[Run], keys: Sequence[str]) -> dict[int, list[str]]:
+    """What is said of each run besides its method, by id(): no more of its rewards than tells all apart."""
+    flats = {id(run): settings_of(run) for run in runs}
+    identities = {json.dumps([flat.get(key, MISSING) for key in keys], default=str) for flat in flats.values()}
+    shared = set.intersection(*(set(map(str, run.config.get("reward") or {})) for run in runs))
+    own = [f"reward.{name}." for name in shared]  # of other rewards it is enough to say that they are there
+    common = [key for key in keys if not key.startswith("reward.") or key.startswith(tuple(own))]
+    brief = {id(run): _told(run, flats[id(run)], keys, common) for run in runs}
+    if len({tuple(parts) for parts in brief.values()}) == len(identities):
+        return brief
+    return {id(run): _told(run, flats[id(run)], keys, keys) for run in runs}
+
+
+def _told(run: Run, flat: dict[str, Any], keys: Sequence[str], told: Sequence[str]) -> list[str]:
+    """What differs and is not at its default, in words; which rewards there are is told by their names.
+
+    keys: those that differ between the runs. told: those of them whose values are said.
+    """
     defaults, plain = flatten(to_dict(Config())), flatten(to_dict(RewardConfig()))  # type: ignore[arg-type]
     own = [key for key in keys if key in flat]
     parts = []
     if len(own) < len(keys) or any(key.startswith("reward.") and key not in defaults for key in own):
         names = list(run.config.get("reward") or {})
         parts = [f"reward {' + '.join(map(str, names))}"] if names != list(Config().reward) else []
-    for key in own:
+    for key in [key for key in own if key in told or not key.startswith("reward.")]:
         of_reward = next((name for name in run.config.get("reward") or {} if key.startswith(f"reward.{name}.")), None)
         usual = defaults.get(key, MISSING)
         if usual == MISSING and of_reward is not None:
