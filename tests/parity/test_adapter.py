@@ -18,8 +18,8 @@ from draftplus.diffusion.sampler import Rollout, sample
 from draftplus.diffusion.schedule import make_schedule
 from draftplus.diffusion.solvers import make_solver
 from draftplus.errors import UserError
-from draftplus.models.lora import layers
-from draftplus.models.stable_diffusion import LORA_FILE, StableDiffusion
+from draftplus.models.lora import LORA_FILE, layers
+from draftplus.models.stable_diffusion import StableDiffusion
 from tests.tiny import PROMPTS, SHAPE, normal, randomize, stock_pipeline, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
