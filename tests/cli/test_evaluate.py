@@ -54,6 +54,7 @@ def test_what_is_refused(refused: Callable[..., None], small: Path, tmp_path: Pa
     refused(["evaluate", f"{small}@best"], "not a run directory")
     refused(["evaluate", "emojy"], "did you mean 'emoji'")
     refused(["evaluate", tmp_path / "gone"], "no such run, model or adapter")
+    refused(["evaluate", "runs/gone"], "'runs/gone': no such run, model or adapter")
     (tmp_path / "runs" / "lion").mkdir(parents=True)
     refused(["evaluate", tmp_path / "runs" / "lino"], "no such run, model or adapter; did you mean '.*lion'")
     refused(["evaluate", "emoji", f"model.path={small}"], "is named and model.path=.* is set too")
