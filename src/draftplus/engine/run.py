@@ -140,7 +140,8 @@ def _refuse_missing(target: str) -> None:
     """UserError for what is neither here nor could be a hub id, which is OWNER/NAME."""
     path = Path(target).expanduser()
     owner, slash, _ = target.partition("/")
-    hub = slash and target.count("/") == 1 and owner not in (".", "~", "", "runs", "sweeps") and not Path(owner).is_dir()
+    local = owner in (".", "~", "", "runs", "sweeps") or Path(owner).is_dir()
+    hub = slash and target.count("/") == 1 and not local
     if target in MODELS or path.exists() or hub:
         return
     beside = [str(path.parent / one.name) for one in path.parent.iterdir()] if path.parent.is_dir() else []
