@@ -122,14 +122,15 @@ def generate(
         raise UserError("no prompt given; add --prompt 'a cat', or --prompts FILE")
     numbers = _seeds(seeds)
     directory = output or Path("generated") / Path(target.replace("@", "-")).name
-    _make(directory)
     from draftplus import api
     from draftplus.distributed import pick_device
     from draftplus.engine.build import build_reward
     from draftplus.engine.evaluate import score_images
+    from draftplus.engine.files import make_output
     from draftplus.engine.pictures import save_pictures
     from draftplus.engine.run import find_weights
 
+    make_output(directory)
     config = find_weights(target, settings or []).config
     known = {**config.reward, **config.eval.rewards}
     device = pick_device(config.device)
@@ -291,13 +292,6 @@ def _read_prompts(source: str | None) -> list[str]:
     from draftplus.data.prompts import read_prompts
 
     return read_prompts(source)
-
-
-def _make(directory: Path) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output '{directory}': it cannot be made: {error.strerror}") from None
 
 
 def _seeds(text: str) -> list[int]:

@@ -28,7 +28,7 @@ from draftplus.engine.build import (
     quiet_libraries,
 )
 from draftplus.engine.evaluate import Rewards, evaluation_prompts, score_images
-from draftplus.engine.files import whole_directory, write_text
+from draftplus.engine.files import make_output, whole_directory, write_text
 from draftplus.engine.generate import TUNED, Job, Knobs, decoded
 from draftplus.engine.journal import finite
 from draftplus.engine.latents import latents_of
@@ -103,7 +103,7 @@ def compare(
     targets = find_targets(names, overrides, knobs)
     which = _images(targets, prompts, images_per_prompt, seeds)
     quiet_libraries()
-    _make(output)
+    make_output(output)
     tools = _instruments(targets, which, rewards, metrics, features)
     rows: list[dict[str, Any]] = []
     base: Measured | None = None
@@ -127,13 +127,6 @@ def compare(
     }
     write_text(output / "eval.json", json.dumps(finite(told), ensure_ascii=False, allow_nan=False, indent=1))
     return told
-
-
-def _make(output: Path) -> None:
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output '{output}': it cannot be made: {error.strerror}") from None
 
 
 def _images(
@@ -218,10 +211,8 @@ def _reward_configs(targets: Sequence[Target]) -> dict[str, RewardConfig]:
     known: dict[str, tuple[Target, RewardConfig]] = {}
     for target in targets:
         for name, config in {**target.config.reward, **target.config.eval.rewards}.items():
-            # dropout acts on gradients; scores are the same without
-            config = replace(
-                config, args={key: one for key, one in config.args.items() if key != "dropout"}
-            )  # no score
+            scoring = {key: value for key, value in config.args.items() if key != "dropout"}  # which acts on gradients
+            config = replace(config, args=scoring)
             first, other = known.setdefault(name, (target, config))
             if (config.path, config.args) != (other.path, other.args):
                 raise UserError(
@@ -250,23 +241,24 @@ def _measure(
         target.knobs, advance,
     )  # fmt: skip
     scores: dict[str, list[Tensor]] = {name: [] for name in tools.rewards}
-    seen, files, pictures = [], [], []
-    directory = output / pictures_directory(target)
+    seen, files, rows = [], [], []
     n = which.per_prompt
-    for number, (prompt, seeds) in enumerate(zip(which.prompts, which.seeds, strict=True)):
-        images = decoded(model, latents[number * n : (number + 1) * n], tools.batch_size)  # (n, 3, H, W)
-        if tools.rewards:
-            scored = score_images(tools.rewards, images, [prompt] * n, tools.device, tools.batch_size)
-            for name, values in scored.items():
-                scores[name].append(values)
-        seen.append(_see(images, prompt, tools, base.seen[number] if base else None))
-        pictures += [to_pil(image) for image in images]
-        files += [picture_name(number, prompt, seed) for seed in seeds]
-    with whole_directory(directory) as building:
-        for file, picture in zip(files, pictures, strict=True):
-            picture.save(building / file)
-        rows = [pictures[start : start + min(n, GRID)] for start in range(0, len(pictures), n)]
-        grid(rows[:GRID]).save(building / "grid.png")
+    with whole_directory(output / pictures_directory(target)) as building:
+        for number, (prompt, seeds) in enumerate(zip(which.prompts, which.seeds, strict=True)):
+            images = decoded(model, latents[number * n : (number + 1) * n], tools.batch_size)  # (n, 3, H, W)
+            if tools.rewards:
+                scored = score_images(tools.rewards, images, [prompt] * n, tools.device, tools.batch_size)
+                for name, values in scored.items():
+                    scores[name].append(values)
+            seen.append(_see(images, prompt, tools, base.seen[number] if base else None))
+            pictures = [to_pil(image) for image in images]
+            names = [picture_name(number, prompt, seed) for seed in seeds]
+            for name, picture in zip(names, pictures, strict=True):
+                picture.save(building / name)
+            files += names
+            if number < GRID:
+                rows.append(pictures[:GRID])
+        grid(rows).save(building / "grid.png")
     return Measured(scores, seen, files)
 
 

@@ -67,7 +67,7 @@ def ddpo_step(setup: Setup, state: State, abandonable: Abandonable) -> dict[str,
     scores = made.means()
     if not advantages.isfinite().all():
         skip(state, scores, math.nan)
-        return {"loss": math.nan, "kl": 0.0, "grad_norm": math.nan, **scores}
+        return {"loss": math.nan, "kl": math.nan, "grad_norm": math.nan, **scores}
     mine = advantages[made.places]
     size = len(mine) // settings.updates
     parts = [rows for _ in range(settings.inner_epochs) for rows in chunks(len(mine), size)]

@@ -37,6 +37,14 @@ def whole_directory(target: Path) -> Iterator[Path]:
         shutil.rmtree(building, ignore_errors=True)
 
 
+def make_output(directory: Path) -> None:
+    """Makes a directory for a command's results. UserError where it cannot be made."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output '{directory}': it cannot be made: {error.strerror}") from None
+
+
 def write_text(target: Path, text: str) -> None:
     """Writes a file whole or not at all.
 
