@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import draftplus
-from draftplus.engine.journal import read_rows
+from draftplus.runs.journal import read_rows
 
 
 def measure(run: Path) -> dict[str, float]:

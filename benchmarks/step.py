@@ -40,12 +40,12 @@ class Setup:
     """The embedded model, its reward and what a step takes, as training builds them."""
 
     def __init__(self, overrides: Sequence[str] = ()) -> None:
+        from draftplus.build import build_model, build_problem, build_rewards, quiet_libraries
         from draftplus.config import load_config
         from draftplus.data.prompts import load_prompts
         from draftplus.distributed import World, pick_device
-        from draftplus.engine.build import build_model, build_problem, build_rewards, quiet_libraries
-        from draftplus.engine.step import Setup
-        from draftplus.engine.train import initial_state
+        from draftplus.training.step import Setup
+        from draftplus.training.train import initial_state
 
         self.config = load_config("emoji", [*SETTINGS, *overrides])
         self.here = World(0, 1, pick_device("cpu"))
@@ -63,7 +63,7 @@ class Setup:
         """As the loop of training does it, but for writing the row."""
         from contextlib import nullcontext
 
-        from draftplus.engine.step import gradient_step
+        from draftplus.training.step import gradient_step
 
         gradient_step(self.setup, self.state, nullcontext)
         self.state.step += 1
@@ -74,7 +74,7 @@ class Setup:
 
         from draftplus.diffusion.objectives import loss, plan
         from draftplus.diffusion.sampler import Rollout
-        from draftplus.engine.step import addressed_noise
+        from draftplus.training.step import addressed_noise
 
         problem = replace(self.problem, objective=replace(self.config.objective, kl_coeff=kl_coeff))
         n = self.config.train.micro_batch_size

@@ -15,7 +15,7 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 from PIL import Image
 
-from draftplus.engine.checkpoint import saved_steps, step_name
+from draftplus.runs.directory import saved_steps, step_name
 
 SCALE = 2
 

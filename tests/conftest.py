@@ -13,6 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 
 from draftplus.models.stable_diffusion import StableDiffusion
+from tests.support.runs import save_small, small_settings
 from tests.tiny import randomize, save_tiny, tiny_model
 
 torch.set_num_threads(1)
@@ -36,3 +37,15 @@ def model(tiny_path: Path) -> StableDiffusion:
 def fresh(tiny_path: Path) -> StableDiffusion:
     """In float64, with LoRA on every layer as training starts: B is zero."""
     return tiny_model(tiny_path)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small model; read only."""
+    return save_small(tmp_path_factory.mktemp("small") / "model")
+
+
+@pytest.fixture
+def settings(small: Path, tmp_path: Path) -> list[str]:
+    """Settings of a short run below the test's own directory."""
+    return small_settings(small, tmp_path)

@@ -16,6 +16,7 @@ _FUNCTIONS = {
     "pairwise_lpips": "draftplus.metrics.lpips",
     "sweep": "draftplus.api",
     "train": "draftplus.api",
+    "write_images": "draftplus.api",
     "write_report": "draftplus.report",
 }
 __all__ = sorted(_FUNCTIONS)

@@ -8,20 +8,19 @@ from typing import Any
 
 from torch import Tensor
 
+from draftplus.build import build_model, build_reward, quiet_libraries
 from draftplus.config import Config, ModelConfig, RewardConfig
 from draftplus.distributed import is_main_process, pick_device
-from draftplus.engine.build import build_model, build_reward, quiet_libraries
-from draftplus.engine.compare import compare
-from draftplus.engine.generate import Knobs, generate_images, jobs_of
-from draftplus.engine.progress import progress
-from draftplus.engine.run import find_weights, plan_run
-from draftplus.engine.step import SAMPLING_BATCH
-from draftplus.engine.train import train as _train
 from draftplus.errors import UserError
+from draftplus.evaluation.evaluate import compare
+from draftplus.evaluation.gallery import make_gallery, write_gallery
+from draftplus.evaluation.generate import Knobs
 from draftplus.report import write_report
+from draftplus.runs.plan import plan_run
 from draftplus.sweeps.grid import written_grid
 from draftplus.sweeps.launch import run_sweep
 from draftplus.sweeps.plan import Plan, plan_sweep
+from draftplus.training.train import train as _train
 from draftplus.types import Model, Reward
 
 
@@ -77,20 +76,29 @@ def generate(
 
     Raises UserError for a user's mistake.
     """
-    weights = find_weights(target, overrides)
-    quiet_libraries()
-    model = build_model(weights.config.model, pick_device(weights.config.device), trainable=False)
-    chosen = Path(adapter) if adapter is not None else weights.adapter
-    if chosen is None and (anneal is not None or lora_scale != 1):
-        raise UserError(f"'{target}' has no trained weights to scale or anneal; give a run, or --adapter DIR")
-    if chosen is not None:
-        model.load_adapter(chosen)
-    knobs = Knobs(lora_scale, anneal)
-    knobs.weights(weights.config.sampler.steps)
-    jobs = jobs_of(prompts, list(seeds))
-    size = weights.config.train.sampling_batch_size or SAMPLING_BATCH
-    with progress("generating", len(jobs)) as advance:
-        return generate_images(model, jobs, weights.config.sampler, size, knobs=knobs, advance=advance)
+    jobs = (target, prompts, list(seeds), overrides, None if adapter is None else Path(adapter))
+    return make_gallery(*jobs, Knobs(lora_scale, anneal)).images
+
+
+def write_images(
+    output: str | Path,
+    target: str,
+    prompts: Sequence[str],
+    seeds: Iterable[int] = range(4),
+    overrides: Sequence[str] = (),
+    adapter: str | Path | None = None,
+    lora_scale: float = 1.0,
+    anneal: str | None = None,
+    rewards: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    """Makes the images of `generate`, scores them by rewards, and writes them to a directory with their grid.
+
+    Returns the rows of `output`/images.jsonl, one for each image: file, prompt, seed, and reward/<name>.
+
+    Raises UserError for a user's mistake.
+    """
+    jobs = (target, prompts, list(seeds), overrides, None if adapter is None else Path(adapter))
+    return write_gallery(Path(output), *jobs, Knobs(lora_scale, anneal), rewards)
 
 
 def evaluate(
@@ -111,7 +119,7 @@ def evaluate(
     prompts: None: those that the first run holds out, or for models alone the built-in animals that are held out.
     images_per_prompt: None: as that run evaluates; image i of prompt p has seed p * images_per_prompt + i. seeds:
     instead of these, for every prompt. rewards: besides those that the runs train and hold out. metrics: names of
-    `engine.build.METRICS` or rewards; none: LPIPS, and for the embedded model entropy and divergence of styles. Of each
+    `build.METRICS` or rewards; none: LPIPS, and for the embedded model entropy and divergence of styles. Of each
     of these lists, one text stands for a list of it. features: the `CLIPModel` of metrics that need one, the embedded
     one unless given. lora_scale, anneal: for all that has trained weights. The base model is always measured too.
 

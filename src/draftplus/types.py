@@ -54,7 +54,7 @@ class Reward(Protocol):
 
 
 class Model(Protocol):
-    """A text-to-image diffusion model as the sampler, the objectives and the engine see it."""
+    """A text-to-image diffusion model as the sampler, the objectives and training see it."""
 
     device: torch.device
     scheduler_config: Mapping[str, Any]

@@ -8,9 +8,6 @@ from typing import Any
 import pytest
 
 from draftplus import cli
-from tests.engine.support import settings, small
-
-__all__ = ["draftplus", "refused", "settings", "small"]
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from draftplus.engine import checkpoint
-from tests.engine.processes import ROOT
-from tests.engine.support import REWARDS, train_here
+from draftplus.training import checkpoint
+from tests.support.processes import ROOT
+from tests.support.runs import REWARDS, train_here
 
 Refused = Callable[..., None]
 

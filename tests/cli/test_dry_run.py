@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from draftplus.engine.build import build_model
-from tests.engine.support import configure
+from draftplus.build import build_model
+from tests.support.runs import configure
 from tests.tiny import CPU
 
 # settings, and the passes without gradient, with it, and of the frozen model, for 3 sampling steps

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from draftplus.tables import shown
-from tests.engine.support import REWARDS, train_here
+from draftplus.cli.table import shown
+from tests.support.runs import REWARDS, train_here
 
 SMALL = ["--images-per-prompt", "2", "device=cpu", "sampler.steps=2"]
 

@@ -12,7 +12,7 @@ import pytest
 
 from draftplus import cli
 from draftplus.config import all_keys, recipe_names
-from tests.engine.processes import ROOT
+from tests.support.processes import ROOT
 
 COMMANDS = ["train", "generate", "evaluate", "sweep", "report"]
 

@@ -24,8 +24,8 @@ from draftplus.config import (
     to_dict,
     to_yaml,
 )
-from draftplus.engine.train import micro_batch_size
 from draftplus.errors import UserError
+from draftplus.training.train import micro_batch_size
 
 
 def refused(*overrides: str, recipe: str | Path | None = None) -> str:

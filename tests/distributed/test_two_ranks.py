@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine.processes import ROOT, commands, ranks
-from tests.engine.steps import BATCH, OBJECTIVES, take_steps, take_steps_on_a_rank
-from tests.engine.support import REWARDS, fingerprint, relative, rows, train_here, update_of, weights
+from tests.support.processes import ROOT, commands, ranks
+from tests.support.runs import REWARDS, fingerprint, relative, rows, train_here, update_of, weights
+from tests.support.steps import BATCH, OBJECTIVES, take_steps, take_steps_on_a_rank
 from tests.tiny import randomize, tiny_model
 
 STEPS = 3

@@ -10,8 +10,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+from draftplus.build import METRICS, REWARDS
 from draftplus.config import all_keys, load_config, recipe_names
-from draftplus.engine.build import METRICS, REWARDS
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])

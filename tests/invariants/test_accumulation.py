@@ -10,8 +10,8 @@ from torch import Tensor
 
 from draftplus.config import ObjectiveConfig
 from draftplus.models.stable_diffusion import StableDiffusion
-from tests.engine.steps import BATCH, OBJECTIVES, Updates, take_steps
-from tests.engine.support import relative
+from tests.support.runs import relative
+from tests.support.steps import BATCH, OBJECTIVES, Updates, take_steps
 from tests.tiny import randomize, tiny_model
 
 pytestmark = pytest.mark.slow

@@ -17,7 +17,7 @@ from draftplus.sweeps import launch
 from draftplus.sweeps.launch import run_sweep, slots
 from draftplus.sweeps.manifest import STATUSES, read_manifest
 from draftplus.sweeps.plan import plan_sweep
-from tests.engine.support import fingerprint, train_here
+from tests.support.runs import fingerprint, train_here
 
 pytestmark = pytest.mark.slow
 

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
-from draftplus.engine.interrupt import interruption
-from draftplus.engine.progress import Advance, progress
-from draftplus.engine.run import locked
 from draftplus.errors import Interrupted, UserError
+from draftplus.progress import Advance, progress
+from draftplus.runs.directory import locked
 from draftplus.sweeps.manifest import Entry, Manifest, read_manifest
 from draftplus.sweeps.plan import Plan, PlannedRun, identity
+from draftplus.training.interrupt import interruption
 
 COMMAND = (sys.executable, "-m", "draftplus", "train")
 LOGS = "logs"

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from draftplus import __version__
-from draftplus.engine.files import write_text
 from draftplus.errors import UserError
+from draftplus.runs.files import write_text
 
 FILE = "manifest.json"
 STATUSES = ("pending", "running", "finished", "failed", "interrupted")

@@ -12,16 +12,16 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from draftplus.build import refuse_unknown_reward
 from draftplus.config import Config, load_config, nearest, recipe_path, to_dict
 from draftplus.data.prompts import PromptSet, load_prompts
-from draftplus.engine.build import refuse_unknown_reward
-from draftplus.engine.checkpoint import saved_steps
-from draftplus.engine.evaluate import evaluation_set
-from draftplus.engine.run import plan_run
-from draftplus.engine.train import micro_batch_size, total_steps
 from draftplus.errors import UserError
+from draftplus.evaluation.held_out import evaluation_set
+from draftplus.runs.directory import saved_steps
+from draftplus.runs.plan import plan_run
 from draftplus.sweeps import grid
 from draftplus.sweeps.manifest import read_manifest
+from draftplus.training.train import micro_batch_size, total_steps
 
 FILE_KEYS = ("recipe", "name", "grid", "runs")
 

@@ -1,0 +1,68 @@
+"""The command line: a file for each command, which parses and prints. Starts without importing torch."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from typing import Annotated, Any
+
+import typer
+
+from draftplus import __version__
+from draftplus.cli import evaluate, generate, report, sweep, train
+from draftplus.cli.shared import examples
+from draftplus.errors import Interrupted, UserError
+
+# typer brings its own copy of click in some versions, so its base class is reached through typer
+CommandLineError: Any = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"draftplus {__version__}")
+        raise typer.Exit
+
+
+@app.callback(
+    epilog=examples("Example:\n  draftplus train demo\n  draftplus generate runs/demo --prompt 'a cat' --seeds 0:16")
+)
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Teach a text-to-image diffusion model what people prefer, without losing its variety (DRaFT, DRaFT+)."""
+
+
+app.command(epilog=train.EXAMPLES)(train.train)
+app.command(epilog=generate.EXAMPLES)(generate.generate)
+app.command(epilog=evaluate.EXAMPLES)(evaluate.evaluate)
+app.command(epilog=sweep.EXAMPLES)(sweep.sweep)
+app.command(epilog=report.EXAMPLES)(report.report)
+
+
+def main() -> None:
+    """Runs a command. Exit status 0 for success, 2 for a user's mistake, 1 for anything else."""
+    try:
+        app(sys.argv[1:] or ["--help"], prog_name="draftplus", standalone_mode=False)
+    except UserError as error:
+        _fail(str(error))
+    except CommandLineError as error:
+        _fail(f"{error.format_message().rstrip('.')}; see draftplus --help")
+    except (Interrupted, typer.Abort, KeyboardInterrupt):
+        sys.exit(1)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(1)
+
+
+def _fail(message: str) -> None:
+    print(f"draftplus: {message}", file=sys.stderr)
+    sys.exit(2)

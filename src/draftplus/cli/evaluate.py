@@ -1,0 +1,73 @@
+"""`draftplus evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from draftplus.cli.shared import Anneal, LoraScale, examples, read_prompts, read_seeds
+from draftplus.errors import UserError
+
+EXAMPLES = examples(
+    "Examples:\n"
+    "  draftplus evaluate runs/demo                                  base and result, as during training\n"
+    "  draftplus evaluate runs/demo@40 runs/demo@best --images-per-prompt 50\n"
+    "  draftplus evaluate runs/demo --metric lpips --metric coverage --reward jpeg_compressibility\n"
+    "  draftplus evaluate runs/demo --anneal linear --prompts my.txt sampler.steps=25 -o measured"
+)
+
+
+def evaluate(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL|RUN[@step|@best]|ADAPTER ... [KEY=VALUE ...]", help="What to measure; settings."),
+    ],
+    prompts: Annotated[
+        str | None, typer.Option("--prompts", help="Built-in set, or .txt, .jsonl or .tar file; else held-out ones.")
+    ] = None,
+    images_per_prompt: Annotated[
+        int | None, typer.Option("--images-per-prompt", help="Images of each prompt; else as the run evaluates.")
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option("--seeds", help="Seeds for every prompt: 0:16 or 1,5,9; else each image its own.")
+    ] = None,
+    reward: Annotated[
+        list[str] | None, typer.Option("--reward", help="Another reward besides the run's own; may be repeated.")
+    ] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--metric",
+            help="lpips, vendi, precision, recall, coverage, drift, style_entropy, style_count, style_divergence, or "
+            "any reward; may be repeated.",
+        ),
+    ] = None,
+    features: Annotated[
+        str | None, typer.Option("--features", help="CLIPModel, directory or hub id, whose features metrics use.")
+    ] = None,
+    lora_scale: LoraScale = 1.0,
+    anneal: Anneal = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Where eval.json and pictures go.")] = None,
+) -> None:
+    """Measure reward and diversity of models and runs on the same prompts and seeds, beside the base model."""
+    settings = [text for text in arguments if "=" in text and not Path(text.partition("@")[0]).exists()]
+    targets = [text for text in arguments if text not in settings]
+    if not targets:
+        missing = f"; {settings[0]} is no file, and taken for a setting" if settings else ""
+        raise UserError(f"no target given; name a model or a run, such as runs/demo{missing}")
+    numbers = read_seeds(seeds) if seeds is not None else None
+    chosen = read_prompts(prompts) if prompts is not None else None
+    more = f"-and-{len(targets) - 1}-more" if len(targets) > 1 else ""
+    first = Path(targets[0].replace("@", "-"))
+    directory = output or Path("evaluated") / ((first.name or first.resolve().name) + more)
+    from draftplus import api
+    from draftplus.cli.table import print_evaluation
+
+    told = api.evaluate(
+        targets, settings, chosen, images_per_prompt, numbers, reward or [], metric or [], features, lora_scale,
+        anneal, directory,
+    )  # fmt: skip
+    print_evaluation(told)
+    print(f"numbers:  {directory / 'eval.json'}\npictures: {directory / 'pictures'}")

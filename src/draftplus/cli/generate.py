@@ -1,0 +1,53 @@
+"""`draftplus generate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from draftplus.cli.shared import Anneal, LoraScale, examples, read_prompts, read_seeds
+from draftplus.errors import UserError
+
+EXAMPLES = examples(
+    "Examples:\n"
+    "  draftplus generate emoji --prompt 'a cat' --prompt 'a fox' --seeds 0:8\n"
+    "  draftplus generate runs/demo@best --prompts prompts.txt --reward emoji_clip -o pictures\n"
+    "  draftplus generate runs/demo --prompt 'a cat' --lora-scale 0.5 sampler.steps=25"
+)
+
+
+def generate(
+    target: Annotated[str, typer.Argument(metavar="MODEL|RUN[@step|@best]", help="What to sample.")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings, such as sampler.steps=25.")
+    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="A prompt; may be repeated.")] = None,
+    prompts: Annotated[
+        str | None, typer.Option("--prompts", help="Built-in set, or .txt, .jsonl or .tar file.")
+    ] = None,
+    seeds: Annotated[str, typer.Option("--seeds", help="Seeds: 7, 0:16, or 1,5,9.")] = "0:4",
+    adapter: Annotated[Path | None, typer.Option("--adapter", help="Directory of trained weights to use.")] = None,
+    lora_scale: LoraScale = 1.0,
+    anneal: Anneal = None,
+    reward: Annotated[
+        list[str] | None, typer.Option("--reward", help="Score with this reward; may be repeated.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Where the pictures go.")] = None,
+) -> None:
+    """Make pictures, a grid of them, and their rewards if asked."""
+    chosen = list(dict.fromkeys([*(prompt or []), *read_prompts(prompts)]))
+    if not chosen:
+        raise UserError("no prompt given; add --prompt 'a cat', or --prompts FILE")
+    numbers = read_seeds(seeds)
+    directory = output or Path("generated") / Path(target.replace("@", "-")).name
+    from draftplus import api
+
+    rows = api.write_images(
+        directory, target, chosen, numbers, settings or [], adapter, lora_scale, anneal, reward or []
+    )
+    for key in [key for key in rows[0] if key.startswith("reward/")]:
+        scores = [row[key] for row in rows]
+        print(f"{key.removeprefix('reward/')}: mean {sum(scores) / len(scores):.4f} over {len(scores)} images")
+    print(f"{len(rows)} images: {directory}\ngrid:     {directory / 'grid.png'}")

@@ -1,0 +1,29 @@
+"""`draftplus report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from draftplus.cli.shared import examples
+
+EXAMPLES = examples(
+    "Examples:\n"
+    "  draftplus report runs/demo                              one run\n"
+    "  draftplus report sweeps/emoji-1a2b3c4d                  all runs of a sweep\n"
+    "  draftplus report runs/a runs/b eval.json -o both.html   any of them together"
+)
+
+
+def report(
+    inputs: Annotated[list[Path], typer.Argument(metavar="RUN|SWEEP ...", help="Runs, sweeps, and eval.json files.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The page; report.html in the one input, else here.")
+    ] = None,
+) -> None:
+    """Write the report of a run, or compare several: one page, and a folder of figures beside it."""
+    from draftplus.report import write_report
+
+    print(write_report(inputs, output, figures=True))

@@ -1,0 +1,39 @@
+"""What several commands share: options, examples, and lists on the command line."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from draftplus.errors import UserError
+
+LoraScale = Annotated[float, typer.Option("--lora-scale", help="Effect of the adapter: 0 base, 1 tuned.")]
+Anneal = Annotated[str | None, typer.Option("--anneal", help="From base to tuned: linear, power:2 or step:0.6.")]
+
+
+def examples(text: str) -> str:
+    """The text below a command's options, its lines kept as they are."""
+    # \b keeps click from rewrapping the lines; it asks for that in each paragraph
+    return "\n\n".join("\b\n" + paragraph for paragraph in text.split("\n\n"))
+
+
+def read_prompts(source: str | None) -> list[str]:
+    """The prompts of `--prompts`; none where it is not given."""
+    if source is None:
+        return []
+    from draftplus.data import prompts
+
+    return prompts.read_prompts(source)
+
+
+def read_seeds(text: str) -> list[int]:
+    """The seeds of `--seeds`, each once. Raises UserError for anything else."""
+    first, colon, end = text.partition(":")
+    try:
+        seeds = list(range(int(first), int(end))) if colon else [int(part) for part in text.split(",")]
+    except ValueError:
+        seeds = []
+    if not seeds or min(seeds) < 0 or max(seeds) >= 2**63:
+        raise UserError(f"--seeds '{text}': give one or more seeds, such as 7, 0:16 or 1,5,9")
+    return list(dict.fromkeys(seeds))

@@ -1,0 +1,59 @@
+"""`draftplus sweep`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from draftplus.cli.shared import examples
+from draftplus.errors import UserError
+
+EXAMPLES = examples(
+    "Examples:\n"
+    "  draftplus sweep emoji objective.kl_coeff=0,1,10 seed=0,1,2       nine runs, then the report\n"
+    "  draftplus sweep emoji lora_scale=0.25,0.5 anneal=linear         knobs that need no training of their own\n"
+    "  draftplus sweep emoji 'model.lora={rank:4,alpha:4},{rank:8,alpha:8}' optim.betas=[0.9,0.99] --dry-run\n"
+    "  draftplus sweep trade-off.yaml                                   recipe, grid and runs from a file"
+)
+
+
+def sweep(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE|FILE", help="Recipe, YAML file, or a sweep file.")],
+    grid: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=V1,V2,...", help="Values of a key; all are combined.")
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Made in sweeps/NAME; the recipe and a hash.")] = None,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", help="Runs that train at the same time; one on each GPU, or one.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list the runs, and stop.")] = False,
+) -> None:
+    """Train a grid of runs and compare them; the same command again continues an unfinished sweep."""
+    if "=" in recipe:
+        raise UserError(f"'{recipe}' stands where the recipe does; such as: draftplus sweep emoji {recipe}")
+    from draftplus.sweeps.grid import parse_grid
+    from draftplus.sweeps.plan import plan_sweep
+
+    planned = plan_sweep(recipe, parse_grid(grid or []), name)
+    if dry_run:
+        print("\n".join(f"{run.name}  {' '.join(run.settings)}" for run in planned.runs))
+        print(f"{len(planned.runs)} runs, {sum(run.steps for run in planned.runs):,} steps: {planned.directory}")
+        return
+    from draftplus import api
+    from draftplus.sweeps.manifest import read_manifest
+
+    page = api.run_planned(planned, jobs)
+    manifest = read_manifest(planned.directory)
+    assert manifest is not None
+    failed = list(manifest.with_status("failed"))
+    for entry in failed:
+        print(f"failed: {entry.name}: {entry.error}", file=sys.stderr)
+    print(
+        f"{sum(1 for _ in manifest.with_status('finished'))} of {len(manifest.runs)} runs finished: {planned.directory}"
+    )
+    if page is not None:
+        print(f"report:  {page}")
+    if failed:
+        sys.exit(1)

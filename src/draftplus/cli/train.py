@@ -1,0 +1,49 @@
+"""`draftplus train`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from draftplus.cli.shared import examples
+from draftplus.config import describe_keys, recipe_names
+
+EXAMPLES = examples(
+    "Examples:\n"
+    "  draftplus train                                        the embedded model and reward\n"
+    "  draftplus train emoji objective.kl_coeff=0.1           DRaFT+\n"
+    "  draftplus train emoji reward=my_rewards:redness        your own reward\n"
+    "  draftplus train runs/emoji-1a2b3c4d train.steps=120    continue, and go further\n"
+    "  torchrun --nproc_per_node=2 -m draftplus train emoji   two processes\n\n"
+    f"Recipes: {', '.join(recipe_names())}\n\nKeys, with their defaults:\n{describe_keys()}"
+)
+
+
+def train(
+    target: Annotated[
+        str | None, typer.Argument(metavar="RECIPE|RUN", help="Recipe, YAML file, or a run to continue.")
+    ] = None,
+    settings: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings over the recipe.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and stop.")] = False,
+) -> None:
+    """Fine-tune a model on a reward; the same command again continues an unfinished run."""
+    if target and "=" in target:
+        settings = [target, *(settings or [])]
+        target = None
+    from draftplus.distributed import is_main_process
+    from draftplus.runs.plan import plan_run
+
+    config, run = plan_run(target, settings or [])
+    if dry_run:
+        from draftplus.training.dry_run import describe
+
+        told = describe(config, run)
+        if is_main_process():
+            print(told)
+        return
+    from draftplus import api
+
+    api.train(config)
+    if is_main_process():
+        print(f"adapter: {run / 'adapter'}\nreport:  {run / 'report.html'}")

@@ -1,1 +1,0 @@
-"""The engine: what runs training, evaluation and generation."""

@@ -1,0 +1,198 @@
+"""What `draftplus evaluate` does: the same prompts and seeds for several targets, measured alike, in one table."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from draftplus import __version__
+from draftplus.build import (
+    build_model,
+    quiet_libraries,
+)
+from draftplus.chunks import chunks
+from draftplus.config import BASE_MODEL, flatten, to_dict
+from draftplus.evaluation.generate import TUNED, Knobs, decoded
+from draftplus.evaluation.images import Images, images_of
+from draftplus.evaluation.instruments import Instruments, instruments_of
+from draftplus.evaluation.latents import latents_of
+from draftplus.evaluation.pictures import grid, picture_name, to_pil
+from draftplus.evaluation.scores import score_images
+from draftplus.evaluation.targets import Target, find_targets
+from draftplus.metrics.intervals import Estimate, mean_over_images, mean_over_pairs
+from draftplus.metrics.lpips import pairwise_lpips
+from draftplus.metrics.metric import Seen
+from draftplus.progress import Advance, progress
+from draftplus.runs.files import make_output, whole_directory, write_text
+from draftplus.runs.journal import finite
+
+GRID = 16  # pictures in a row of the grid, and rows
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of a target. scores: by reward, one (n,) per prompt. seen: one per prompt."""
+
+    scores: Mapping[str, list[Tensor]]
+    seen: list[Seen]
+    files: list[str]
+
+
+def compare(
+    names: Sequence[str], overrides: Sequence[str], output: Path, prompts: Sequence[str] | None = None,
+    images_per_prompt: int | None = None, seeds: Sequence[int] | None = None, rewards: Sequence[str] = (),
+    metrics: Sequence[str] = (), features: str | None = None, knobs: Knobs = TUNED,
+) -> dict[str, Any]:  # fmt: skip
+    """Makes and measures images of every target, writes eval.json and pictures to `output`, and returns eval.json.
+
+    What `api.evaluate` says of its arguments holds here.
+    """
+    targets = find_targets(names, overrides, knobs)
+    which = images_of(targets, prompts, images_per_prompt, seeds)
+    quiet_libraries()
+    make_output(output)
+    tools = instruments_of(targets, which, rewards, metrics, features)
+    rows: list[dict[str, Any]] = []
+    base: Measured | None = None
+    targets.sort(key=lambda target: target.adapter is not None)  # the base model first: others are measured against it
+    with progress("evaluating", len(targets) * len(which.jobs())) as advance:
+        for number, target in enumerate(targets):
+            measured = _measure(
+                target, which, tools, base, output, _shifted(advance, number * len(which.jobs()), target)
+            )
+            base = base or measured
+            rows.append(_row(target, which, tools, measured, base))
+    told = {
+        "draftplus": __version__,
+        "prompts": which.prompts,
+        "seeds": [job.seed for job in which.jobs()],
+        "model": [flatten(to_dict(targets[0].config))[key] for key in BASE_MODEL],
+        "sampler": asdict(targets[0].config.sampler),
+        "rewards": tools.described,
+        "features": (features or "emoji_clip") if tools.features is not None else None,
+        "targets": rows,
+    }
+    write_text(output / "eval.json", json.dumps(finite(told), ensure_ascii=False, allow_nan=False, indent=1))
+    return told
+
+
+def _shifted(advance: Advance, before: int, target: Target) -> Advance:
+    def show(done: int, _: str) -> None:
+        advance(before + done, target.label)
+
+    return show
+
+
+@torch.no_grad()
+def _measure(
+    target: Target, which: Images, tools: Instruments, base: Measured | None, output: Path, advance: Advance
+) -> Measured:
+    model = build_model(target.config.model, tools.device, trainable=False)
+    if target.adapter is not None:
+        model.load_adapter(target.adapter)
+    latents = latents_of(
+        model, which.jobs(), target.config.sampler, tools.batch_size, output / "latents" / target.hash[:16],
+        target.knobs, advance,
+    )  # fmt: skip
+    scores: dict[str, list[Tensor]] = {name: [] for name in tools.rewards}
+    seen, files, rows = [], [], []
+    n = which.per_prompt
+    with whole_directory(output / pictures_directory(target)) as building:
+        for number, (prompt, seeds) in enumerate(zip(which.prompts, which.seeds, strict=True)):
+            images = decoded(model, latents[number * n : (number + 1) * n], tools.batch_size)  # (n, 3, H, W)
+            if tools.rewards:
+                scored = score_images(tools.rewards, images, [prompt] * n, tools.device, tools.batch_size)
+                for name, values in scored.items():
+                    scores[name].append(values)
+            seen.append(_see(images, prompt, tools, base.seen[number] if base else None))
+            pictures = [to_pil(image) for image in images]
+            names = [picture_name(number, prompt, seed) for seed in seeds]
+            for name, picture in zip(names, pictures, strict=True):
+                picture.save(building / name)
+            files += names
+            if number < GRID:
+                rows.append(pictures[:GRID])
+        grid(rows).save(building / "grid.png")
+    return Measured(scores, seen, files)
+
+
+def _see(images: Tensor, prompt: str, tools: Instruments, base: Seen | None) -> Seen:
+    parts = list(chunks(len(images), tools.batch_size))
+    features = torch.cat([tools.features(images[rows]) for rows in parts]) if tools.features else None
+    styles = torch.cat([tools.styles(images[rows], prompt) for rows in parts]) if tools.styles else None
+    distances = pairwise_lpips(images.to(tools.device)).cpu() if "distances" in tools.needs else None
+    return Seen(distances, features, base.features if base else features, styles)
+
+
+def pictures_directory(target: Target) -> Path:
+    """Where a target's pictures go, below the output directory."""
+    return Path("pictures") / re.sub(r"[^\w.@=,-]+", "-", target.label)
+
+
+def _row(target: Target, which: Images, tools: Instruments, measured: Measured, base: Measured) -> dict[str, Any]:
+    """The target's part of eval.json."""
+    same = which.same_seeds
+    estimates = {f"reward/{name}": mean_over_images(scores, same) for name, scores in measured.scores.items()}
+    estimates |= {name: metric.estimate(measured.seen, same) for name, metric in tools.metrics.items()}
+    numbers = {name: _numbers(estimate) for name, estimate in estimates.items()}
+    if measured is not base:
+        for name, change in _changes(measured, base, same).items():
+            if name in numbers:
+                numbers[name]["change"] = _numbers(change)
+    jobs = which.jobs()
+    return {
+        "target": target.name,
+        "label": target.label,
+        "run": str(target.run) if target.run else None,
+        "step": target.step,
+        "lora_scale": target.knobs.lora_scale,
+        "anneal": target.knobs.anneal,
+        "hash": target.hash,
+        "model_hash": target.model_hash,
+        "adapter_hash": target.adapter_hash,
+        "metrics": numbers,
+        "per_prompt": {
+            name: dict(zip(which.prompts, estimate.per_prompt, strict=True))
+            for name, estimate in estimates.items()
+            if estimate.per_prompt is not None
+        },
+        "per_image": {
+            "prompt": [job.prompt for job in jobs],
+            "seed": [job.seed for job in jobs],
+            "file": measured.files,
+            **{f"reward/{name}": torch.cat(scores).tolist() for name, scores in measured.scores.items()},
+        },
+        "pictures": str(pictures_directory(target)),
+    }
+
+
+def _numbers(estimate: Estimate) -> dict[str, Any]:
+    return {
+        "mean": estimate.mean,
+        "standard_error": estimate.standard_error,
+        "interval": list(estimate.interval) if estimate.interval else None,
+        "images": estimate.images,
+    }
+
+
+def _changes(measured: Measured, base: Measured, same: bool) -> dict[str, Estimate]:
+    """What changed from the base model, with the errors of the paired differences: the images share their noise."""
+
+    def less(first: Sequence[Tensor], second: Sequence[Tensor]) -> list[Tensor]:
+        return [a.double() - b.double() for a, b in zip(first, second, strict=True)]
+
+    changes = {
+        f"reward/{name}": mean_over_images(less(scores, base.scores[name]), same)
+        for name, scores in measured.scores.items()
+    }
+    ours, theirs = ([one.distances for one in which.seen if one.distances is not None] for which in (measured, base))
+    if ours:
+        changes["lpips"] = mean_over_pairs(less(ours, theirs), same)
+    return changes

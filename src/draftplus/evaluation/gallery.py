@@ -1,0 +1,87 @@
+"""What `draftplus generate` does: images of one model, their scores, and files of both."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from draftplus.build import build_model, build_reward, quiet_libraries
+from draftplus.chunks import SAMPLING_BATCH
+from draftplus.config import RewardConfig
+from draftplus.distributed import pick_device
+from draftplus.errors import UserError
+from draftplus.evaluation.generate import TUNED, Job, Knobs, generate_images, jobs_of
+from draftplus.evaluation.pictures import save_pictures
+from draftplus.evaluation.scores import score_images
+from draftplus.progress import progress
+from draftplus.runs.files import make_output, write_text
+from draftplus.runs.weights import find_weights
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Images (n, 3, H, W) in [0, 1] of n jobs, and each reward's scores of them, (n,)."""
+
+    jobs: list[Job]
+    images: Tensor
+    scores: dict[str, Tensor]
+
+    def save(self, directory: Path) -> list[dict[str, Any]]:
+        """Writes the pictures, grid.png and images.jsonl to a directory. Returns the rows of the latter."""
+        prompts, seeds = [job.prompt for job in self.jobs], [job.seed for job in self.jobs]
+        paths = save_pictures(self.images, prompts, seeds, directory)
+        scores = {f"reward/{name}": values.tolist() for name, values in self.scores.items()}
+        rows = [
+            {"file": path.name, "prompt": job.prompt, "seed": job.seed, **{key: scores[key][i] for key in scores}}
+            for i, (path, job) in enumerate(zip(paths, self.jobs, strict=True))
+        ]
+        write_text(directory / "images.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        return rows
+
+
+def make_gallery(
+    target: str, prompts: Sequence[str], seeds: Sequence[int], overrides: Sequence[str] = (),
+    adapter: Path | None = None, knobs: Knobs = TUNED, rewards: Sequence[str] = (),
+) -> Gallery:  # fmt: skip
+    """Makes and scores the images of every prompt with every seed, a prompt's images next to one another.
+
+    target: a model, RUN, RUN@step or RUN@best. adapter: trained weights in place of the run's own. rewards: by name,
+    with the settings of the run where it has them.
+
+    Raises UserError for a user's mistake, before any image is made.
+    """
+    weights = find_weights(target, overrides)
+    config = weights.config
+    quiet_libraries()
+    device = pick_device(config.device)
+    known = {**config.reward, **config.eval.rewards}
+    scorers = {name: build_reward(name, known.get(name, RewardConfig()), device) for name in rewards}
+    model = build_model(config.model, device, trainable=False)
+    chosen = adapter if adapter is not None else weights.adapter
+    if chosen is None and knobs != TUNED:
+        raise UserError(f"'{target}' has no trained weights to scale or anneal; name a run or an adapter's directory")
+    if chosen is not None:
+        model.load_adapter(chosen)
+    knobs.weights(config.sampler.steps)
+    jobs = jobs_of(prompts, seeds)
+    size = config.train.sampling_batch_size or SAMPLING_BATCH
+    with progress("generating", len(jobs)) as advance:
+        images = generate_images(model, jobs, config.sampler, size, knobs=knobs, advance=advance)
+    return Gallery(jobs, images, score_images(scorers, images, [job.prompt for job in jobs], device))
+
+
+def write_gallery(
+    output: Path, target: str, prompts: Sequence[str], seeds: Sequence[int], overrides: Sequence[str] = (),
+    adapter: Path | None = None, knobs: Knobs = TUNED, rewards: Sequence[str] = (),
+) -> list[dict[str, Any]]:  # fmt: skip
+    """`make_gallery`, its files in `output`. Returns the rows of images.jsonl.
+
+    Raises UserError, before any image is made, where `output` cannot be written too.
+    """
+    make_output(output)
+    return make_gallery(target, prompts, seeds, overrides, adapter, knobs, rewards).save(output)

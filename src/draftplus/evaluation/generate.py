@@ -1,0 +1,148 @@
+"""Images from a model, with stock seeds, so that a picture can be repeated in a stock pipeline."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from draftplus import rng
+from draftplus.chunks import SAMPLING_BATCH, chunks
+from draftplus.config import SamplerConfig
+from draftplus.diffusion.annealing import anneal_weights, annealed
+from draftplus.diffusion.guidance import guided
+from draftplus.diffusion.sampler import Rollout, sample
+from draftplus.diffusion.schedule import make_schedule
+from draftplus.diffusion.solvers import make_solver
+from draftplus.errors import UserError
+from draftplus.progress import Advance
+from draftplus.types import Model
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image to make."""
+
+    prompt: str
+    seed: int
+
+
+def jobs_of(prompts: Sequence[str], seeds: Sequence[int]) -> list[Job]:
+    """Every prompt with every seed, a prompt's images next to one another."""
+    return [Job(prompt, seed) for prompt in prompts for seed in seeds]
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """What trades reward for diversity when images are made, without training.
+
+    lora_scale: the adapter's effect, 0 is the base model and 1 the tuned one. anneal: a schedule of annealed importance
+    guidance, such as `power:2`; None: the tuned model at every step.
+    """
+
+    lora_scale: float = 1.0
+    anneal: str | None = None
+
+    @property
+    def label(self) -> str:
+        """Such as `lora_scale=0.5`; empty where nothing is turned."""
+        scale = [] if self.lora_scale == 1 else [f"lora_scale={self.lora_scale:g}"]
+        return ", ".join([*scale, *([] if self.anneal is None else [f"anneal={self.anneal}"])])
+
+    def weights(self, steps: int) -> list[float]:
+        """The tuned model's share at each of the sampling steps.
+
+        Raises UserError for a schedule that is none, or a scale that is not finite.
+        """
+        if not math.isfinite(self.lora_scale):
+            raise UserError(f"lora_scale is {self.lora_scale}; it must be finite: 0 is the base model, 1 the tuned one")
+        share = anneal_weights(self.anneal, steps) if self.anneal is not None else [1.0] * steps
+        return share if self.lora_scale != 0 else [0.0] * steps
+
+
+TUNED = Knobs()
+
+
+def generate_images(
+    model: Model,
+    jobs: Sequence[Job],
+    sampler: SamplerConfig,
+    batch_size: int = SAMPLING_BATCH,
+    decode_batch_size: int | None = None,
+    knobs: Knobs = TUNED,
+    advance: Advance | None = None,
+) -> Tensor:
+    """The images of all jobs, (n, 3, H, W) in [0, 1] on the CPU.
+
+    batch_size, decode_batch_size: images per pass of the denoiser, and of the decoder (None: the same).
+
+    Raises UserError for knobs that are out of range or that these weights do not have.
+    """
+    images = []
+    for rows, latents in sampled_latents(model, jobs, sampler, batch_size, knobs):
+        images.append(decoded(model, latents, decode_batch_size or batch_size))
+        if advance:
+            advance(rows.stop, "")
+    return torch.cat(images)
+
+
+@torch.no_grad()
+def decoded(model: Model, latents: Tensor, batch_size: int) -> Tensor:
+    """The images (n, 3, H, W) float32 in [0, 1] of latents (n, c, h, w), on the CPU."""
+    parts = chunks(len(latents), batch_size)
+    return torch.cat([model.decode(latents[rows].to(model.device)).float().cpu() for rows in parts])
+
+
+@torch.no_grad()
+def sampled_latents(
+    model: Model, jobs: Sequence[Job], sampler: SamplerConfig, batch_size: int, knobs: Knobs = TUNED
+) -> Iterator[tuple[slice, Tensor]]:
+    """The final latents (b, c, h, w) of the jobs, batch by batch, with the rows that they belong to."""
+    schedule, name = make_schedule(model.scheduler_config, sampler.steps, sampler.solver, sampler.spacing)
+    solver = make_solver(name, sampler.eta)
+    shape = model.latent_shape(sampler.height, sampler.width)
+    weights = knobs.weights(len(schedule))
+    unconditional = model.encode([sampler.negative_prompt])
+    with _prepared(model, knobs, weights):
+        for rows in chunks(len(jobs), batch_size):
+            seeds = [job.seed for job in jobs[rows]]
+            conditioning = model.encode([job.prompt for job in jobs[rows]])
+            denoise = guided(model, conditioning, unconditional, sampler.guidance_scale)
+            if set(weights) not in ({0.0}, {1.0}):
+                denoise = annealed(denoise, model, schedule, weights)
+            noise = partial(_solver_noise, shape, seeds, model.device)
+            start = Rollout(rng.stock_noise(shape, seeds).to(model.device))
+            yield rows, sample(denoise, start, schedule, solver, noise=noise).latents
+
+
+@contextmanager
+def _prepared(model: Model, knobs: Knobs, weights: Sequence[float]) -> Iterator[None]:
+    """The model as these weights want it, by the same computation whatever asks for it.
+
+    All 0 is the base model with its adapters off, all 1 the tuned one with its adapters folded: bit for bit what is
+    made without any knob. What blends the two evaluates both, so the adapters stay unfolded then.
+    """
+    if knobs.lora_scale != 1:
+        model.set_lora_scale(knobs.lora_scale)
+    try:
+        with model.reference() if not any(weights) else model.folded() if set(weights) == {1.0} else nullcontext():
+            yield
+    finally:
+        if knobs.lora_scale != 1:
+            model.set_lora_scale(1.0)
+
+
+def _solver_noise(shape: tuple[int, int, int], seeds: Sequence[int], device: torch.device, index: int) -> Tensor:
+    # stock pipelines go on with each image's generator: noise of step i is its draw number i + 1
+    draws = []
+    for seed in seeds:
+        generator = torch.Generator("cpu").manual_seed(seed)
+        for _ in range(index + 2):
+            draw = torch.randn(1, *shape, generator=generator)
+        draws.append(draw)
+    return torch.cat(draws).to(device)

@@ -1,0 +1,172 @@
+"""Evaluation during training: held-out prompts with fixed seeds, scored by every reward, with their diversity."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from draftplus.chunks import SAMPLING_BATCH
+from draftplus.config import Config
+from draftplus.data.prompts import PromptSet, normalized, read_prompts
+from draftplus.distributed import World
+from draftplus.errors import UserError
+from draftplus.evaluation.generate import TUNED, Job, Knobs, generate_images
+from draftplus.evaluation.pictures import save_pictures
+from draftplus.evaluation.scores import Rewards, score_images
+from draftplus.metrics.lpips import lpips_per_prompt
+from draftplus.progress import Advance
+from draftplus.runs.directory import step_name
+from draftplus.runs.files import whole_directory, write_text
+from draftplus.types import Model
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """The prompts and the images to make of each. Image i of prompt p has seed p * images_per_prompt + i."""
+
+    prompts: list[str]
+    images_per_prompt: int
+
+    def jobs(self, rank: int = 0, size: int = 1) -> list[Job]:
+        """The jobs of one process: whole prompts, so that diversity is measured where the images are."""
+        n = self.images_per_prompt
+        return [
+            Job(prompt, number * n + i)
+            for number, prompt in enumerate(self.prompts)
+            if number % size == rank
+            for i in range(n)
+        ]
+
+
+def evaluation_set(config: Config, prompts: PromptSet) -> EvaluationSet:
+    """The prompts of `evaluation_prompts`, and `eval.images_per_prompt` images of each.
+
+    Raises UserError where there are no prompts to evaluate on, there is one image of each, or a variant has a schedule
+    of annealing that is none.
+    """
+    chosen = evaluation_prompts(config, prompts)
+    for variant in config.eval.variants:
+        try:
+            variant_knobs(variant).weights(config.sampler.steps)
+        except UserError as error:
+            raise UserError(f"eval.variants: {error}") from None
+    if config.eval.images_per_prompt < 2:
+        raise UserError("eval.images_per_prompt is 1; diversity is measured between at least 2 images of a prompt")
+    return EvaluationSet(chosen, config.eval.images_per_prompt)
+
+
+def same_images(row: Mapping[str, Any], which: EvaluationSet) -> bool:
+    """Whether a row of eval.jsonl is of these prompts and as many images, so that numbers compare."""
+    return list(row["lpips_per_prompt"]) == which.prompts and row["images"] == len(which.jobs())
+
+
+def variant_knobs(variant: Mapping[str, Any]) -> Knobs:
+    """The knobs of one of `eval.variants`."""
+    return Knobs(float(variant.get("lora_scale", 1.0)), variant.get("anneal"))
+
+
+def evaluation_prompts(config: Config, prompts: PromptSet) -> list[str]:
+    """The held-out part of the prompts, or those of `eval.prompts`, thinned evenly to `eval.max_prompts`.
+
+    Raises UserError where none are held out, or one of `eval.prompts` is trained on.
+    """
+    if config.eval.prompts is None:
+        chosen = prompts.held_out
+        if not chosen:
+            raise UserError(
+                f"data.prompts '{config.data.prompts}' has too few prompts to hold any out for evaluation; "
+                "name others in eval.prompts"
+            )
+    else:
+        chosen = list(dict.fromkeys(read_prompts(config.eval.prompts)))
+        trained = {normalized(prompt) for prompt in prompts.train}
+        for prompt in chosen:
+            if normalized(prompt) in trained:
+                raise UserError(
+                    f"eval.prompts '{config.eval.prompts}': '{prompt}' is also trained on; "
+                    "evaluation needs prompts that training never sees"
+                )
+    most = config.eval.max_prompts or len(chosen)
+    if len(chosen) > most:
+        chosen = [chosen[i * len(chosen) // most] for i in range(most)]
+    return chosen
+
+
+def evaluate(
+    model: Model, rewards: Rewards, which: EvaluationSet, config: Config, step: int, run: Path, world: World,
+    advance: Advance,
+) -> dict[str, Any]:  # fmt: skip
+    """Makes, scores and saves the evaluation images of a step. Returns the row of eval.jsonl, the same on all ranks.
+
+    The pictures go to `run`/samples/step-…; scores are computed on the images before they are rounded to 8 bits.
+    """
+    pictures = run / "samples" / step_name(step)
+    row = {"step": step, **measure(model, rewards, which, config, pictures, world, advance)}
+    if world.is_main:
+        write_text(run / "samples" / "prompts.json", json.dumps(which.prompts, ensure_ascii=False, indent=1))
+    return row
+
+
+@torch.no_grad()
+def measure(
+    model: Model, rewards: Rewards, which: EvaluationSet, config: Config, pictures: Path, world: World,
+    advance: Advance, knobs: Knobs = TUNED,
+) -> dict[str, Any]:  # fmt: skip
+    """Makes the images of the evaluation set and saves them to `pictures`. Returns what eval.jsonl says of them."""
+    began = time.perf_counter()
+    jobs = which.jobs(world.rank, world.size)
+    size, decode = config.train.sampling_batch_size or SAMPLING_BATCH, config.train.micro_batch_size
+    mine: list[_Result] = []
+    if jobs:
+        images = generate_images(model, jobs, config.sampler, size, decode, knobs, advance)
+        mine = _measure(images, jobs, rewards, model.device, decode)
+    results = sorted((result for part in world.gather(mine) for result in part), key=lambda result: result.seed)
+    if world.is_main:
+        _save(pictures, results)
+    per_image = {name: [result.scores[name] for result in results] for name in rewards}
+    means = {name: sum(scores) / len(scores) for name, scores in per_image.items()}
+    lpips = {result.prompt: result.lpips for result in results}
+    return {
+        "reward": sum(one.weight * means[name] for name, one in config.reward.items()),
+        **{f"reward/{name}": mean for name, mean in means.items()},
+        "lpips": sum(lpips.values()) / len(lpips),
+        "images": len(results),
+        "seconds": round(time.perf_counter() - began, 3),
+        "per_image": per_image,
+        "lpips_per_prompt": lpips,
+    }
+
+
+@dataclass(frozen=True)
+class _Result:
+    """One evaluated image: 8-bit pixels (3, H, W), its scores, and its prompt's mean pairwise LPIPS."""
+
+    prompt: str
+    seed: int
+    pixels: Tensor
+    scores: dict[str, float]
+    lpips: float
+
+
+def _measure(images: Tensor, jobs: list[Job], rewards: Rewards, device: torch.device, size: int) -> list[_Result]:
+    prompts = [job.prompt for job in jobs]
+    scores = {name: values.tolist() for name, values in score_images(rewards, images, prompts, device, size).items()}
+    lpips = lpips_per_prompt(images.to(device), prompts)
+    pixels = (images * 255).round().byte()
+    return [
+        _Result(job.prompt, job.seed, pixels[i].clone(), {name: scores[name][i] for name in rewards}, lpips[job.prompt])
+        for i, job in enumerate(jobs)
+    ]
+
+
+def _save(pictures: Path, results: list[_Result]) -> None:
+    images = torch.stack([result.pixels for result in results]).float() / 255
+    with whole_directory(pictures) as target:
+        save_pictures(images, [result.prompt for result in results], [result.seed for result in results], target)

@@ -1,0 +1,68 @@
+"""Which prompts and seeds `draftplus evaluate` makes images of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from draftplus.data.prompts import load_prompts
+from draftplus.errors import UserError
+from draftplus.evaluation.generate import Job
+from draftplus.evaluation.held_out import evaluation_prompts
+from draftplus.evaluation.targets import Target
+
+
+@dataclass(frozen=True)
+class Images:
+    """What is made with every target: the images of a prompt next to one another, as many of each."""
+
+    prompts: list[str]
+    seeds: list[list[int]]
+
+    @property
+    def per_prompt(self) -> int:
+        return len(self.seeds[0])
+
+    @property
+    def same_seeds(self) -> bool:
+        return len(self.seeds) > 1 and all(one == self.seeds[0] for one in self.seeds)
+
+    def jobs(self) -> list[Job]:
+        return [Job(p, seed) for p, seeds in zip(self.prompts, self.seeds, strict=True) for seed in seeds]
+
+
+def images_of(
+    targets: Sequence[Target], prompts: Sequence[str] | None, images_per_prompt: int | None, seeds: Sequence[int] | None
+) -> Images:
+    """The prompts and seeds: as asked, else those of the first run's evaluation during training."""
+    chosen = list(dict.fromkeys(prompts)) if prompts is not None else _held_out(targets)
+    if not chosen:
+        raise UserError("no prompt given; name a file that has some, or leave the prompts to the run")
+    if images_per_prompt is not None and images_per_prompt < 1:
+        raise UserError(f"--images-per-prompt is {images_per_prompt}; give at least 1")
+    if seeds is not None:
+        if images_per_prompt not in (None, len(seeds)):
+            raise UserError(f"--images-per-prompt is {images_per_prompt}, but --seeds names {len(seeds)}; give one")
+        if not seeds or len(set(seeds)) < len(seeds):
+            raise UserError("--seeds: give one or more seeds, each once")
+        return Images(chosen, [list(seeds)] * len(chosen))
+    n = images_per_prompt or first_run(targets).config.eval.images_per_prompt
+    return Images(chosen, [list(range(number * n, number * n + n)) for number in range(len(chosen))])
+
+
+def _held_out(targets: Sequence[Target]) -> list[str]:
+    first = first_run(targets)
+    chosen = evaluation_prompts(first.config, load_prompts(first.config.data.prompts))
+    for target in targets:
+        if target.run is not None:
+            others = evaluation_prompts(target.config, load_prompts(target.config.data.prompts))
+            if others != chosen:
+                raise UserError(
+                    f"'{first.name}' and '{target.name}' evaluate on different held-out prompts; name one set with "
+                    "--prompts"
+                )
+    return chosen
+
+
+def first_run(targets: Sequence[Target]) -> Target:
+    return next((target for target in targets if target.run is not None), targets[0])

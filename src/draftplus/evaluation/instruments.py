@@ -1,0 +1,100 @@
+"""What `draftplus evaluate` measures with: rewards, metrics, and the networks that metrics look through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from draftplus.build import METRICS, MODELS, build_features, build_metric, build_reward, build_styles, is_reward
+from draftplus.chunks import SAMPLING_BATCH
+from draftplus.config import RewardConfig
+from draftplus.distributed import pick_device
+from draftplus.errors import UserError
+from draftplus.evaluation.images import Images, first_run
+from draftplus.evaluation.scores import Rewards
+from draftplus.evaluation.targets import Target
+from draftplus.metrics.metric import Metric
+
+BATCHED = "dissimilarity"  # its scores depend on what they are made together with
+
+
+@dataclass(frozen=True)
+class Instruments:
+    """What measures images. features, styles: None where no metric asks for them. described: each
+    reward's settings, and whether it was trained on."""
+
+    rewards: Rewards
+    metrics: Mapping[str, Metric]
+    features: Callable[[Tensor], Tensor] | None
+    styles: Callable[[Tensor, str], Tensor] | None
+    described: Mapping[str, dict[str, Any]]
+    device: torch.device
+    batch_size: int
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset().union(*(metric.needs for metric in self.metrics.values()))
+
+
+def instruments_of(
+    targets: Sequence[Target], which: Images, rewards: Sequence[str], metrics: Sequence[str], features: str | None
+) -> Instruments:
+    """What `rewards`, `metrics` and `features` name, and without any name the first run's rewards and LPIPS.
+
+    Raises UserError for what is not known, or what these images cannot be measured by.
+    """
+    first = first_run(targets)
+    device = pick_device(first.config.device)
+    embedded = first.config.model.path in MODELS
+    known = _reward_configs([t for t in targets if t.run is not None or (embedded and t is first)])
+    known.pop(BATCHED, None)
+    for name in [*rewards, *metrics]:
+        if name == BATCHED:
+            raise UserError(f"'{name}' scores a training batch and not an image; measure diversity by --metric vendi")
+    for name in rewards:
+        if name in METRICS:
+            raise UserError(f"--reward {name}: that is a metric; say --metric {name}")
+    named = list(metrics) or ["lpips", *(["style_entropy", "style_divergence"] if embedded else [])]
+    scorers = dict.fromkeys([*known, *rewards, *(name for name in named if name not in METRICS and is_reward(name))])
+    chosen = {name: build_metric(name) for name in dict.fromkeys(named) if name not in scorers}
+    for name, metric in chosen.items():
+        if which.per_prompt < metric.least:
+            raise UserError(
+                f"metric '{name}' needs at least {metric.least} images of each prompt, got {which.per_prompt}: give "
+                "more images per prompt, or name other metrics"
+            )
+    needs = frozenset().union(*(metric.needs for metric in chosen.values()))
+    if features is not None and "features" not in needs:
+        raise UserError(f"--features {features}: no metric here looks at features; add one, such as --metric vendi")
+    return Instruments(
+        {name: build_reward(name, known.get(name, RewardConfig()), device) for name in scorers},
+        chosen,
+        build_features(features, device) if "features" in needs else None,
+        build_styles(device) if "styles" in needs else None,
+        {
+            name: {**asdict(known.get(name, RewardConfig())), "trained": any(name in t.config.reward for t in targets)}
+            for name in scorers
+        },
+        device,
+        first.config.train.sampling_batch_size or SAMPLING_BATCH,
+    )
+
+
+def _reward_configs(targets: Sequence[Target]) -> dict[str, RewardConfig]:
+    """What the targets train and hold out, by name; their weights do not matter here."""
+    known: dict[str, tuple[Target, RewardConfig]] = {}
+    for target in targets:
+        for name, config in {**target.config.reward, **target.config.eval.rewards}.items():
+            scoring = {key: value for key, value in config.args.items() if key != "dropout"}  # which acts on gradients
+            config = replace(config, args=scoring)
+            first, other = known.setdefault(name, (target, config))
+            if (config.path, config.args) != (other.path, other.args):
+                raise UserError(
+                    f"'{first.name}' and '{target.name}' have different settings of reward '{name}', so its scores "
+                    "do not compare; evaluate each by itself"
+                )
+    return {name: config for name, (_, config) in known.items()}

@@ -1,0 +1,189 @@
+"""What `evaluate` compares: models, runs and their steps, told apart by hashes of their files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+from draftplus import __version__
+from draftplus.build import model_path
+from draftplus.config import Config, ModelConfig, load_config
+from draftplus.errors import UserError
+from draftplus.evaluation.generate import TUNED, Knobs
+from draftplus.models.lora import LORA_FILE
+from draftplus.runs.directory import is_run
+from draftplus.runs.weights import find_weights
+
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Target:
+    """Something to make images with, as the user named it.
+
+    run, step: where it is from; None for a model, and for a step that is not known. adapter: its trained weights, None:
+    the base model. model_hash, adapter_hash: of the files.
+    """
+
+    name: str
+    label: str
+    config: Config
+    run: Path | None
+    step: int | None
+    adapter: Path | None
+    knobs: Knobs
+    model_hash: str
+    adapter_hash: str | None
+
+    @property
+    def hash(self) -> str:
+        """Of everything that decides its images of a prompt and a seed, but for the last bits that a device decides."""
+        told = {
+            "model": self.model_hash, "dtype": self.config.model.dtype, "adapter": self.adapter_hash,
+            "sampler": asdict(self.config.sampler), **asdict(self.knobs), "version": __version__,
+        }  # fmt: skip
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def find_targets(names: Sequence[str], overrides: Sequence[str], knobs: Knobs) -> list[Target]:
+    """The targets by name, in order and each once, after the base model where that is none of them.
+
+    overrides: `key=value`, over every run's own configuration. The knobs act on what has trained weights. A model or an
+    adapter by itself has no settings, and is sampled as the first run is.
+
+    Raises UserError for targets that do not exist, cannot be compared (other base models, other sampler settings), or
+    have nothing that a knob could act on.
+    """
+    distinct = list(dict.fromkeys(names))
+    if not distinct:
+        raise UserError("no target given; name a model or a run, such as runs/demo")
+    runs = [name for name in distinct if _run_of(name) is not None]
+    leaders = [_inside_run(name) for name in runs] or [name for name in distinct if not _is_adapter(Path(name))]
+    settings = find_weights(leaders[0], overrides).config if leaders else None
+    targets = [_find(name, overrides, knobs, settings) for name in distinct]
+    first = next((target for target in targets if target.name in runs), targets[0])
+    if knobs != TUNED and all(target.adapter is None for target in targets):
+        raise UserError(f"'{targets[0].name}' has no trained weights to scale or anneal; give a run")
+    knobs.weights(first.config.sampler.steps)
+    for target in targets:
+        _refuse_other(target, first)
+    if all(target.adapter is not None for target in targets):
+        model = first.config.model.path
+        targets.insert(0, Target(model, BASE, first.config, None, None, None, TUNED, first.model_hash, None))
+    labels = [target.label for target in targets]  # pictures are filed by label, so no two may be the same
+    return [replace(t, label=t.name) if labels.count(t.label) > 1 else t for t in targets]
+
+
+def _find(name: str, overrides: Sequence[str], knobs: Knobs, settings: Config | None) -> Target:
+    run, path = _run_of(name), Path(name)
+    if run is None and not _is_adapter(path):
+        weights = find_weights(name, overrides)  # its own model, sampled as the others are
+        config = weights.config
+        if settings is not None:
+            config = replace(settings, model=replace(config.model, dtype=settings.model.dtype))
+        return Target(name, weights.label, config, None, None, None, TUNED, model_hash(config.model), None)
+    if _is_adapter(path):
+        config = settings or find_weights(load_config(None, list(overrides)).model.path, overrides).config
+        adapter, label = path, path.resolve().name if run is None else f"{run.name}/{path.name}"
+    else:
+        weights = find_weights(name, overrides)
+        assert weights.adapter is not None
+        config, adapter, label = weights.config, weights.adapter, weights.label
+    if run is not None:
+        config = find_weights(_inside_run(name), overrides).config
+    if run is not None and config.model.lora is None and knobs.lora_scale != 1:
+        raise UserError(
+            f"'{name}' is a fully tuned denoiser, which has no lora_scale; blend it by anneal, such as linear"
+        )
+    step = adapter.name.removeprefix("step-") if run is not None else ""
+    return Target(
+        name, f"{label} {knobs.label}".strip(), config, run, int(step) if step.isdigit() else None, adapter, knobs,
+        model_hash(config.model), files_hash(adapter),
+    )  # fmt: skip
+
+
+def _run_of(name: str) -> Path | None:
+    """The run that a target is, or is a step or an adapter directory of."""
+    if is_run(name.partition("@")[0]):
+        return Path(name.partition("@")[0])
+    path = Path(name)
+    return next((up for up in (path.parent, path.parent.parent) if _is_adapter(path) and is_run(up)), None)
+
+
+def _inside_run(name: str) -> str:
+    return str(_run_of(name)) if _is_adapter(Path(name)) else name
+
+
+def _is_adapter(path: Path) -> bool:
+    """Whether a path is what `save_adapter` writes: the directory of a LoRA file, or of a denoiser."""
+    denoiser = (path / "config.json").is_file() and any(path.glob("*.safetensors"))
+    return (path / LORA_FILE).is_file() or (denoiser and not (path / "model_index.json").is_file())
+
+
+def _refuse_other(target: Target, first: Target) -> None:
+    if target.model_hash != first.model_hash or target.config.model.dtype != first.config.model.dtype:
+        both = [f"{one.config.model.path} in {one.config.model.dtype}" for one in (first, target)]
+        raise UserError(
+            f"'{first.name}' and '{target.name}' have different base models ({' and '.join(both)}), whose numbers do "
+            "not compare; evaluate each by itself"
+        )
+    mine, theirs = asdict(target.config.sampler), asdict(first.config.sampler)
+    for key in mine:
+        if mine[key] != theirs[key]:
+            raise UserError(
+                f"'{first.name}' samples with sampler.{key}={theirs[key]}, '{target.name}' with {mine[key]}; "
+                f"name one for all, such as sampler.{key}={theirs[key]}"
+            )
+
+
+@lru_cache(maxsize=64)
+def _file_hash(path: Path, size: int, changed: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files_hash(path: Path) -> str:
+    """The SHA-256 of a file, or of a directory's files with their names."""
+    if not path.is_dir():
+        state = path.stat()
+        return _file_hash(path, state.st_size, state.st_mtime_ns)
+    whole = hashlib.sha256()
+    for file in sorted(_visible_files(path, frozenset())):
+        state = file.stat()
+        whole.update(f"{file.relative_to(path)} {_file_hash(file, state.st_size, state.st_mtime_ns)}\n".encode())
+    return whole.hexdigest()
+
+
+def _visible_files(directory: Path, above: frozenset[Path]) -> Iterator[Path]:
+    """The files below, through links too; a link to a directory that it lies in is not followed."""
+    above |= {directory.resolve()}
+    for path in directory.iterdir():
+        if path.is_dir() and not path.name.startswith(".") and path.resolve() not in above:
+            yield from _visible_files(path, above)
+        elif path.is_file() and not path.name.startswith("."):
+            yield path
+
+
+def model_hash(config: ModelConfig) -> str:
+    """The SHA-256 of a base model's files; of a hub model its id and the commit that is in the cache.
+
+    Raises UserError for a model that is missing.
+    """
+    parts = [_source_hash(model_path(config), config.revision)]
+    parts += [_source_hash(str(Path(p).expanduser()), None) if p else "" for p in (config.unet, config.vae)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _source_hash(path: str, revision: str | None) -> str:
+    local = Path(path).expanduser()
+    if local.exists():
+        return files_hash(local)
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(path, "model_index.json", revision=revision)
+    commit = Path(found).parent.name if isinstance(found, str) else revision or "main"
+    return f"{path}@{commit}"

@@ -1,0 +1,65 @@
+"""Run directories: where a run lies, whether it may be continued, and which of its weights somebody means."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from draftplus.config import Config, to_yaml
+from draftplus.errors import UserError
+from draftplus.runs import journal
+from draftplus.runs.files import write_text
+
+
+def is_run(target: str | Path) -> bool:
+    """Whether a path is a run directory."""
+    return (Path(target) / "config.yaml").is_file()
+
+
+def step_name(step: int) -> str:
+    """The directory name of a step."""
+    return f"step-{step:06d}"
+
+
+def saved_steps(directory: Path) -> list[int]:
+    """The steps that are saved below a directory, ascending."""
+    return sorted(int(p.name[5:]) for p in directory.glob("step-*") if p.name[5:].isdigit())
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Makes the run directory and holds it against a second process.
+
+    Raises UserError where it cannot be written, or another process trains in it.
+    """
+    lock = FileLock(run / ".lock", timeout=0)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"{run}: another process is training in it; wait for it, or give another name=") from None
+    except OSError as error:
+        raise UserError(f"{run}: the run directory cannot be written: {error.strerror}; set output_dir=") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def write_config(run: Path, config: Config) -> None:
+    """Writes config.yaml, which makes a directory a run; only once it is known that the run can start."""
+    write_text(run / "config.yaml", to_yaml(config))
+
+
+def forget_after(run: Path, step: int) -> None:
+    """Removes what a run wrote past the step that it is restored to; -1: everything, for a run that starts anew."""
+    for name in ("metrics.jsonl", "eval.jsonl"):
+        journal.drop_rows_after(run / name, step)
+    for parent in (run / "samples", run / "adapters"):
+        for late in saved_steps(parent):
+            if late > step:
+                shutil.rmtree(parent / step_name(late))

@@ -1,0 +1,44 @@
+"""Which run a command means, and whether it may be continued with these settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from draftplus.config import Config, load_config, run_name, shaping_keys
+from draftplus.errors import UserError
+from draftplus.runs.directory import is_run, saved_steps
+
+
+def plan_run(target: Config | str | Path | None, overrides: Sequence[str]) -> tuple[Config, Path]:
+    """The configuration and directory of a run. target: a configuration, a recipe, or a run directory to continue.
+
+    Raises UserError where the configuration is wrong, or a run would be continued with a changed key.
+    """
+    if isinstance(target, Config):
+        config = load_config(None, overrides, base=target)
+        config.name = run_name(config, "run")
+        run = Path(config.output_dir) / config.name
+    elif target is not None and is_run(target):
+        run = Path(target) if Path(target).name else Path(target).resolve()  # "." has no name
+        config = load_config(run / "config.yaml", overrides)
+        config.output_dir, config.name = str(run.parent), run.name
+    else:
+        config = load_config(target or "emoji", overrides)
+        config.name = run_name(config, Path(target or "emoji").stem)
+        run = Path(config.output_dir) / config.name
+    if is_run(run) and saved_steps(run / "checkpoints"):  # without one there is nothing to continue
+        _refuse_changes(load_config(run / "config.yaml"), config, run)
+    elif (run / "adapter").is_dir():  # a run that was killed before its first checkpoint has none, and starts anew
+        raise UserError(f"{run} holds a result but no checkpoint to continue from; give another name=, or remove it")
+    return config, run
+
+
+def _refuse_changes(before: Config, now: Config, run: Path) -> None:
+    old, new = shaping_keys(before), shaping_keys(now)
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            raise UserError(
+                f"{run} was made with {key}={old.get(key)}, now it is {new.get(key)}: a run continues only with the "
+                f"keys that shaped it. Give it another name=, or {key}={old.get(key)}"
+            )

@@ -1,0 +1,80 @@
+"""Which model and which of a run's trained weights `MODEL`, `RUN`, `RUN@step` and `RUN@best` mean."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from draftplus.build import MODELS
+from draftplus.config import Config, load_config, nearest
+from draftplus.errors import UserError
+from draftplus.runs.directory import is_run, saved_steps, step_name
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model to sample: its configuration, and the directory of trained weights, None for the base model."""
+
+    config: Config
+    adapter: Path | None
+    label: str
+
+
+def find_weights(target: str, overrides: Sequence[str] = ()) -> Weights:
+    """What `MODEL`, `RUN`, `RUN@step` or `RUN@best` means.
+
+    Raises UserError for a step that was not saved.
+    """
+    path, _, at = target.partition("@")
+    if not is_run(path):
+        if at:
+            raise UserError(f"'{target}': {path} is not a run directory, so it has no '{at}'")
+        _refuse_missing(target)
+        config = load_config(None, [f"model.path={json.dumps(target)}", *overrides])
+        if config.model.path != target:
+            raise UserError(f"'{target}' is named and model.path={config.model.path} is set too; name the one you mean")
+        if target == "emoji":  # it has its own guidance
+            config = load_config("emoji", list(overrides))
+        return Weights(config, None, target)
+    run = Path(path) if Path(path).name not in ("", "..") else Path(path).resolve()  # "." has no name
+    config = load_config(run / "config.yaml", overrides)
+    steps = saved_steps(run / "adapters")
+    if not at:
+        adapter = run / "adapter"
+        if not adapter.is_dir():
+            if not steps:
+                raise UserError(f"{run} has no trained weights yet; run: draftplus train {run}")
+            adapter = run / "adapters" / step_name(steps[-1])
+        return Weights(config, adapter, run.name)
+    step = _best(run) if at == "best" else int(at) if at.isdecimal() else None
+    if step is None:
+        raise UserError(f"'{target}': after @ comes a step or best")
+    if step not in steps:
+        raise UserError(f"{run} has no adapter of step {step}; it has {', '.join(map(str, steps)) or 'none yet'}")
+    return Weights(config, run / "adapters" / step_name(step), f"{run.name}@{step}")
+
+
+def _refuse_missing(target: str) -> None:
+    """UserError for what is neither here nor could be a hub id, which is OWNER/NAME."""
+    path = Path(target).expanduser()
+    owner, slash, _ = target.partition("/")
+    local = owner in (".", "~", "", "runs", "sweeps") or Path(owner).is_dir()
+    hub = slash and target.count("/") == 1 and not local
+    if target in MODELS or path.exists() or hub:
+        return
+    beside = [str(path.parent / one.name) for one in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = nearest(target, [*beside, *MODELS])
+    raise UserError(f"'{target}': no such run, model or adapter{f'; {near}' if near else ''}")
+
+
+def _best(run: Path) -> int:
+    try:
+        return int(json.loads((run / "best.json").read_text(encoding="utf-8"))["step"])
+    except (OSError, ValueError, KeyError):
+        floor = load_config(run / "config.yaml").stop.diversity_floor
+        why = "it is written at the first evaluation after a step"
+        if floor is not None:
+            why += f" whose LPIPS is at least stop.diversity_floor={floor:g} times the base model's"
+        raise UserError(f"{run} has no best.json; {why}") from None

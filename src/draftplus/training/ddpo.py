@@ -1,0 +1,176 @@
+"""One step of DDPO: rollouts, their rewards, then a few updates of the weights by the clipped policy gradient.
+
+Memory grows neither with the number of denoising steps nor with the batch, but for what is remembered of a trajectory:
+its latents, which are small (64 images of 10 steps of 8 x 16 x 16: 6 MB; of 50 steps of 4 x 64 x 64: 214 MB), on the
+device. Images are scored and dropped, and each step of each micro-batch has its own backward pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from draftplus import rng
+from draftplus.chunks import chunks
+from draftplus.data.batches import Batch
+from draftplus.diffusion.objectives import Problem
+from draftplus.diffusion.policy import StepLoss, Trajectory, normalized_advantages, rollout, step_loss
+from draftplus.training.checkpoint import State, whole_or_not
+from draftplus.training.step import Abandonable, Metrics, Setup, addressed_noise, saturated, unscale
+from draftplus.training.update import skip, update
+from draftplus.types import Conditioning
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One image of the batch, wherever it was made: its place, prompt, weighted reward, and numbers to be logged."""
+
+    index: int
+    prompt: str
+    reward: float
+    numbers: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What this process's images of a step were, in the order of the updates; and the scores of all processes'."""
+
+    conditioning: Conditioning
+    trajectory: Trajectory
+    places: list[int]  # of this process's images among all
+    everyone: list[Scored]  # by their place in the batch
+
+    def means(self) -> dict[str, float]:
+        """Over the whole batch."""
+        names = self.everyone[0].numbers
+        return {name: _mean([image.numbers[name] for image in self.everyone]) for name in names}
+
+
+def ddpo_step(setup: Setup, state: State, abandonable: Abandonable) -> dict[str, float]:
+    """One batch of rollouts, and `inner_epochs` x `updates` updates on it. Returns means by name.
+
+    Those of the updates (loss, kl, grad_norm, ddpo/…) are means over the updates too.
+    """
+    settings = setup.config.objective.ddpo
+    with abandonable():
+        made = experience(setup, state.step)
+        advantages, history = normalized_advantages(
+            [image.reward for image in made.everyone],
+            [image.prompt for image in made.everyone],
+            state.history,
+            settings,
+        )
+    scores = made.means()
+    if not advantages.isfinite().all():
+        skip(state, scores, math.nan)
+        return {"loss": math.nan, "kl": math.nan, "grad_norm": math.nan, **scores}
+    mine = advantages[made.places]
+    size = len(mine) // settings.updates
+    parts = [rows for _ in range(settings.inner_epochs) for rows in chunks(len(mine), size)]
+    done: list[dict[str, float]] = []
+    with whole_or_not(state) if len(parts) > 1 else nullcontext():
+        for rows in parts:
+            with abandonable():
+                means = setup.reduce(
+                    accumulate(
+                        setup.problem, made.trajectory.rows(rows), made.conditioning.rows(rows), mine[rows],
+                        size * setup.here.size, setup.micro, setup.loss_scale,
+                    )
+                )  # fmt: skip
+            means["grad_norm"] = update(state, setup.config.optim, {**scores, **means})
+            done.append(means)
+    state.history = history
+    return {
+        **{name: _mean([means[name] for means in done]) for name in done[0]},
+        **scores,
+        "ddpo/advantage_mean": float(advantages.mean()),
+        "ddpo/advantage_std": float(advantages.std(correction=0)),
+        "ddpo/advantage_clipped": float((advantages.abs() >= settings.adv_clip).double().mean()),
+    }
+
+
+@torch.no_grad()
+def experience(setup: Setup, step: int) -> Experience:
+    """Rolls out and scores this process's share of a step."""
+    problem, sizes = setup.problem, setup.config.train
+    given = setup.share(step)
+    order = interleaved(len(given), setup.config.objective.ddpo.updates)
+    share = Batch([given.prompts[row] for row in order], [given.indices[row] for row in order])
+    conditioning = problem.model.encode(share.prompts)
+    parts, images = [], []
+    # in the training's own micro-batches, unless told otherwise: what is computed alike is equal to the last bit
+    for rows in chunks(len(share), sizes.sampling_batch_size or setup.micro):
+        noise = addressed_noise(setup.shape, setup.config.seed, step, share.indices[rows], problem.model.device)
+        parts.append(rollout(problem, conditioning.rows(rows), noise))
+    trajectory = Trajectory.concatenate(parts)
+    latents = torch.empty_like(trajectory.latents[:, -1])
+    latents[order] = trajectory.latents[:, -1]  # as they were given, for rewards that compare neighbours
+    for rows in chunks(len(given), sizes.micro_batch_size):
+        with rng.samples(setup.config.seed, step, given.indices[rows]):  # for rewards that draw noise
+            images += _score(problem, latents[rows], given.prompts[rows], given.indices[rows])
+    everyone = sorted((image for part in setup.here.gather(images) for image in part), key=lambda image: image.index)
+    return Experience(conditioning, trajectory, share.indices, everyone)
+
+
+def interleaved(length: int, updates: int) -> list[int]:
+    """The rows of a share in the order of its updates: every `updates`-th image, so that the ranks do not matter."""
+    return [row for first in range(updates) for row in range(first, length, updates)]
+
+
+def _score(problem: Problem, latents: Tensor, prompts: Sequence[str], indices: Sequence[int]) -> list[Scored]:
+    pictures = problem.model.decode(latents)  # (b, 3, H, W) in [0, 1]
+    scores = problem.scorer(pictures, prompts)
+    columns = {
+        "reward": scores.total.tolist(),
+        **{f"reward/{name}": part.tolist() for name, part in scores.parts.items()},
+        "clipped_fraction": saturated(pictures).tolist(),
+    }
+    return [
+        Scored(index, prompt, columns["reward"][row], {name: column[row] for name, column in columns.items()})
+        for row, (index, prompt) in enumerate(zip(indices, prompts, strict=True))
+    ]
+
+
+def accumulate(
+    problem: Problem, trajectory: Trajectory, conditioning: Conditioning, advantages: Tensor, total: int, micro: int,
+    loss_scale: float = 1.0,
+) -> Metrics:  # fmt: skip
+    """Adds the gradient of this process's share of an update to the trained parameters, step by step.
+
+    trajectory, conditioning, advantages: of the share. total: images of the update over all processes, which the loss
+    is a mean over, as it is over the steps with variance. Returns this share's part of the update's means.
+    """
+    metrics: Metrics | None = None
+    steps = trajectory.log_probs.shape[1]
+    advantages = advantages.to(trajectory.log_probs)
+    for rows in chunks(len(advantages), micro):
+        share = (rows.stop - rows.start) / (total * steps)
+        for place in range(steps):
+            part = step_loss(problem, trajectory.rows(rows), place, conditioning.rows(rows), advantages[rows])
+            (part.value * (share * loss_scale)).backward()
+            new = _metrics(part, problem.objective.ddpo.clip) * share
+            metrics = new if metrics is None else metrics + new
+    assert metrics is not None
+    unscale(problem, loss_scale)
+    return metrics
+
+
+def _metrics(part: StepLoss, clip: float) -> Metrics:
+    return Metrics.of(
+        {
+            "loss": part.value.detach(),
+            "kl": part.kl,
+            "ddpo/ratio": part.ratios.mean(),
+            "ddpo/approx_kl": part.ratios.log().square().mean() / 2,
+            "ddpo/ratio_clipped": ((part.ratios - 1).abs() > clip).to(part.ratios).mean(),
+        }
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,47 @@
+"""One update of the weights from the gradients that are there; one that is not finite is skipped and counted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from draftplus.config.schema import OptimConfig
+from draftplus.errors import UserError
+from draftplus.training.checkpoint import State
+from draftplus.training.optim import gradient_norm, learning_rate
+
+MOST_SKIPPED_IN_A_ROW = 10
+
+
+def update(state: State, config: OptimConfig, means: Mapping[str, float]) -> float:
+    """Moves the weights, and their average where there is one, and empties the gradients. Returns the gradient's norm.
+
+    means: the numbers of this update, `loss` among them. Raises UserError for numbers that are not finite at the first
+    step, or ten times in a row.
+    """
+    norm = gradient_norm(state.parameters, config.grad_clip)
+    if math.isfinite(norm) and math.isfinite(means["loss"]):
+        for group in state.optimizer.param_groups:
+            group["lr"] = learning_rate(config, state.step)
+        state.optimizer.step()
+        if state.ema is not None:
+            state.ema.update(state.parameters)
+        state.skipped_in_a_row = 0
+    else:
+        skip(state, means, norm)
+    state.optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def skip(state: State, means: Mapping[str, float], norm: float) -> None:
+    """Counts an update that is not made. Raises as `update` does."""
+    state.skipped += 1
+    state.skipped_in_a_row += 1
+    if state.step > 0 and state.skipped_in_a_row < MOST_SKIPPED_IN_A_ROW:
+        return
+    bad = [name for name, value in {**means, "grad_norm": norm}.items() if not math.isfinite(value)]
+    rewards = [name for name in bad if name.startswith("reward/")]
+    when = "at the first step" if state.step == 0 else f"in {MOST_SKIPPED_IN_A_ROW} updates in a row"
+    what = f"reward '{rewards[0].removeprefix('reward/')}' is" if rewards else f"{', '.join(bad)} is"
+    mend = "look at what it returns for images in [0, 1]" if rewards else "lower optim.lr, or use model.dtype=float32"
+    raise UserError(f"{what} not finite {when} (step {state.step + 1}); {mend}. Nothing of this step was kept")

@@ -1,3 +1,0 @@
-from tests.engine.support import settings, small
-
-__all__ = ["settings", "small"]

@@ -1,0 +1,107 @@
+"""Optimizer steps of the tiny model in float64, for comparisons between ways to cut the batch."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from draftplus.config import Config, ObjectiveConfig
+from draftplus.config.schema import AlignpropConfig, DdpoConfig, OptimConfig, ReflConfig, TrainConfig
+from draftplus.diffusion.objectives import plan
+from draftplus.distributed import World, world
+from draftplus.models.stable_diffusion import StableDiffusion
+from draftplus.training.step import Setup
+from draftplus.training.train import initial_state, step_of
+from draftplus.types import Scores
+from tests.tiny import CPU, SHAPE, TinyScorer, problem, randomize, tiny_model
+
+BATCH = 4
+ANIMALS = ["a cat", "a dog", "a bee", "a fox", "a pig", "a cow", "a hen"]
+OBJECTIVES = {
+    "draft": ObjectiveConfig("draft", 2, kl_coeff=0.5),
+    "draft_lv": ObjectiveConfig("draft_lv", 1, kl_coeff=0.5),
+    "refl": ObjectiveConfig("refl", 1, refl=ReflConfig(hinge=-2.0)),
+    "alignprop": ObjectiveConfig("alignprop", 1, alignprop=AlignpropConfig(1, None)),
+    "drtune": ObjectiveConfig("drtune", 2, kl_coeff=0.5, kl_space="x0"),
+    "noisy": ObjectiveConfig("draft", 2),
+    "multistep": ObjectiveConfig("draft", 2),
+    "ddpo": ObjectiveConfig("ddpo", "all", ddpo=DdpoConfig(history=3, min_history=2)),
+    "ddpo-updates": ObjectiveConfig(
+        "ddpo", "all", kl_coeff=0.5, ddpo=DdpoConfig(inner_epochs=2, updates=2, clip=1e-3, history=None)
+    ),
+}
+SAMPLERS: dict[str, dict[str, Any]] = {
+    "noisy": {"eta": 1.0}, "multistep": {"solver": "dpmpp_2m"}, "ddpo": {"eta": 1.0}, "ddpo-updates": {"eta": 0.7},
+}  # fmt: skip
+
+
+@dataclass
+class Updates:
+    """What some steps did.
+
+    update: of all weights, one vector. metrics: by step and name. scores: of each image. scored: each pass's prompts.
+    """
+
+    update: Tensor
+    metrics: dict[str, float]
+    windows: list[tuple[int, ...]]
+    prompts: list[list[str]]
+    scores: list[Tensor] = field(default_factory=list)
+    scored: list[list[str]] = field(default_factory=list)
+
+
+def take_steps(
+    model: StableDiffusion, objective: ObjectiveConfig, micro: int, sampling: int | None, steps: int = 2, seed: int = 0,
+    here: World | None = None,
+) -> Updates:  # fmt: skip
+    """Steps of AdamW from the model's weights, which are restored afterwards."""
+    here = here or World(0, 1, CPU)
+    name = next((name for name, known in OBJECTIVES.items() if known is objective), "")
+    made = problem(model, objective, steps=4, **SAMPLERS.get(name, {}))
+    scores: list[Tensor] = []
+    scored: list[list[str]] = []
+
+    def recording(images: Tensor, prompts: list[str]) -> Scores:
+        given = TinyScorer()(images, prompts)
+        scores.extend(given.total.detach())
+        scored.append(list(prompts))
+        return given
+
+    recording.differentiable = True  # type: ignore[attr-defined]
+    made = replace(made, scorer=recording)  # type: ignore[arg-type]
+    parameters = model.trainable()
+    before = {key: parameter.detach().clone() for key, parameter in parameters.items()}
+    config = Config(
+        seed=seed, objective=objective, optim=OptimConfig(lr=0.01, grad_clip=0.1),
+        train=TrainConfig(global_batch_size=BATCH, sampling_batch_size=sampling),
+    )  # fmt: skip
+    setup, state = Setup(config, made, ANIMALS, SHAPE, micro, here), initial_state(config, model)
+    result = Updates(torch.empty(0), {}, [], [], scores, scored)
+    for step in range(steps):
+        means = step_of(config)(setup, state, nullcontext)
+        state.step += 1
+        result.metrics.update({f"step {step} {key}": value for key, value in means.items()})
+        result.windows.append(plan(objective, 4, seed, step).steps)
+        result.prompts.append(setup.share(step).prompts)
+    result.update = torch.cat([(p.detach() - before[key]).flatten() for key, p in parameters.items()])
+    with torch.no_grad():
+        for key, parameter in parameters.items():
+            parameter.copy_(before[key])
+    return result
+
+
+def take_steps_on_a_rank(path: str, steps: int) -> None:
+    """All methods on this rank; what came out is saved in the working directory."""
+    model = tiny_model(Path(path))
+    randomize(model)
+    with world("cpu") as here:
+        made = {
+            name: take_steps(model, objective, 1, None, steps=steps, here=here)
+            for name, objective in OBJECTIVES.items()
+        }
+    torch.save({name: vars(updates) for name, updates in made.items()}, "updates.pt")
