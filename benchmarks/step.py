@@ -44,8 +44,9 @@ class Setup:
         from draftplus.config import load_config
         from draftplus.data.prompts import load_prompts
         from draftplus.distributed import World, pick_device
+        from draftplus.training.placement import Replicated
+        from draftplus.training.state import initial_state
         from draftplus.training.step import Setup
-        from draftplus.training.train import initial_state
 
         self.config = load_config("emoji", [*SETTINGS, *overrides])
         self.here = World(0, 1, pick_device("cpu"))
@@ -56,8 +57,9 @@ class Setup:
         self.shape = self.model.latent_shape()
         self.prompts = load_prompts(self.config.data.prompts).train
         micro = self.config.train.micro_batch_size
-        self.setup = Setup(self.config, self.problem, self.prompts, self.shape, micro, self.here)
-        self.state = initial_state(self.config, self.model)
+        placement = Replicated(self.here)
+        self.setup = Setup(self.config, self.problem, self.prompts, self.shape, micro, self.here, placement)
+        self.state = initial_state(self.model.tuned.trainable(), self.config.optim)
 
     def step(self) -> None:
         """As the loop of training does it, but for writing the row."""
@@ -74,17 +76,16 @@ class Setup:
 
         from draftplus.diffusion.objectives import loss, plan
         from draftplus.diffusion.sampler import Rollout
-        from draftplus.training.step import addressed_noise
 
         problem = replace(self.problem, objective=replace(self.config.objective, kl_coeff=kl_coeff))
         n = self.config.train.micro_batch_size
-        window = plan(problem.objective, len(problem.schedule), 0, 0)
-        noise = addressed_noise(self.shape, 0, 0, range(n), self.here.device)
+        planned = plan(problem.objective, problem.sampler.schedule, 0, 0)
+        noise = self.setup.noise(0, range(n))
         start, prompts = Rollout(noise("x_T", 0)), self.prompts[:n]
         conditioning = self.model.encode(prompts)
 
         def run() -> None:
-            loss(problem, start, window, conditioning, prompts, noise).value.backward()
+            loss(problem, start, planned, conditioning, prompts, noise).value.backward()
             self.state.optimizer.zero_grad()
 
         return run
@@ -103,15 +104,15 @@ class Setup:
         wanted = torch.stack([reward._text_features(prompt) for prompt in prompts])
         latents = torch.randn(n, *self.shape, generator=torch.Generator().manual_seed(0))
         twice = torch.cat([latents, latents])
-        steps = self.problem.schedule.steps
+        steps = self.problem.sampler.schedule.steps
         times = [torch.tensor(step.timestep, dtype=torch.int64) for step in steps]
         last = steps[-1]
         mean, std = (torch.tensor(getattr(reward.preprocessing, key))[:, None, None] for key in ("mean", "std"))
         crop = reward.preprocessing.crop[0]
-        parameters = self.model.trainable()
+        parameters = self.model.tuned.trainable()
         optimizer = torch.optim.AdamW(parameters.values(), lr=0.0)
         layers = [layer.get_base_layer() for layer in lora.layers(unet)]
-        with model.folded():
+        with model.tuned.folded():
             merged = [layer.weight.data for layer in layers]
         originals = [layer.weight.data for layer in layers]
 
@@ -120,7 +121,7 @@ class Setup:
             return without + config.sampler.guidance_scale * (given - without)
 
         def reference() -> Any:
-            with torch.no_grad(), model.reference():
+            with torch.no_grad(), model.tuned.reference():
                 return guided(-1)
 
         def frozen() -> None:
@@ -129,7 +130,7 @@ class Setup:
         def floor() -> None:
             for layer, weight in zip(layers, merged, strict=True):
                 layer.weight.data = weight
-            with torch.no_grad(), model.reference():
+            with torch.no_grad(), model.tuned.reference():
                 for at in range(len(steps) - 1):
                     guided(at)
             for layer, weight in zip(layers, originals, strict=True):

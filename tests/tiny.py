@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from draftplus.config import LoraConfig, ModelConfig, ObjectiveConfig
-from draftplus.diffusion.objectives import Problem
+from draftplus.diffusion.problem import Problem
+from draftplus.diffusion.sampler import Sampler
 from draftplus.diffusion.schedule import make_schedule
 from draftplus.diffusion.solvers import make_solver
 from draftplus.models.stable_diffusion import StableDiffusion, load
+from draftplus.models.tuned import Tuned
 from draftplus.types import Scores
 
 TOKENIZER = Path(__file__).parents[1] / "src" / "draftplus" / "assets" / "emoji" / "tokenizer"
@@ -95,11 +97,10 @@ def tiny_model(
         kept = load(config, str(directory), CPU, trainable=trainable, dtype=dtype)
         _LOADED.append((key, kept))
     # a copy takes a tenth of the time of loading once more
-    made = StableDiffusion(
-        copy.deepcopy(kept.unet), copy.deepcopy(kept.vae), copy.deepcopy(kept.text_encoder), kept.tokenizer,
-        kept.scheduler_config, copy.deepcopy(kept.reference_unet),
-    )  # fmt: skip
-    return made
+    tuned = Tuned(copy.deepcopy(kept.unet), "unet", copy.deepcopy(kept.tuned.frozen))
+    return StableDiffusion(
+        tuned, copy.deepcopy(kept.vae), copy.deepcopy(kept.text_encoder), kept.tokenizer, kept.scheduler_config
+    )
 
 
 _LOADED: list[tuple[Any, StableDiffusion]] = []
@@ -108,7 +109,7 @@ _LOADED: list[tuple[Any, StableDiffusion]] = []
 def randomize(model: StableDiffusion, seed: int = 1, size: float = 0.1) -> None:
     """Moves every trained tensor: LoRA's B away from zero, a full denoiser away from its start."""
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.trainable().items():
+    for name, parameter in model.tuned.trainable().items():
         if "lora_A" not in name:
             step = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.data += size * step * (1.0 if "lora_B" in name else parameter.data.std().nan_to_num() + 0.01)
@@ -152,7 +153,7 @@ def problem(
     """What the objectives take, around a tiny model."""
     schedule, name = make_schedule(scheduler or SCHEDULER, steps, solver)
     solve = make_solver(name, eta)
-    return Problem(model, TinyScorer(), schedule, solve, guidance_scale, negative_prompt, objective, eta)
+    return Problem(Sampler(model, schedule, solve, guidance_scale, negative_prompt, eta), TinyScorer(), objective)
 
 
 def gradients(parameters: dict[str, nn.Parameter], loss: Tensor) -> dict[str, Tensor]:

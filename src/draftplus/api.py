@@ -32,7 +32,7 @@ def load_model(path: str = "emoji", device: str = "auto", adapter: str | Path | 
     quiet_libraries()
     model = build_model(ModelConfig(path=path), pick_device(device), trainable=False)
     if adapter is not None:
-        model.load_adapter(Path(adapter))
+        model.tuned.load(Path(adapter))
     return model
 
 

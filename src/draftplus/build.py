@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -15,14 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from draftplus.config import Config, ModelConfig, RewardConfig, nearest
-from draftplus.diffusion.objectives import Problem
-from draftplus.diffusion.policy import random_steps
+from draftplus.config import Config, ModelConfig, RewardConfig, SamplerConfig, nearest
+from draftplus.config.schema import DdpoConfig
+from draftplus.diffusion.methods import METHODS
+from draftplus.diffusion.problem import Problem
+from draftplus.diffusion.sampler import Sampler
 from draftplus.diffusion.schedule import make_schedule
-from draftplus.diffusion.solvers import make_solver
+from draftplus.diffusion.solvers import make_solver, random_steps
 from draftplus.errors import UserError
 from draftplus.metrics.metric import Metric
 from draftplus.metrics.styles import style_captions
+from draftplus.models.family import Family
+from draftplus.models.loading import is_single_file, looks_local, source
+from draftplus.models.weights import first_line
 from draftplus.rewards.clip import EMOJI_CLIP, load_clip_reward
 from draftplus.rewards.combined import Combined
 from draftplus.rewards.custom import load_custom
@@ -33,9 +40,12 @@ ASSETS = Path(str(files("draftplus"))) / "assets"
 # built-in name -> directory
 MODELS = {"emoji": ASSETS / "emoji"}
 
-# diffusers pipeline class, as model_index.json names it -> adapter
-FAMILIES = {"StableDiffusionPipeline": "draftplus.models.stable_diffusion:load"}
-DEFAULT_FAMILY = "StableDiffusionPipeline"  # of hub ids and single files
+# built-in name -> what its `sampler` is where a key is null, before that of its family
+SAMPLING = {"emoji": {"steps": 10, "guidance_scale": 1.75}}
+
+# diffusers pipeline class, as model_index.json names it -> family
+FAMILIES = {"StableDiffusionPipeline": "draftplus.models.stable_diffusion:FAMILY"}
+SINGLE_FILE = "StableDiffusionPipeline"  # the family of single files, which name none
 
 REWARDS = {
     "emoji_clip": "draftplus.rewards.clip:load_emoji_clip",
@@ -92,22 +102,53 @@ def build_model(config: ModelConfig, device: torch.device, seed: int = 0, traina
 
     Raises UserError for a model that is missing or of a family without an adapter.
     """
-    path = model_path(config)
-    model: Model = _resolve(FAMILIES[_family(path)])(config, path, device, seed=seed, trainable=trainable)
-    return model
+    return family_of(config).load(config, model_path(config), device, seed=seed, trainable=trainable)
 
 
-def _family(path: str) -> str:
-    index = Path(path) / "model_index.json"
-    if not index.is_file():
-        return DEFAULT_FAMILY
+def family_of(config: ModelConfig) -> Family:
+    """The family of a model: that of the pipeline class which its model_index.json names.
+
+    Raises UserError where it is missing, or draftplus has no such family.
+    """
+    path = str(Path(model_path(config)).expanduser())
+    family: Family = _resolve(FAMILIES[_pipeline_class(path, config.revision)])
+    return family
+
+
+@lru_cache
+def _pipeline_class(path: str, revision: str | None) -> str:
+    if is_single_file(path):
+        return SINGLE_FILE
+    index = _model_index(path, revision)
     try:
-        family = json.loads(index.read_text())["_class_name"]
-    except (ValueError, KeyError):
+        name = str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
+    except (ValueError, KeyError, TypeError):
         raise UserError(f"{index}: not a diffusers model index") from None
-    if family not in FAMILIES:
-        raise UserError(f"model.path '{path}' is a {family}; draftplus can tune: {', '.join(FAMILIES)}")
-    return str(family)
+    if name not in FAMILIES:
+        raise UserError(f"model.path '{path}' is a {name}; draftplus can tune: {', '.join(FAMILIES)}")
+    return name
+
+
+def _model_index(path: str, revision: str | None) -> Path:
+    """The model_index.json of a directory or hub id; of the latter that file alone is fetched."""
+    if looks_local(path) or Path(path).is_dir():
+        return Path(source(path)) / "model_index.json"
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(path, "model_index.json", revision=revision))
+    except Exception as error:  # the hub's, the network's and the disk's errors have no base class in common
+        raise UserError(
+            f"model.path '{path}': no model_index.json: {first_line(error)} (what is not on this disk comes from the "
+            "hub, which needs the network or an earlier download)"
+        ) from None
+
+
+def resolve(config: Config) -> Config:
+    """The configuration with the nulls of `sampler` filled in that its model decides."""
+    given = {**family_of(config.model).sampler, **SAMPLING.get(config.model.path, {})}
+    absent = {key: value for key, value in given.items() if getattr(config.sampler, key) is None}
+    return replace(config, sampler=replace(config.sampler, **absent)) if absent else config
 
 
 def build_reward(name: str, config: RewardConfig, device: torch.device, dtype: torch.dtype = torch.float32) -> Reward:
@@ -187,44 +228,43 @@ def build_styles(device: torch.device) -> Callable[[Tensor, str], Tensor]:
     return styles
 
 
+def build_sampler(model: Model, config: SamplerConfig, ddpo: DdpoConfig | None = None) -> Sampler:
+    """How a configuration samples a model. ddpo: for its rollouts, which have a noise of their own.
+
+    Raises UserError where the settings do not fit the model.
+    """
+    assert config.steps is not None and config.guidance_scale is not None, "resolve() fills them in"
+    config_of = model.scheduler(model.latent_shape(config.height, config.width), config.steps)
+    schedule, name = make_schedule(config_of, config.steps, config.solver, config.spacing)
+    solver, eta = make_solver(name, config.eta), config.eta
+    if ddpo is not None:
+        if schedule.prediction == "flow":
+            raise UserError("objective.method=ddpo needs a model that DDIM can sample; this is a flow-matching model")
+        solver, eta = make_solver(name, ddpo.eta, "objective.ddpo.eta"), ddpo.eta
+        if not random_steps(schedule, eta):
+            raise UserError(
+                f"sampler.steps is {config.steps}, none of which draws noise for ddpo to learn from; take more steps"
+            )
+    return Sampler(model, schedule, solver, config.guidance_scale, config.negative_prompt, eta)
+
+
 def build_problem(config: Config, model: Model, rewards: Mapping[str, Reward]) -> Problem:
     """What an optimizer step needs besides prompts and noise. rewards: at least those of `config.reward`, by name.
 
     Raises UserError where the sampler does not fit the model or the method, or a reward the method.
     """
-    method = config.objective.method
-    for name, one in config.reward.items():
-        if method != "ddpo" and not rewards[name].differentiable:
+    name, differentiates = config.objective.method, METHODS[config.objective.method].differentiates
+    for reward, settings in config.reward.items():
+        if differentiates and not rewards[reward].differentiable:
             raise UserError(
-                f"reward '{name}' carries no gradient (differentiable is False), which objective.method={method} "
+                f"reward '{reward}' carries no gradient (differentiable is False), which objective.method={name} "
                 "needs; objective.method=ddpo does without"
             )
-        if method == "ddpo" and name in REWARDS and one.args.get("dropout"):
+        if not differentiates and reward in REWARDS and settings.args.get("dropout"):
             raise UserError(
-                f"reward.{name}.args.dropout is {one.args['dropout']}, which acts on gradients, and method ddpo takes "
-                "none of the reward; remove it"
+                f"reward.{reward}.args.dropout is {settings.args['dropout']}, which acts on gradients, and method "
+                f"{name} takes none of the reward; remove it"
             )
-    scorer = Combined({name: (rewards[name], one.weight) for name, one in config.reward.items()})
-    s = config.sampler
-    eta, key = (config.objective.ddpo.eta, "objective.ddpo.eta") if method == "ddpo" else (s.eta, "sampler.eta")
-    schedule, solver = make_schedule(model.scheduler_config, s.steps, s.solver, s.spacing)
-    make_solver(solver, s.eta)  # what pictures are made with
-    if method == "ddpo" and schedule.prediction == "flow":
-        raise UserError(
-            f"objective.method=ddpo needs a model that DDIM can sample; '{config.model.path}' is a flow-matching model"
-        )
-    problem = Problem(
-        model,
-        scorer,
-        schedule,
-        make_solver(solver, eta, key),
-        s.guidance_scale,
-        s.negative_prompt,
-        config.objective,
-        eta,
-    )
-    if method == "ddpo" and not random_steps(schedule, eta):
-        raise UserError(
-            f"sampler.steps is {s.steps}, none of which draws noise for ddpo to learn from; take more steps"
-        )
-    return problem
+    scorer = Combined({reward: (rewards[reward], settings.weight) for reward, settings in config.reward.items()})
+    ddpo = None if differentiates else config.objective.ddpo
+    return Problem(build_sampler(model, config.sampler, ddpo), scorer, config.objective)

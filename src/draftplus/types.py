@@ -2,41 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+Raw = Callable[[Tensor, Tensor], Tensor]  # (latents (b, c, h, w), timestep ()) -> the guided raw prediction
+
 
 @dataclass(frozen=True)
 class Conditioning:
     """What the text encoders say of a batch of prompts; rows are prompts.
 
-    hidden: (b, n, d) token embeddings for cross-attention. extras: further tensors of b rows that one family of
-    models needs (SDXL's pooled embedding and size conditioning, say), by the denoiser's keyword.
+    hidden: (b, n, d) token embeddings for cross-attention. mask: (b, n), True where there is a token; None: everywhere.
+    extras: further tensors of b rows that one family of models needs (SDXL's pooled embedding and size conditioning,
+    say), by the denoiser's keyword.
     """
 
     hidden: Tensor
+    mask: Tensor | None = None
     extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.hidden)
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of all its tensors."""
+        return sum(tensor.nbytes for tensor in (self.hidden, self.mask, *self.extras.values()) if tensor is not None)
+
     def rows(self, index: slice | Tensor) -> Conditioning:
         """The conditioning of some of the prompts."""
-        return replace(self, hidden=self.hidden[index], extras={k: v[index] for k, v in self.extras.items()})
+        mask = None if self.mask is None else self.mask[index]
+        return Conditioning(self.hidden[index], mask, {k: v[index] for k, v in self.extras.items()})
 
     @staticmethod
     def concatenate(parts: Sequence[Conditioning]) -> Conditioning:
-        """The rows of all parts, in order."""
+        """The rows of all parts, in order; shorter ones are padded with zeros, which the mask leaves out."""
+        longest = max(part.hidden.shape[1] for part in parts)
+        masked = any(part.mask is not None or part.hidden.shape[1] < longest for part in parts)
         return Conditioning(
-            torch.cat([part.hidden for part in parts]),
+            torch.cat([_padded(part.hidden, longest) for part in parts]),
+            torch.cat([_padded(_mask(part), longest) for part in parts]) if masked else None,
             {key: torch.cat([part.extras[key] for part in parts]) for key in parts[0].extras},
         )
+
+
+def _mask(part: Conditioning) -> Tensor:
+    return torch.ones_like(part.hidden[..., 0], dtype=torch.bool) if part.mask is None else part.mask
+
+
+def _padded(tensor: Tensor, length: int) -> Tensor:
+    """(b, n, …) with zeros up to (b, length, …)."""
+    missing = length - tensor.shape[1]
+    if not missing:
+        return tensor
+    return torch.cat([tensor, tensor.new_zeros(len(tensor), missing, *tensor.shape[2:])], 1)
 
 
 @runtime_checkable
@@ -53,30 +78,11 @@ class Reward(Protocol):
         ...
 
 
-class Model(Protocol):
-    """A text-to-image diffusion model as the sampler, the objectives and training see it."""
-
-    device: torch.device
-    scheduler_config: Mapping[str, Any]
-
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Conditioning of b prompts, without gradient; repeated prompts come from a bounded cache."""
-        ...
-
-    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
-        """(c, h, w) of one image's latents; None: the size that the model was trained at."""
-        ...
-
-    def predict(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
-        """The denoiser's raw prediction. latents: (b, c, h, w), timestep: () or (b,). Returns (b, c, h, w)."""
-        ...
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images (b, 3, H, W) float32 (float64 stays float64), clamped to [0, 1], with gradient where enabled."""
-        ...
+class Tuned(Protocol):
+    """The weights of a denoiser that training changes, and the frozen model that they started from."""
 
     def reference(self) -> AbstractContextManager[None]:
-        """Inside, `predict` is the frozen model: adapters off, or the frozen copy of a fully tuned denoiser."""
+        """Inside, the denoiser is the frozen model: adapters off, or the frozen copy of a fully tuned one."""
         ...
 
     def folded(self) -> AbstractContextManager[None]:
@@ -87,16 +93,65 @@ class Model(Protocol):
         """The parameters that training updates, by a stable name."""
         ...
 
-    def save_adapter(self, directory: Path) -> None:
-        """Writes the trained weights in the form that stock diffusers loads."""
+    def state(self) -> dict[str, Tensor]:
+        """The trained weights, by the names that stock diffusers gives them."""
         ...
 
-    def load_adapter(self, directory: Path) -> None:
-        """Reads what `save_adapter` wrote."""
+    def write(self, directory: Path, state: Mapping[str, Tensor]) -> None:
+        """Writes what `state` gave, whole, in the form that stock diffusers loads."""
         ...
 
-    def set_lora_scale(self, scale: float) -> None:
+    def save(self, directory: Path) -> None:
+        """`write` of `state`, for one process that holds all of it."""
+        ...
+
+    def load(self, directory: Path) -> None:
+        """Reads what `write` wrote."""
+        ...
+
+    def set_scale(self, scale: float) -> None:
         """Scales the adapters' effect: 0 is the base model, 1 the tuned one."""
+        ...
+
+
+class Model(Protocol):
+    """A text-to-image diffusion model: what is its family's own, and the weights that are tuned."""
+
+    device: torch.device
+
+    @property
+    def tuned(self) -> Tuned:
+        """The denoiser's trained weights."""
+        ...
+
+    def encode(self, prompts: Sequence[str | None]) -> Conditioning:
+        """Conditioning of b prompts, without gradient; repeated prompts come from a bounded cache.
+
+        None: what the family's stock pipeline takes where no negative prompt is given.
+        """
+        ...
+
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
+        """(c, h, w) of one image's latents; None: the size that the model was trained at."""
+        ...
+
+    def scheduler(self, shape: tuple[int, int, int], steps: int) -> Mapping[str, Any]:
+        """The scheduler's configuration for images of a shape of latents, and a number of sampling steps.
+
+        What the stock pipeline computes from them is filled in: `mu`, the shift of flow models by resolution.
+        """
+        ...
+
+    def guided(self, given: Conditioning, negative: Conditioning, scale: float) -> Raw:
+        """The denoiser under the family's own guidance. given: b rows. negative: one row."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (b, 3, H, W) float32 (float64 stays float64), clamped to [0, 1], with gradient where enabled."""
+        ...
+
+    def blocks(self) -> Sequence[torch.nn.Module]:
+        """The denoiser's repeated blocks, the units in which it may be sharded or compiled."""
         ...
 
 

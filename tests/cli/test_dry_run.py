@@ -34,7 +34,7 @@ def test_what_it_says(draftplus: Callable[..., Any], settings: list[str], tmp_pa
     config = configure([*settings, *overrides])
     resolved, told = printed.out.split("\n\n", 1)
     assert OmegaConf.create(resolved).optim.lr == config.optim.lr
-    count = sum(p.numel() for p in build_model(config.model, CPU).trainable().values())
+    count = sum(p.numel() for p in build_model(config.model, CPU).tuned.trainable().values())
     assert re.search(rf"trained parameters +{count:,}\n", told)
     assert re.search(r"prompts +18 to train on, 2 held out", told)
     assert f"{without} without gradient, {graded} with gradient, {frozen} of the frozen model" in told

@@ -25,7 +25,7 @@ from draftplus.config import (
     to_yaml,
 )
 from draftplus.errors import UserError
-from draftplus.training.train import micro_batch_size
+from draftplus.training.fine_tuning import micro_batch_size
 
 
 def refused(*overrides: str, recipe: str | Path | None = None) -> str:

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from draftplus.diffusion.annealing import anneal_weights, annealed
-from draftplus.diffusion.sampler import Rollout, sample
+from draftplus.diffusion.sampler import Rollout, Sampler, sample
 from draftplus.diffusion.schedule import make_schedule
 from draftplus.diffusion.solvers import first_order
 from draftplus.errors import UserError
 from draftplus.models.stable_diffusion import StableDiffusion
+from draftplus.types import Conditioning
 from tests.tiny import PROMPTS, SCHEDULER, SHAPE, normal
 
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
@@ -46,20 +47,22 @@ def test_each_step_blends_the_predictions(model: StableDiffusion, config: dict[s
     weights, given = [0.0, 0.3, 0.8, 1.0], model.encode(PROMPTS)
     calls: list[int] = []
 
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
+    def predict(x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         calls.append(1)
-        return model.predict(x, t, given)
+        return stock(x, t, conditioning)
 
-    start = normal(3, *SHAPE)
+    stock, model.predict = model.predict, predict  # type: ignore[method-assign]
+    sampler, start = Sampler(model, schedule, first_order, 1.0), normal(3, *SHAPE)
     with torch.no_grad():
-        found = sample(annealed(denoise, model, schedule, weights), Rollout(start), schedule, first_order).latents
+        blend = annealed(sampler.denoiser(given), sampler.frozen(given), weights)
+        found = sample(blend, Rollout(start), schedule, first_order).latents
         assert len(calls) == 1 + 2 + 2 + 1  # only one model where the weight is 0 or 1
 
         x = start
         for step, w in zip(schedule.steps, weights, strict=True):
             t = torch.tensor(step.timestep)
             tuned = model.predict(x, t, given)
-            with model.reference():
+            with model.tuned.reference():
                 base = model.predict(x, t, given)
             raw = (1 - w) * base + w * tuned
             if schedule.prediction == "flow":
@@ -74,13 +77,11 @@ def test_the_trivial_schedules_are_one_model_alone(model: StableDiffusion, which
     schedule, _ = make_schedule(SCHEDULER, 3)
     given, start = model.encode(PROMPTS), Rollout(normal(3, *SHAPE))
 
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
-        return model.predict(x, t, given)
-
+    sampler = Sampler(model, schedule, first_order, 1.0)
     with torch.no_grad():
-        blend = annealed(denoise, model, schedule, anneal_weights(which, 3))
+        blend = annealed(sampler.denoiser(given), sampler.frozen(given), anneal_weights(which, 3))
         found = sample(blend, start, schedule, first_order).latents
-        tuned = sample(denoise, start, schedule, first_order).latents
-        with model.reference():
-            base = sample(denoise, start, schedule, first_order).latents
+        tuned = sampler.sample(given, start).latents
+        with model.tuned.reference():
+            base = sampler.sample(given, start).latents
     assert torch.equal(found, base if which == "base" else tuned) and not torch.equal(base, tuned)

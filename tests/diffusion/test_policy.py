@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from draftplus.config.schema import DdpoConfig
-from draftplus.diffusion.policy import normalized_advantages, random_steps, surrogate
+from draftplus.diffusion.policy import normalized_advantages, surrogate
 from draftplus.diffusion.schedule import make_schedule
+from draftplus.diffusion.solvers import random_steps
 from tests.tiny import SCHEDULER
 
 CLIP = 0.1

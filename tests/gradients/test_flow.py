@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from draftplus.config import LoraConfig, ObjectiveConfig
-from draftplus.diffusion.guidance import guided
-from draftplus.diffusion.objectives import Loss, Problem, loss, plan, prefix
-from draftplus.diffusion.sampler import NO_GRADIENT, Rollout, sample
+from draftplus.diffusion.guidance import classifier_free
+from draftplus.diffusion.objectives import Loss, loss, plan, plan_around, prefix
+from draftplus.diffusion.problem import Problem
+from draftplus.diffusion.sampler import NO_GRADIENT, Rollout
 from draftplus.diffusion.schedule import denoised
 from draftplus.diffusion.window import Window, last
 from draftplus.models.stable_diffusion import StableDiffusion
@@ -43,20 +44,23 @@ def objective(method: str, grad_steps: Any = None, kl_coeff: float = 1.0) -> Obj
 
 
 def run(setting: Problem, window: Window | None = None) -> Loss:
-    window = window or plan(setting.objective, len(setting.schedule), seed=0, step=0)
-    noise, conditioning = noise_source(3), setting.model.encode(PROMPTS)
-    return loss(setting, prefix(setting, conditioning, noise, window), window, conditioning, PROMPTS, noise)
+    schedule, noise, conditioning = setting.sampler.schedule, noise_source(3), setting.model.encode(PROMPTS)
+    if window is None:
+        planned = plan(setting.objective, schedule, seed=0, step=0)
+    else:
+        planned = plan_around(window, setting.objective, schedule)
+    return loss(setting, prefix(setting, conditioning, noise, planned), planned, conditioning, PROMPTS, noise)
 
 
 @pytest.mark.parametrize("method", EACH)
 def test_every_trained_tensor_gets_gradient(model: StableDiffusion, method: str) -> None:
-    for name, grad in gradients(model.trainable(), run(problem(model, objective(method))).value).items():
+    for name, grad in gradients(model.tuned.trainable(), run(problem(model, objective(method))).value).items():
         assert grad.isfinite().all() and grad.abs().max() > 0, name
 
 
 @pytest.mark.parametrize("method", EACH)
 def test_at_the_start_gradient_reaches_b_and_not_a(fresh: StableDiffusion, method: str) -> None:
-    found = gradients(fresh.trainable(), run(problem(fresh, objective(method))).value)
+    found = gradients(fresh.tuned.trainable(), run(problem(fresh, objective(method))).value)
     a = {name: grad for name, grad in found.items() if "lora_A" in name}
     b = {name: grad for name, grad in found.items() if "lora_B" in name}
     assert len(a) == len(b) == len(found) / 2 > 0
@@ -66,7 +70,7 @@ def test_at_the_start_gradient_reaches_b_and_not_a(fresh: StableDiffusion, metho
 
 def test_only_trained_tensors_get_gradient(model: StableDiffusion) -> None:
     run(problem(model, objective("draft"))).value.backward()
-    trained = {id(parameter) for parameter in model.trainable().values()}
+    trained = {id(parameter) for parameter in model.tuned.trainable().values()}
     for part in (model.unet, model.vae, model.text_encoder):
         for name, parameter in part.named_parameters():
             assert (parameter.grad is not None) == (id(parameter) in trained), name
@@ -75,16 +79,16 @@ def test_only_trained_tensors_get_gradient(model: StableDiffusion) -> None:
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m"])
 def test_the_full_window_is_backpropagation_through_everything(model: StableDiffusion, solver: str) -> None:
     setting = problem(model, objective("draft", "all", kl_coeff=0.0), solver=solver)
-    found = gradients(model.trainable(), run(setting).value)
+    found, schedule = gradients(model.tuned.trainable(), run(setting).value), setting.sampler.schedule
 
     # the same trajectory, nothing detached and no window: every step is recorded
     conditioning, x = model.encode(PROMPTS), noise_source(3)("x_T", 0)
-    denoise, previous = guided(model, conditioning, model.encode([""]), 3.0), None
-    for i, step in enumerate(setting.schedule.steps):
-        now = denoised(denoise(x, setting.schedule.timestep(i, "cpu")), x, step, "epsilon")
-        x, previous = setting.solver(setting.schedule, i, x, now, previous, None), now.x0
+    raw, previous = classifier_free(model.predict, conditioning, model.encode([""]), 3.0), None
+    for i, step in enumerate(schedule.steps):
+        now = denoised(raw(x, schedule.timestep(i, "cpu")), x, step, "epsilon")
+        x, previous = setting.sampler.solver(schedule, i, x, now, previous, None), now.x0
     whole = -TinyScorer().scores(model.decode(x), PROMPTS).mean()
-    for name, grad in gradients(model.trainable(), whole).items():
+    for name, grad in gradients(model.tuned.trainable(), whole).items():
         torch.testing.assert_close(found[name], grad, rtol=1e-10, atol=1e-13)
 
 
@@ -97,7 +101,7 @@ def test_checkpointing_changes_no_gradient(tiny_path: Path, method: str) -> None
         value = run(problem(made, objective(method))).value
         # count what runs again in the backward pass, or the comparison would compare nothing
         count = _count_calls([made.unet.up_blocks[0].resnets[0], made.vae.decoder.mid_block.resnets[0]])
-        found.append(gradients(made.trainable(), value))
+        found.append(gradients(made.tuned.trainable(), value))
         calls.append(count())
     assert calls[0] == [0, 0] and min(calls[1]) >= 1
     for name, grad in found[0].items():
@@ -127,24 +131,24 @@ def part_of(noise: Any, rows: slice) -> Any:
 )
 def test_one_prefix_batch_equals_many(model: StableDiffusion, method: str, folded: bool) -> None:
     setting = problem(model, objective(method), eta=0.5)
-    window, noise = plan(setting.objective, 5, seed=0, step=0), noise_source(3)
+    planned, noise = plan(setting.objective, setting.sampler.schedule, seed=0, step=0), noise_source(3)
     conditioning = model.encode(PROMPTS)
-    whole = prefix(setting, conditioning, noise, window)
-    with model.folded() if folded else torch.no_grad():
+    whole = prefix(setting, conditioning, noise, planned)
+    with model.tuned.folded() if folded else torch.no_grad():
         parts = [
-            prefix(setting, conditioning.rows(rows), part_of(noise, rows), window)
+            prefix(setting, conditioning.rows(rows), part_of(noise, rows), planned)
             for rows in (slice(0, 2), slice(2, 3))
         ]
     joined = Rollout.concatenate(parts)
     torch.testing.assert_close(joined.latents, whole.latents, rtol=1e-10, atol=1e-12)
-    assert (joined.previous is None) == (whole.previous is None) == (window.first == 0)
+    assert (joined.previous is None) == (whole.previous is None) == (planned.window.first == 0)
 
-    expected = gradients(model.trainable(), loss(setting, whole, window, conditioning, PROMPTS, noise).value)
+    expected = gradients(model.tuned.trainable(), loss(setting, whole, planned, conditioning, PROMPTS, noise).value)
     rows = slice(1, 3)
-    share = loss(setting, joined.rows(rows), window, conditioning.rows(rows), PROMPTS[rows], part_of(noise, rows))
+    share = loss(setting, joined.rows(rows), planned, conditioning.rows(rows), PROMPTS[rows], part_of(noise, rows))
     rest = slice(0, 1)
-    other = loss(setting, joined.rows(rest), window, conditioning.rows(rest), PROMPTS[rest], part_of(noise, rest))
-    found = gradients(model.trainable(), share.value * 2 / 3 + other.value / 3)
+    other = loss(setting, joined.rows(rest), planned, conditioning.rows(rest), PROMPTS[rest], part_of(noise, rest))
+    found = gradients(model.tuned.trainable(), share.value * 2 / 3 + other.value / 3)
     for name, grad in expected.items():
         torch.testing.assert_close(found[name], grad, rtol=1e-8, atol=1e-11, msg=name)
 
@@ -154,7 +158,8 @@ def test_the_prefix_carries_no_graph(model: StableDiffusion, method: str) -> Non
     setting = problem(model, objective(method))
     graphs = _record_graphs(model)
     window = Window((3,), detach_inputs=method == "drtune", x0_at=3 if method == "refl" else None)
-    start = prefix(setting, model.encode(PROMPTS), noise_source(3), window)
+    planned = plan_around(window, setting.objective, setting.sampler.schedule)
+    start = prefix(setting, model.encode(PROMPTS), noise_source(3), planned)
     assert graphs == [False] * 3
     assert not start.latents.requires_grad and start.previous is not None and not start.previous.requires_grad
     assert start.visits == []
@@ -163,10 +168,8 @@ def test_the_prefix_carries_no_graph(model: StableDiffusion, method: str) -> Non
 def test_gradient_runs_in_the_window_alone(model: StableDiffusion) -> None:
     setting = problem(model, objective("drtune"))
     graphs = _record_graphs(model)
-    rollout = sample(
-        setting.denoiser(model.encode(PROMPTS)), Rollout(normal(3, *SHAPE)), setting.schedule, setting.solver,
-        Window((1, 3), detach_inputs=True),
-    )  # fmt: skip
+    start = Rollout(normal(3, *SHAPE))
+    rollout = setting.sampler.sample(model.encode(PROMPTS), start, Window((1, 3), detach_inputs=True))
     assert graphs == [False, True, False, True, False]
     assert [visit.step for visit in rollout.visits] == [1, 3]
     assert rollout.latents.requires_grad
@@ -176,10 +179,7 @@ def test_no_gradient_under_no_grad_whatever_the_window(model: StableDiffusion) -
     setting = problem(model, objective("draft"))
     for window in (NO_GRADIENT, last(2, 5)):
         with torch.no_grad():
-            rollout = sample(
-                setting.denoiser(model.encode(PROMPTS)), Rollout(normal(3, *SHAPE)), setting.schedule, setting.solver,
-                window,
-            )  # fmt: skip
+            rollout = setting.sampler.sample(model.encode(PROMPTS), Rollout(normal(3, *SHAPE)), window)
         assert not rollout.latents.requires_grad and rollout.visits == []
 
 
@@ -200,7 +200,7 @@ def _record_graphs(model: StableDiffusion) -> list[bool]:
 def test_detached_inputs_still_pass_gradient_through_the_solver(model: StableDiffusion) -> None:
     # a step in the middle reaches the image through later steps' linear terms alone, and must reach it
     setting = problem(model, objective("drtune", kl_coeff=0.0))
-    found = gradients(model.trainable(), run(setting, Window((1,), detach_inputs=True)).value)
+    found = gradients(model.tuned.trainable(), run(setting, Window((1,), detach_inputs=True)).value)
     assert all(grad.abs().max() > 0 for grad in found.values())
 
 
@@ -209,7 +209,7 @@ def test_multistep_gradient_by_hand(model: StableDiffusion, k: int) -> None:
     """DPM-Solver++(2M) from its algorithm; the x0 remembered from outside the window is a constant."""
     total, guidance = 4, 3.0
     setting = problem(model, objective("draft", k, kl_coeff=0.0), steps=total, solver="dpmpp_2m")
-    found = gradients(model.trainable(), run(setting).value)
+    found = gradients(model.tuned.trainable(), run(setting).value)
 
     betas = torch.linspace(sqrt(0.00085), sqrt(0.012), 1000, dtype=torch.float64) ** 2
     bars = torch.cumprod(1 - betas, 0)
@@ -232,7 +232,7 @@ def test_multistep_gradient_by_hand(model: StableDiffusion, k: int) -> None:
                 r = (lambdas[i] - lambdas[i - 1]) / h
                 d = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * before
             x, before = sigmas[i + 1] / sigmas[i] * x - alphas[i + 1] * (exp(-h) - 1) * d, x0
-    expected = gradients(model.trainable(), -TinyScorer().scores(model.decode(x), PROMPTS).mean())
+    expected = gradients(model.tuned.trainable(), -TinyScorer().scores(model.decode(x), PROMPTS).mean())
     for name, grad in expected.items():
         torch.testing.assert_close(found[name], grad, rtol=1e-9, atol=1e-12, msg=name)
 
@@ -244,7 +244,7 @@ def test_flow_gradient_by_hand(model: StableDiffusion, kl_space: str) -> None:
     scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0}
     chosen = objective("draft", k, kl_coeff=beta)
     chosen.kl_space = kl_space
-    found = gradients(model.trainable(), run(problem(model, chosen, steps=total, scheduler=scheduler)).value)
+    found = gradients(model.tuned.trainable(), run(problem(model, chosen, steps=total, scheduler=scheduler)).value)
 
     sigmas = [*torch.linspace(1.0, 0.001, total, dtype=torch.float64).tolist(), 0.0]
     given, without = model.encode(PROMPTS), model.encode([""] * 3)
@@ -259,13 +259,13 @@ def test_flow_gradient_by_hand(model: StableDiffusion, kl_space: str) -> None:
         with torch.set_grad_enabled(i >= total - k):
             v = velocity(x, sigmas[i])
             if i >= total - k:
-                with torch.no_grad(), model.reference():
+                with torch.no_grad(), model.tuned.reference():
                     frozen = velocity(x, sigmas[i])
                 terms.append((v - frozen) * (1 - sigmas[i] if kl_space == "noise" else sigmas[i]))
             x = x + (sigmas[i + 1] - sigmas[i]) * v
     penalty = torch.stack(terms).square().mean()
     value = -TinyScorer().scores(model.decode(x), PROMPTS).mean() + beta * penalty
-    for name, grad in gradients(model.trainable(), value).items():
+    for name, grad in gradients(model.tuned.trainable(), value).items():
         torch.testing.assert_close(found[name], grad, rtol=1e-9, atol=1e-12, msg=name)
 
 
@@ -295,7 +295,7 @@ def test_one_guided_call_per_step(model: StableDiffusion) -> None:
 def test_every_choice_of_targets_trains(tiny_path: Path, targets: Any) -> None:
     made = tiny_model(tiny_path, lora=LoraConfig(rank=3, alpha=3.0, targets=targets))
     randomize(made)
-    found = gradients(made.trainable(), run(problem(made, objective("draft"))).value)
+    found = gradients(made.tuned.trainable(), run(problem(made, objective("draft"))).value)
     assert found and all(grad.abs().max() > 0 for grad in found.values())
     if targets == ["to_q", "conv1"]:
         assert {name.split(".lora_")[0].rpartition(".")[2] for name in found} == {"to_q", "conv1"}
@@ -303,12 +303,12 @@ def test_every_choice_of_targets_trains(tiny_path: Path, targets: Any) -> None:
 
 def test_optimizer_steps_move_the_trained_tensors_alone(fresh: StableDiffusion) -> None:
     frozen = {n: p.detach().clone() for n, p in fresh.unet.named_parameters() if not p.requires_grad}
-    before = {n: p.detach().clone() for n, p in fresh.trainable().items()}
-    optimizer = torch.optim.AdamW(fresh.trainable().values(), lr=1e-2)
+    before = {n: p.detach().clone() for n, p in fresh.tuned.trainable().items()}
+    optimizer = torch.optim.AdamW(fresh.tuned.trainable().values(), lr=1e-2)
     setting = problem(fresh, objective("draft"))
     for _ in range(2):
         optimizer.zero_grad()
         run(setting).value.backward()
         optimizer.step()
-    assert all(not torch.equal(p, before[n]) for n, p in fresh.trainable().items())
+    assert all(not torch.equal(p, before[n]) for n, p in fresh.tuned.trainable().items())
     assert all(torch.equal(p, frozen[n]) for n, p in fresh.unet.named_parameters() if n in frozen)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from draftplus.config import ObjectiveConfig
 from draftplus.diffusion import window as windows
-from draftplus.diffusion.objectives import Loss, Problem, loss, prefix
+from draftplus.diffusion.objectives import Loss, loss, plan_around, prefix
+from draftplus.diffusion.problem import Problem
 from draftplus.diffusion.window import Window
 from draftplus.models.stable_diffusion import StableDiffusion
 from tests.gradients.by_hand import ByHand, Case
@@ -75,7 +76,7 @@ def computed(tuned: StableDiffusion) -> Callable[[str, str], tuple[Loss, dict[st
     def compute(method: str, penalty: str) -> tuple[Loss, dict[str, Tensor]]:
         objective, window, case = pick(method, penalty)
         result = ours(tuned, case, objective, window)
-        return result, gradients(tuned.trainable(), result.value)
+        return result, gradients(tuned.tuned.trainable(), result.value)
 
     return compute
 
@@ -86,12 +87,13 @@ def ours(made: StableDiffusion, case: Case, objective: ObjectiveConfig, window: 
 
 def run(setting: Problem, window: Window) -> Loss:
     noise, conditioning = noise_source(3), setting.model.encode(PROMPTS)
-    return loss(setting, prefix(setting, conditioning, noise, window), window, conditioning, PROMPTS, noise)
+    planned = plan_around(window, setting.objective, setting.sampler.schedule)
+    return loss(setting, prefix(setting, conditioning, noise, planned), planned, conditioning, PROMPTS, noise)
 
 
 def leaves(made: StableDiffusion) -> dict[str, Tensor]:
     # peft's names without the adapter's: "….lora_A.default.weight"
-    return {n.replace(".default", ""): p.detach().clone() for n, p in made.trainable().items()}
+    return {n.replace(".default", ""): p.detach().clone() for n, p in made.tuned.trainable().items()}
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-9) -> None:
@@ -113,7 +115,7 @@ def test_gradient_equals_an_independent_computation(
 
     torch.testing.assert_close(result.value.detach(), value.detach(), rtol=1e-11, atol=1e-12)
     assert_same(found, expected)
-    assert (result.kl > 0) == (penalty != "plain")
+    assert (result.penalties["kl"] > 0) == (penalty != "plain")
 
 
 @pytest.mark.parametrize(
@@ -161,7 +163,7 @@ def test_naive_differences_agree_for_the_full_window_without_kl_alone(
     tuned: StableDiffusion, computed: Any, bar: dict[str, Tensor], method: str, penalty: str, agrees: bool
 ) -> None:
     objective, window, case = pick(method, penalty)
-    parameters, found, along = tuned.trainable(), computed(method, penalty)[1], directions(bar, 1)
+    parameters, found, along = tuned.tuned.trainable(), computed(method, penalty)[1], directions(bar, 1)
     start = {name: p.detach().clone() for name, p in parameters.items()}
     h, values = 1e-5, []
     for sign in (1, -1):
@@ -186,7 +188,7 @@ def test_velocity_prediction(
 ) -> None:
     objective, window, case = pick(method, penalty)
     setting = problem(tuned, objective, TOTAL, scheduler={**SCHEDULER, "prediction_type": "v_prediction"})
-    found = gradients(tuned.trainable(), run(setting, window).value)
+    found = gradients(tuned.tuned.trainable(), run(setting, window).value)
     hand = ByHand(tiny_path, PROMPTS, TinyScorer().scores, noise_source(3), prediction="v_prediction")
     theta = {name: tensor.clone().requires_grad_() for name, tensor in bar.items()}
     expected = torch.autograd.grad(hand.objective(theta, bar, case), list(theta.values()))
@@ -196,7 +198,7 @@ def test_velocity_prediction(
 def test_negative_prompt(tuned: StableDiffusion, bar: dict[str, Tensor], tiny_path: Path) -> None:
     objective, window, case = pick("draft-3", "kl")
     setting = problem(tuned, objective, TOTAL, negative_prompt="a shark")
-    found = gradients(tuned.trainable(), run(setting, window).value)
+    found = gradients(tuned.tuned.trainable(), run(setting, window).value)
     hand = ByHand(tiny_path, PROMPTS, TinyScorer().scores, noise_source(3), negative="a shark")
     theta = {name: tensor.clone().requires_grad_() for name, tensor in bar.items()}
     expected = torch.autograd.grad(hand.objective(theta, bar, case), list(theta.values()))
@@ -209,7 +211,7 @@ def test_full_fine_tuning(tiny_path: Path, method: str) -> None:
     made = tiny_model(tiny_path, full=True)
     randomize(made, size=0.2)
     result = ours(made, case, objective, window)
-    found = gradients(made.trainable(), result.value)
+    found = gradients(made.tuned.trainable(), result.value)
     hand = ByHand(tiny_path, PROMPTS, TinyScorer().scores, noise_source(3))
     bar = leaves(made)
     assert set(bar) == {name for name, _ in hand.modules[0].named_parameters()}

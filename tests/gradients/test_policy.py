@@ -13,19 +13,20 @@ from torch.distributions import Normal
 
 from draftplus.config import ObjectiveConfig
 from draftplus.config.schema import DdpoConfig
-from draftplus.diffusion.objectives import Problem
+from draftplus.diffusion.objectives import plan
 from draftplus.diffusion.policy import (
     StepLoss,
     Trajectory,
     normalized_advantages,
-    random_steps,
     rollout,
     step_loss,
 )
+from draftplus.diffusion.problem import Problem
+from draftplus.diffusion.sampler import Sampler
 from draftplus.diffusion.schedule import make_schedule
-from draftplus.diffusion.solvers import ddim_deviation, make_solver
+from draftplus.diffusion.solvers import ddim_deviation, make_solver, random_steps
 from draftplus.models.stable_diffusion import StableDiffusion
-from draftplus.types import Conditioning
+from draftplus.types import Conditioning, Raw
 from tests.gradients.by_hand import ByHand, Theta
 from tests.tiny import (
     CPU,
@@ -54,12 +55,13 @@ def setting(model: StableDiffusion, penalty: str = "plain", **more: object) -> P
 
 
 def leaves(model: StableDiffusion) -> dict[str, Tensor]:
-    return {name.replace(".default", ""): p.detach().clone() for name, p in model.trainable().items()}
+    return {name.replace(".default", ""): p.detach().clone() for name, p in model.tuned.trainable().items()}
 
 
 def losses(made: Problem, trajectory: Trajectory) -> list[StepLoss]:
-    conditioning = made.model.encode(PROMPTS)
-    return [step_loss(made, trajectory, k, conditioning, ADVANTAGES) for k in range(trajectory.log_probs.shape[1])]
+    conditioning, planned = made.model.encode(PROMPTS), plan(made.objective, made.sampler.schedule, 0, 0)
+    assert len(planned.window.steps) == trajectory.log_probs.shape[1]
+    return [step_loss(made, planned, trajectory, index, conditioning, ADVANTAGES) for index in planned.window.steps]
 
 
 class Moved:
@@ -72,7 +74,7 @@ class Moved:
         made = setting(self.model)
         self.trajectory = rollout(made, self.model.encode(PROMPTS), noise_source(3))
         self.first = torch.stack([part.ratios for part in losses(made, self.trajectory)])
-        for seed, parameter in enumerate(self.model.trainable().values()):
+        for seed, parameter in enumerate(self.model.tuned.trainable().values()):
             parameter.data += 0.004 * normal(*parameter.shape, seed=seed)
         self.theta = leaves(self.model)
         self.hand = ByHand(path, PROMPTS, TinyScorer().scores, noise_source(3), total=TOTAL)
@@ -142,7 +144,7 @@ def test_loss_and_gradient_equal_an_independent_computation(moved: Moved, penalt
     theta = {name: tensor.clone().requires_grad_() for name, tensor in moved.theta.items()}
     expected = moved.objective(theta, penalty)
     torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-11)
-    ours = gradients(moved.model.trainable(), value)
+    ours = gradients(moved.model.tuned.trainable(), value)
     theirs = torch.autograd.grad(expected, list(theta.values()))
     for (name, got), want in zip(ours.items(), theirs, strict=True):
         assert want.abs().max() > 0, name
@@ -150,13 +152,13 @@ def test_loss_and_gradient_equal_an_independent_computation(moved: Moved, penalt
     ratios = torch.stack([part.ratios for part in parts])
     outside = (ratios - 1).abs() > CLIP
     assert outside.any() and not outside.all(), "both branches are to be seen"
-    assert all((part.kl > 0) == (penalty != "plain") for part in parts)
+    assert all((part.penalties["kl"] > 0) == (penalty != "plain") for part in parts)
 
 
 def test_gradient_equals_finite_differences_of_the_surrogate(moved: Moved) -> None:
     """Unlike a truncated gradient, it is the derivative of a function of the weights: ours, taken naively."""
     made = setting(moved.model, "kl")
-    parameters = moved.model.trainable()
+    parameters = moved.model.tuned.trainable()
 
     def value() -> Tensor:
         return torch.stack([part.value for part in losses(made, moved.trajectory)]).mean()
@@ -181,7 +183,7 @@ def test_a_step_without_variance_is_skipped(moved: Moved) -> None:
     """It is taken by the sampler, but has no log-probability and no loss."""
     made = setting(moved.model, scheduler={**SCHEDULER, "set_alpha_to_one": True})
     trajectory = rollout(made, made.model.encode(PROMPTS), noise_source(3))
-    assert random_steps(made.schedule, ETA) == [0, 1, 2]
+    assert random_steps(made.sampler.schedule, ETA) == [0, 1, 2]
     assert trajectory.latents.shape[:2] == (3, TOTAL + 1) and trajectory.log_probs.shape == (3, TOTAL - 1)
     parts = losses(made, trajectory)
     assert len(parts) == TOTAL - 1
@@ -191,7 +193,7 @@ def test_a_step_without_variance_is_skipped(moved: Moved) -> None:
 def test_the_kl_term_is_zero_while_the_models_are_equal(fresh: StableDiffusion) -> None:
     made = setting(fresh, "kl")
     trajectory = rollout(made, fresh.encode(PROMPTS), noise_source(3))
-    assert [part.kl.item() for part in losses(made, trajectory)] == [0.0] * TOTAL
+    assert [part.penalties["kl"].item() for part in losses(made, trajectory)] == [0.0] * TOTAL
 
 
 class Drift:
@@ -205,8 +207,8 @@ class Drift:
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         return Conditioning(torch.zeros(len(prompts), 1, 1))
 
-    def predict(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
-        return self.eps.expand_as(latents)
+    def guided(self, given: Conditioning, negative: Conditioning, scale: float) -> Raw:
+        return lambda x, timestep: self.eps.expand_as(x)
 
 
 def test_it_is_the_gradient_of_the_expected_reward() -> None:
@@ -215,13 +217,14 @@ def test_it_is_the_gradient_of_the_expected_reward() -> None:
     model, weight = Drift(latents), normal(*latents, seed=9)
     schedule, name = make_schedule(SCHEDULER, TOTAL)
     objective = ObjectiveConfig("ddpo", ddpo=DdpoConfig(history=None, adv_clip=100))
-    made = Problem(model, TinyScorer(), schedule, make_solver(name, ETA), 1.0, "", objective, ETA)  # type: ignore[arg-type]
+    sampler = Sampler(model, schedule, make_solver(name, ETA), 1.0, "", ETA)  # type: ignore[arg-type]
+    made, planned = Problem(sampler, TinyScorer(), objective), plan(objective, schedule, 0, 0)
     conditioning = model.encode([""] * n)
     trajectory = rollout(made, conditioning, noise_source(n, latents))
     rewards = (trajectory.latents[:, -1] * weight).sum((1, 2, 3))
     advantages, _ = normalized_advantages(rewards.tolist(), [""] * n, {}, objective.ddpo)
-    for place in range(TOTAL):
-        (step_loss(made, trajectory, place, conditioning, advantages).value / TOTAL).backward()
+    for index in range(TOTAL):
+        (step_loss(made, planned, trajectory, index, conditioning, advantages).value / TOTAL).backward()
 
     # each step moves the mean by this factor of eps, which the later ones scale by their ratio of alphas
     slope = 0.0

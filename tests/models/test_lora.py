@@ -41,9 +41,9 @@ def test_folding_leaves_every_bit(tiny_path: Path, dtype: torch.dtype) -> None:
     randomize(made)
     before, pointers = state(made), [p.data_ptr() for p in made.unet.parameters()]
     for _ in range(3):
-        with made.folded(), torch.no_grad():
+        with made.tuned.folded(), torch.no_grad():
             predict(made)
-    with pytest.raises(KeyError), made.folded():
+    with pytest.raises(KeyError), made.tuned.folded():
         raise KeyError
     assert same(before, state(made))
     assert pointers == [p.data_ptr() for p in made.unet.parameters()]
@@ -55,19 +55,19 @@ def test_folded_predictions_are_the_adapters(tiny_path: Path, targets: str) -> N
     randomize(made)
     with torch.no_grad():
         unfolded = predict(made)
-        with made.folded():
+        with made.tuned.folded():
             folded = predict(made)
-        with made.reference():
+        with made.tuned.reference():
             base = predict(made)
     torch.testing.assert_close(folded, unfolded, rtol=1e-11, atol=1e-12)
     assert (folded - base).abs().max() > 1e-2
 
 
 def test_folding_follows_the_scale(model: StableDiffusion) -> None:
-    model.set_lora_scale(0.3)
+    model.tuned.set_scale(0.3)
     with torch.no_grad():
         unfolded = predict(model)
-        with model.folded():
+        with model.tuned.folded():
             torch.testing.assert_close(predict(model), unfolded, rtol=1e-11, atol=1e-12)
 
 
@@ -76,7 +76,7 @@ def test_folding_runs_no_adapter(model: StableDiffusion) -> None:
     for layer in layers(model.unet):
         layer.lora_A["default"].register_forward_hook(lambda *_: calls.append(1))
     with torch.no_grad():
-        with model.folded():
+        with model.tuned.folded():
             predict(model)
         assert not calls
         predict(model)
@@ -90,17 +90,17 @@ def test_half_precision_is_not_folded(tiny_path: Path, dtype: torch.dtype) -> No
     before = state(made)
     with torch.no_grad():
         unfolded = predict(made)
-        with made.folded():
+        with made.tuned.folded():
             assert same(before, state(made))
             assert torch.equal(predict(made), unfolded)
 
 
 def test_folding_between_forward_and_backward(model: StableDiffusion) -> None:
-    expected = gradients(model.trainable(), predict(model).square().sum())
+    expected = gradients(model.tuned.trainable(), predict(model).square().sum())
     value = predict(model).square().sum()
-    with model.folded(), torch.no_grad():
+    with model.tuned.folded(), torch.no_grad():
         predict(model)
-    for name, grad in gradients(model.trainable(), value).items():
+    for name, grad in gradients(model.tuned.trainable(), value).items():
         assert torch.equal(grad, expected[name]), name
 
 
@@ -109,7 +109,7 @@ def test_a_fully_tuned_denoiser_folds_to_itself(tiny_path: Path) -> None:
     randomize(made)
     with torch.no_grad():
         unfolded = predict(made)
-        with made.folded():
+        with made.tuned.folded():
             assert torch.equal(predict(made), unfolded)
 
 
@@ -122,10 +122,10 @@ def test_the_reference_is_the_stock_denoiser_bit_for_bit(tiny_path: Path, dtype:
     hidden = made.encode(PROMPTS).hidden
     with torch.no_grad():
         stock = unet(X.to(dtype), T, encoder_hidden_states=hidden).sample
-        with made.reference():
+        with made.tuned.reference():
             assert torch.equal(predict(made), stock)
         assert not torch.equal(predict(made), stock)
-        with pytest.raises(KeyError), made.reference():
+        with pytest.raises(KeyError), made.tuned.reference():
             raise KeyError
         assert not torch.equal(predict(made), stock)
 
@@ -134,12 +134,12 @@ def test_the_reference_is_the_stock_denoiser_bit_for_bit(tiny_path: Path, dtype:
 def test_the_reference_disturbs_no_graph(tiny_path: Path, full: bool) -> None:
     made = tiny_model(tiny_path, full=full)
     randomize(made)
-    parameters = made.trainable()
+    parameters = made.tuned.trainable()
     flags = {name: p.requires_grad for name, p in made.unet.named_parameters()}
     expected = gradients(parameters, predict(made).square().sum())
 
     value = predict(made).square().sum()
-    with made.reference():
+    with made.tuned.reference():
         if not full:
             assert {name: p.requires_grad for name, p in made.unet.named_parameters()} == flags
         with torch.no_grad():
@@ -147,13 +147,13 @@ def test_the_reference_disturbs_no_graph(tiny_path: Path, full: bool) -> None:
     assert {name: p.requires_grad for name, p in made.unet.named_parameters()} == flags
     for name, grad in gradients(parameters, value).items():
         assert torch.equal(grad, expected[name]), name
-    assert list(made.trainable()) == list(parameters)
+    assert list(made.tuned.trainable()) == list(parameters)
 
 
 def test_backward_inside_the_reference(model: StableDiffusion) -> None:
-    expected = gradients(model.trainable(), predict(model).square().sum())
-    parameters, value = model.trainable(), predict(model).square().sum()
-    with model.reference():
+    expected = gradients(model.tuned.trainable(), predict(model).square().sum())
+    parameters, value = model.tuned.trainable(), predict(model).square().sum()
+    with model.tuned.reference():
         found = gradients(parameters, value)
     assert all(torch.equal(found[name], expected[name]) for name in found)
 
@@ -161,9 +161,9 @@ def test_backward_inside_the_reference(model: StableDiffusion) -> None:
 def test_contexts_nest(model: StableDiffusion) -> None:
     with torch.no_grad():
         tuned = predict(model)
-        with model.reference():
+        with model.tuned.reference():
             base = predict(model)
-            with model.reference():
+            with model.tuned.reference():
                 assert torch.equal(predict(model), base)
             assert torch.equal(predict(model), base)
         assert torch.equal(predict(model), tuned)
@@ -174,7 +174,7 @@ def test_adapters_are_drawn_from_the_seed(tiny_path: Path) -> None:
         before = torch.get_rng_state()
         made = load(ModelConfig(lora=LoraConfig(targets="all")), str(tiny_path), CPU, seed=seed)
         assert torch.equal(torch.get_rng_state(), before)  # and nothing else's randomness is used up
-        return {name: p.detach() for name, p in made.trainable().items() if "lora_A" in name}
+        return {name: p.detach() for name, p in made.tuned.trainable().items() if "lora_A" in name}
 
     first, again, other = drawn(0), drawn(0), drawn(1)
     assert all(torch.equal(first[name], again[name]) for name in first)

@@ -17,7 +17,7 @@ from torch import Tensor
 from draftplus.config import ModelConfig, ObjectiveConfig
 from draftplus.diffusion.objectives import loss, plan, prefix
 from draftplus.errors import UserError
-from draftplus.models import stable_diffusion
+from draftplus.models import embeddings
 from draftplus.models.stable_diffusion import load
 from tests.tiny import (
     CPU,
@@ -45,24 +45,24 @@ def test_frozen_weights_in_half_precision(tiny_path: Path, dtype: str, full: boo
     made = load(config, str(tiny_path), CPU)
     frozen = getattr(torch, dtype)
     assert {p.dtype for p in made.vae.parameters()} == {p.dtype for p in made.text_encoder.parameters()} == {frozen}
-    assert {p.dtype for p in made.trainable().values()} == {torch.float32}
+    assert {p.dtype for p in made.tuned.trainable().values()} == {torch.float32}
     kept = {p.dtype for p in made.unet.parameters() if not p.requires_grad}
     assert kept == (set() if full else {frozen})
     assert not any(p.requires_grad for part in (made.vae, made.text_encoder) for p in part.parameters())
 
     setting, noise = problem(made, ObjectiveConfig("draft", 2, kl_coeff=0.1)), noise_source(3)
-    window, conditioning = plan(setting.objective, 5, 0, 0), made.encode(PROMPTS)
-    start = prefix(setting, conditioning, lambda *a: noise(*a).float(), window)
-    result = loss(setting, start, window, conditioning, PROMPTS, noise)
+    planned, conditioning = plan(setting.objective, setting.sampler.schedule, 0, 0), made.encode(PROMPTS)
+    start = prefix(setting, conditioning, lambda *a: noise(*a).float(), planned)
+    result = loss(setting, start, planned, conditioning, PROMPTS, noise)
     assert start.latents.dtype == result.images.dtype == result.value.dtype == torch.float32
-    found = gradients(made.trainable(), result.value)
+    found = gradients(made.tuned.trainable(), result.value)
     assert all(grad.isfinite().all() and grad.dtype == torch.float32 for grad in found.values())
     assert all(grad.abs().max() > 0 for name, grad in found.items() if "lora_A" not in name)
 
 
 def test_a_model_for_sampling_has_nothing_to_train(tiny_path: Path) -> None:
     made = tiny_model(tiny_path, trainable=False)
-    assert made.trainable() == {}
+    assert made.tuned.trainable() == {}
     assert not made.decode(normal(1, *SHAPE)).requires_grad
 
 
@@ -129,13 +129,13 @@ def test_the_cache_is_bounded_and_changes_nothing(tiny_path: Path, monkeypatch: 
     texts = [f"a {word}" for word in "cat dog bee fox cow hen owl pig".split()]
     expected = tiny_model(tiny_path, trainable=False).encode(texts).hidden
     one = expected[0].nbytes
-    monkeypatch.setattr(stable_diffusion, "CACHE_BYTES", 3 * one)
+    monkeypatch.setattr(embeddings, "CACHE_BYTES", 3 * one)
     made = tiny_model(tiny_path, trainable=False)
     for _ in range(2):
         assert torch.equal(made.encode(texts).hidden, expected)
-        assert len(made._cache) == 3
-        held = [tensor.untyped_storage().nbytes() for tensor in made._cache.values()]
-        assert sum(held) == made._cached_bytes == 3 * one  # no entry keeps the batch that it came from
+        assert len(made.encode._rows) == 3
+        held = [tensor.untyped_storage().nbytes() for tensor in (row.hidden for row in made.encode._rows.values())]
+        assert sum(held) == made.encode._bytes == 3 * one  # no entry keeps the batch that it came from
     seen = calls(made)
     made.encode(texts[-3:])
     assert seen == []
@@ -153,10 +153,10 @@ def test_an_embedding_does_not_depend_on_its_batch(tiny_path: Path) -> None:
 
 
 def test_a_cache_too_small_for_one_prompt(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stable_diffusion, "CACHE_BYTES", 1)
+    monkeypatch.setattr(embeddings, "CACHE_BYTES", 1)
     made = tiny_model(tiny_path, trainable=False)
     assert made.encode(PROMPTS).hidden.shape == (3, 16, 8)
-    assert len(made._cache) == 1
+    assert len(made.encode._rows) == 1
 
 
 def test_a_returned_embedding_is_not_the_cached_one(tiny_path: Path) -> None:

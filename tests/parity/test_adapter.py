@@ -13,8 +13,7 @@ from torch import Tensor
 
 from draftplus import rng
 from draftplus.config import LoraConfig
-from draftplus.diffusion.guidance import guided
-from draftplus.diffusion.sampler import Rollout, sample
+from draftplus.diffusion.sampler import Rollout, Sampler
 from draftplus.diffusion.schedule import make_schedule
 from draftplus.diffusion.solvers import make_solver
 from draftplus.errors import UserError
@@ -33,9 +32,9 @@ def lora(targets: Any = "all") -> LoraConfig:
 @torch.no_grad()
 def picture(made: StableDiffusion) -> Tensor:
     schedule, name = make_schedule(made.scheduler_config, STEPS)
-    denoise = guided(made, made.encode(PROMPTS), made.encode([""]), GUIDANCE)
     start = Rollout(rng.stock_noise(SHAPE, [1, 2, 3]).to(made.unet.conv_in.weight.dtype))
-    return made.decode(sample(denoise, start, schedule, make_solver(name)).latents)
+    sampler = Sampler(made, schedule, make_solver(name), GUIDANCE)
+    return made.decode(sampler.sample(made.encode(PROMPTS), start).latents)
 
 
 def stock_picture(pipe: Any) -> Tensor:
@@ -49,13 +48,13 @@ def stock_picture(pipe: Any) -> Tensor:
 def test_a_stock_pipeline_loads_the_adapter(tiny_path: Path, tmp_path: Path, targets: Any) -> None:
     made = tiny_model(tiny_path, torch.float32, lora(targets))
     randomize(made, size=0.3)
-    made.save_adapter(tmp_path / "adapter")
+    made.tuned.save(tmp_path / "adapter")
     base, tuned = stock_pipeline(tiny_path, torch.float32), stock_pipeline(tiny_path, torch.float32)
     tuned.load_lora_weights(tmp_path / "adapter")
     ours, theirs, untuned = picture(made), stock_picture(tuned), stock_picture(base)
     assert (ours - theirs).abs().max() < 1e-3
     assert (ours - untuned).abs().max() > 1e-2
-    with made.folded():
+    with made.tuned.folded():
         assert (picture(made) - theirs).abs().max() < 1e-3
 
 
@@ -63,7 +62,7 @@ def test_a_stock_denoiser_loads_the_full_weights(tiny_path: Path, tmp_path: Path
     made = tiny_model(tiny_path, torch.float32, full=True)
     before = picture(made)
     randomize(made, size=0.5)
-    made.save_adapter(tmp_path)
+    made.tuned.save(tmp_path)
     pipe = stock_pipeline(tiny_path, torch.float32)
     pipe.unet = UNet2DConditionModel.from_pretrained(tmp_path)
     assert all(torch.equal(p, q) for p, q in zip(pipe.unet.parameters(), made.unet.parameters(), strict=True))
@@ -77,13 +76,13 @@ def test_round_trip(tiny_path: Path, tmp_path: Path, full: bool, trainable: bool
     made = tiny_model(tiny_path, lora=lora(), full=full)
     base = picture(made)
     randomize(made, size=0.3)
-    made.save_adapter(tmp_path / "a")
+    made.tuned.save(tmp_path / "a")
     other = tiny_model(tiny_path, lora=lora("attention"), full=full, trainable=trainable)
-    other.load_adapter(tmp_path / "a")
+    other.tuned.load(tmp_path / "a")
     torch.testing.assert_close(picture(other), picture(made), rtol=0, atol=1e-10)
-    with other.reference():  # the base model stays at hand
+    with other.tuned.reference():  # the base model stays at hand
         torch.testing.assert_close(picture(other), base, rtol=0, atol=1e-10)
-    other.save_adapter(tmp_path / "b")
+    other.tuned.save(tmp_path / "b")
     name = "diffusion_pytorch_model.safetensors" if full else LORA_FILE
     first, second = (load_file(tmp_path / which / name) for which in "ab")
     assert first.keys() == second.keys()
@@ -95,21 +94,21 @@ def test_another_adapter_takes_the_place_of_the_first(tiny_path: Path, tmp_path:
     for seed, targets in ((1, "all"), (2, "attention")):
         tuned = tiny_model(tiny_path, lora=lora(targets))
         randomize(tuned, seed, size=0.3)
-        tuned.save_adapter(tmp_path / str(seed))
+        tuned.tuned.save(tmp_path / str(seed))
         pictures.append(picture(tuned))
     for seed, expected in ((1, pictures[0]), (2, pictures[1]), (1, pictures[0])):
-        made.load_adapter(tmp_path / str(seed))
+        made.tuned.load(tmp_path / str(seed))
         torch.testing.assert_close(picture(made), expected, rtol=0, atol=1e-10)
 
 
 def test_an_adapter_stays_in_float32_beside_half_weights(tiny_path: Path, tmp_path: Path) -> None:
     made = tiny_model(tiny_path, torch.bfloat16)
     randomize(made)
-    made.save_adapter(tmp_path)
+    made.tuned.save(tmp_path)
     other = tiny_model(tiny_path, torch.bfloat16, trainable=False)
-    other.load_adapter(tmp_path)
-    assert {p.dtype for p in made.trainable().values()} == {p.dtype for p in other.trainable().values()}
-    assert next(iter(other.trainable().values())).dtype == torch.float32
+    other.tuned.load(tmp_path)
+    assert {p.dtype for p in made.tuned.trainable().values()} == {p.dtype for p in other.tuned.trainable().values()}
+    assert next(iter(other.tuned.trainable().values())).dtype == torch.float32
     assert other.unet.conv_in.weight.dtype == torch.bfloat16
 
 
@@ -120,18 +119,18 @@ def test_scale(tiny_path: Path) -> None:
     x, t = normal(3, *SHAPE), torch.tensor(300)
 
     def at(scale: float) -> Tensor:
-        made.set_lora_scale(scale)
+        made.tuned.set_scale(scale)
         with torch.no_grad():
             return made.predict(x, t, made.encode(PROMPTS))
 
     zero, half, one = at(0.0), at(0.5), at(1.0)
-    with made.reference(), torch.no_grad():
+    with made.tuned.reference(), torch.no_grad():
         assert torch.equal(zero, made.predict(x, t, made.encode(PROMPTS)))
     assert (zero - one).norm() > max((zero - half).norm(), (half - one).norm()) > 0.05 * (zero - one).norm()
     assert torch.equal(at(1.0), one)
-    made.set_lora_scale(0.0)
+    made.tuned.set_scale(0.0)
     assert torch.equal(picture(made), base)
-    made.set_lora_scale(1.0)
+    made.tuned.set_scale(1.0)
     assert not torch.equal(picture(made), base)
 
 
@@ -139,22 +138,22 @@ def test_scale_halves_the_weights_change(tiny_path: Path) -> None:
     made = tiny_model(tiny_path)
     randomize(made)
     whole = [layer.get_delta_weight("default").clone() for layer in layers(made.unet)]
-    made.set_lora_scale(0.5)
+    made.tuned.set_scale(0.5)
     for layer, delta in zip(layers(made.unet), whole, strict=True):
         torch.testing.assert_close(layer.get_delta_weight("default"), delta / 2)
 
 
 def test_a_fully_tuned_denoiser_has_no_scale(tiny_path: Path) -> None:
     made = tiny_model(tiny_path, full=True)
-    made.set_lora_scale(1.0)
+    made.tuned.set_scale(1.0)
     with pytest.raises(UserError, match=r"scale is 0\.5"):
-        made.set_lora_scale(0.5)
+        made.tuned.set_scale(0.5)
 
 
 def test_an_adapter_that_does_not_fit_is_refused(tiny_path: Path, tmp_path: Path) -> None:
     made = tiny_model(tiny_path, torch.float32)
     randomize(made)
-    made.save_adapter(tmp_path / "good")
+    made.tuned.save(tmp_path / "good")
     good = load_file(tmp_path / "good" / LORA_FILE)
     first, other = min(good), tiny_model(tiny_path, torch.float32, trainable=False)
     wrong = {
@@ -173,19 +172,19 @@ def test_an_adapter_that_does_not_fit_is_refused(tiny_path: Path, tmp_path: Path
         directory.mkdir()
         save_file(state, directory / LORA_FILE)
         with pytest.raises(UserError, match="adapter of") as error:
-            other.load_adapter(directory)
+            other.tuned.load(directory)
         assert str(directory) in str(error.value) and "\n" not in str(error.value), what
-    other.load_adapter(tmp_path / "good")
+    other.tuned.load(tmp_path / "good")
     torch.testing.assert_close(picture(other), picture(made), rtol=0, atol=1e-5)
     (tmp_path / "good" / LORA_FILE).write_bytes(b"short")
     with pytest.raises(UserError, match="not a whole safetensors file"):
-        other.load_adapter(tmp_path / "good")
+        other.tuned.load(tmp_path / "good")
     with pytest.raises(UserError, match="give an adapter/ directory of a run"):
-        other.load_adapter(tmp_path / "nowhere")
+        other.tuned.load(tmp_path / "nowhere")
 
 
 def test_a_denoiser_that_does_not_fit_is_refused(tiny_path: Path, tmp_path: Path) -> None:
-    tiny_model(tiny_path, torch.float32, full=True).save_adapter(tmp_path)
+    tiny_model(tiny_path, torch.float32, full=True).tuned.save(tmp_path)
     file = tmp_path / "diffusion_pytorch_model.safetensors"
     good = load_file(file)
     for state in (
@@ -194,7 +193,7 @@ def test_a_denoiser_that_does_not_fit_is_refused(tiny_path: Path, tmp_path: Path
     ):
         save_file(state, file)
         with pytest.raises(UserError, match=r"not a denoiser of this model.*conv_in\.bias"):
-            tiny_model(tiny_path, torch.float32, trainable=False).load_adapter(tmp_path)
+            tiny_model(tiny_path, torch.float32, trainable=False).tuned.load(tmp_path)
     file.unlink()
     with pytest.raises(UserError, match=r"no \.safetensors weights"):
-        tiny_model(tiny_path, torch.float32, trainable=False).load_adapter(tmp_path)
+        tiny_model(tiny_path, torch.float32, trainable=False).tuned.load(tmp_path)

@@ -11,7 +11,8 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from draftplus.config import LoraConfig, ObjectiveConfig
-from draftplus.diffusion.objectives import Loss, Problem, loss, plan, prefix
+from draftplus.diffusion.objectives import Loss, loss, plan, prefix
+from draftplus.diffusion.problem import Problem
 from draftplus.models.stable_diffusion import StableDiffusion
 from tests.tiny import PROMPTS, SCHEDULER, noise_source, problem, stock_pipeline, tiny_model
 
@@ -22,14 +23,14 @@ ATTENTION = LoraConfig(rank=2, alpha=4.0)
 
 
 def run(setting: Problem, folded: bool = False) -> Loss:
-    window = plan(setting.objective, STEPS, seed=0, step=0)
+    planned = plan(setting.objective, setting.sampler.schedule, seed=0, step=0)
     noise, conditioning = noise_source(3), setting.model.encode(PROMPTS)
     if folded:
-        with setting.model.folded():
-            start = prefix(setting, conditioning, noise, window)
+        with setting.model.tuned.folded():
+            start = prefix(setting, conditioning, noise, planned)
     else:
-        start = prefix(setting, conditioning, noise, window)
-    return loss(setting, start, window, conditioning, PROMPTS, noise)
+        start = prefix(setting, conditioning, noise, planned)
+    return loss(setting, start, planned, conditioning, PROMPTS, noise)
 
 
 def objective(k: int | str, space: str = "noise", method: str = "draft") -> ObjectiveConfig:
@@ -37,7 +38,7 @@ def objective(k: int | str, space: str = "noise", method: str = "draft") -> Obje
 
 
 def train(made: StableDiffusion, setting: Problem, updates: int = 3) -> None:
-    optimizer = torch.optim.AdamW(made.trainable().values(), lr=2e-2)
+    optimizer = torch.optim.AdamW(made.tuned.trainable().values(), lr=2e-2)
     for _ in range(updates):
         optimizer.zero_grad()
         run(setting).value.backward()
@@ -57,13 +58,13 @@ def train(made: StableDiffusion, setting: Problem, updates: int = 3) -> None:
 def test_zero_at_the_start(tiny_path: Path, dtype: torch.dtype, method: str, space: str) -> None:
     k = 2 if method in ("draft", "drtune") else 1
     result = run(problem(tiny_model(tiny_path, dtype=dtype), objective(k, space, method), STEPS, GUIDANCE), folded=True)
-    assert result.kl.item() == 0.0
+    assert result.penalties["kl"].item() == 0.0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_zero_at_the_start_of_full_fine_tuning(tiny_path: Path, dtype: torch.dtype) -> None:
     made = tiny_model(tiny_path, dtype=dtype, full=True)
-    assert run(problem(made, objective(3), STEPS, GUIDANCE)).kl.item() == 0.0
+    assert run(problem(made, objective(3), STEPS, GUIDANCE)).penalties["kl"].item() == 0.0
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -77,9 +78,9 @@ def test_equals_the_formula_after_three_updates(
     made = tiny_model(tiny_path, lora=ATTENTION, full=full)
     setting = problem(made, objective(k, space), STEPS, GUIDANCE)
     train(made, setting)
-    found = run(setting, folded=True).kl.item()
+    found = run(setting, folded=True).penalties["kl"].item()
 
-    made.save_adapter(tmp_path)
+    made.tuned.save(tmp_path)
     tuned, reference = stock_pipeline(tiny_path), stock_pipeline(tiny_path)
     if full:
         tuned.unet = type(tuned.unet).from_pretrained(tmp_path, torch_dtype=torch.float64)
@@ -118,7 +119,7 @@ def test_guidance_enters_the_penalty_once(tiny_path: Path) -> None:
     """Guidance scales the difference of both predictions alike, so the penalty is not that of unguided ones."""
     made = tiny_model(tiny_path, lora=ATTENTION)
     train(made, problem(made, objective(1), STEPS, GUIDANCE))
-    found = [run(problem(made, objective(1), STEPS, scale)).kl.item() for scale in (1.0, GUIDANCE, 8.0)]
+    found = [run(problem(made, objective(1), STEPS, scale)).penalties["kl"].item() for scale in (1.0, GUIDANCE, 8.0)]
     assert len(set(found)) == 3
 
 
@@ -128,7 +129,7 @@ def test_the_coefficient_multiplies_it(tiny_path: Path) -> None:
     losses = []
     for coeff in (0.0, 0.5, 2.0):
         losses.append(run(problem(made, ObjectiveConfig("draft", 1, kl_coeff=coeff), STEPS, GUIDANCE)))
-    kl = losses[1].kl.item()
-    assert losses[0].kl.item() == 0.0 < kl == losses[2].kl.item()
+    kl = losses[1].penalties["kl"].item()
+    assert losses[0].penalties["kl"].item() == 0.0 < kl == losses[2].penalties["kl"].item()
     for result, coeff in zip(losses[1:], (0.5, 2.0), strict=True):
         assert (result.value - losses[0].value).item() == pytest.approx(coeff * kl, rel=1e-9)

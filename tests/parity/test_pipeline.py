@@ -11,8 +11,8 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEuler
 from torch import Tensor
 
 from draftplus import rng
-from draftplus.diffusion.guidance import guided
-from draftplus.diffusion.sampler import Rollout, sample
+from draftplus.diffusion.guidance import classifier_free, denoiser
+from draftplus.diffusion.sampler import Rollout, Sampler, sample
 from draftplus.diffusion.schedule import make_schedule
 from draftplus.diffusion.solvers import make_solver
 from draftplus.models.stable_diffusion import StableDiffusion
@@ -30,15 +30,14 @@ def ours(
 ) -> Tensor:  # fmt: skip
     """Latents (3, c, h, w) of PROMPTS and SEEDS."""
     schedule, name = make_schedule(scheduler, steps, solver)
-    denoise = guided(made, made.encode(PROMPTS), made.encode([negative]), guidance_scale)
+    sampler = Sampler(made, schedule, make_solver(name, eta), guidance_scale, negative)
     dtype = made.unet.conv_in.weight.dtype
     start = Rollout(rng.stock_noise(SHAPE, SEEDS).to(dtype))
     # a stock pipeline that is given latents draws its steps' noise from the generators' beginning
     draws = [[torch.randn(1, *SHAPE, generator=g, dtype=dtype) for _ in range(steps)] for g in generators()]
     with torch.no_grad():
-        return sample(
-            denoise, start, schedule, make_solver(name, eta), noise=lambda i: torch.cat([draw[i] for draw in draws])
-        ).latents
+        noise = [torch.cat([draw[i] for draw in draws]) for i in range(steps)]
+        return sampler.sample(made.encode(PROMPTS), start, noise=noise.__getitem__).latents
 
 
 def generators() -> list[torch.Generator]:
@@ -125,7 +124,7 @@ def test_a_fresh_adapter_changes_no_picture(tiny_path: Path) -> None:
     tuned = tiny_model(tiny_path)
     randomize(tuned)
     assert (ours(tuned, SCHEDULER, 4) - plain).abs().max() > 0.01
-    with tuned.reference():
+    with tuned.tuned.reference():
         assert torch.equal(ours(tuned, SCHEDULER, 4), plain)
 
 
@@ -151,6 +150,6 @@ def test_guided_flow_matching(shift: float, guidance_scale: float) -> None:
         x = scheduler.step(c if guidance_scale == 1 else u + guidance_scale * (c - u), t, x).prev_sample
     config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": shift}
     schedule, name = make_schedule(config, 9)
-    denoise = guided(made, given, without, guidance_scale)  # type: ignore[arg-type]
+    denoise = denoiser(classifier_free(made.predict, given, without, guidance_scale), schedule)
     found = sample(denoise, Rollout(start), schedule, make_solver(name)).latents
     torch.testing.assert_close(found, x.double(), atol=1e-4, rtol=0)

@@ -16,6 +16,7 @@ from diffusers import (
 )
 from torch import Tensor
 
+from draftplus.diffusion.guidance import denoiser
 from draftplus.diffusion.sampler import Rollout, sample
 from draftplus.diffusion.schedule import alphas_cumprod, make_schedule
 from draftplus.diffusion.solvers import make_solver
@@ -53,7 +54,7 @@ def stock(scheduler: Any, **step: Any) -> Tensor:
 
 def ours(config: dict[str, Any], steps: int, solver: str, eta: float = 0.0, **settings: Any) -> Tensor:
     schedule, name = make_schedule(config, steps, solver, **settings)
-    return sample(toy, Rollout(START), schedule, make_solver(name, eta), noise=fresh_noise).latents
+    return sample(denoiser(toy, schedule), Rollout(START), schedule, make_solver(name, eta), noise=fresh_noise).latents
 
 
 def assert_close(found: Tensor, expected: Tensor) -> None:
@@ -181,7 +182,7 @@ def test_flow_matching_with_a_shift_for_the_image_size(
     config = {**FLOW, "use_dynamic_shifting": True, "shift_terminal": terminal, "time_shift_type": kind}
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
-    assert_close(ours(config, steps, "auto", mu=mu), stock(scheduler))
+    assert_close(ours({**config, "mu": mu}, steps, "auto"), stock(scheduler))
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -248,7 +249,7 @@ def test_stochastic_steps_need_ddim() -> None:
 
 
 def test_dynamic_shift_is_a_plain_shift_by_exp_mu() -> None:
-    moving, _ = make_schedule({**FLOW, "use_dynamic_shifting": True}, 8, mu=0.7)
+    moving, _ = make_schedule({**FLOW, "use_dynamic_shifting": True, "mu": 0.7}, 8)
     levels = [s.sigma for s in moving.steps]
     for found, s in zip(levels, np.linspace(1, 1 / 8, 8), strict=True):
         assert found == pytest.approx(exp(0.7) / (exp(0.7) + 1 / s - 1))

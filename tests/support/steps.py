@@ -14,9 +14,12 @@ from draftplus.config import Config, ObjectiveConfig
 from draftplus.config.schema import AlignpropConfig, DdpoConfig, OptimConfig, ReflConfig, TrainConfig
 from draftplus.diffusion.objectives import plan
 from draftplus.distributed import World, world
+from draftplus.evaluation.held_out import EvaluationSet
 from draftplus.models.stable_diffusion import StableDiffusion
+from draftplus.training.fine_tuning import FineTuning
+from draftplus.training.placement import Replicated
+from draftplus.training.state import initial_state
 from draftplus.training.step import Setup
-from draftplus.training.train import initial_state, step_of
 from draftplus.types import Scores
 from tests.tiny import CPU, SHAPE, TinyScorer, problem, randomize, tiny_model
 
@@ -74,19 +77,21 @@ def take_steps(
 
     recording.differentiable = True  # type: ignore[attr-defined]
     made = replace(made, scorer=recording)  # type: ignore[arg-type]
-    parameters = model.trainable()
+    parameters = model.tuned.trainable()
     before = {key: parameter.detach().clone() for key, parameter in parameters.items()}
     config = Config(
         seed=seed, objective=objective, optim=OptimConfig(lr=0.01, grad_clip=0.1),
         train=TrainConfig(global_batch_size=BATCH, sampling_batch_size=sampling),
     )  # fmt: skip
-    setup, state = Setup(config, made, ANIMALS, SHAPE, micro, here), initial_state(config, model)
+    setup = Setup(config, made, ANIMALS, SHAPE, micro, here, Replicated(here))
+    task = FineTuning(setup, {}, EvaluationSet([], 2), Path(), steps)
+    state = initial_state(task.parameters, config.optim)
     result = Updates(torch.empty(0), {}, [], [], scores, scored)
     for step in range(steps):
-        means = step_of(config)(setup, state, nullcontext)
+        means = task.step(state, nullcontext)
         state.step += 1
         result.metrics.update({f"step {step} {key}": value for key, value in means.items()})
-        result.windows.append(plan(objective, 4, seed, step).steps)
+        result.windows.append(plan(objective, made.sampler.schedule, seed, step).window.steps)
         result.prompts.append(setup.share(step).prompts)
     result.update = torch.cat([(p.detach() - before[key]).flatten() for key, p in parameters.items()])
     with torch.no_grad():

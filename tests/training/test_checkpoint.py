@@ -105,7 +105,7 @@ def test_no_space_left_for_the_result(settings: list[str], monkeypatch: pytest.M
     run = train_here(settings, "train.steps=2")
     before = weights(run / "adapter")
     with monkeypatch.context() as patch:
-        import draftplus.models.stable_diffusion as module
+        import draftplus.models.tuned as module
 
         patch.setattr(module, "save_file", no_space)
         with pytest.raises(UserError, match="no space left"):

@@ -19,10 +19,10 @@ from draftplus.errors import Interrupted, UserError
 from draftplus.models.stable_diffusion import StableDiffusion
 from draftplus.runs.directory import saved_steps
 from draftplus.training import ddpo
-from draftplus.training.checkpoint import whole_or_not
 from draftplus.training.ddpo import ddpo_step, interleaved
+from draftplus.training.placement import Replicated
+from draftplus.training.state import initial_state, whole_or_not
 from draftplus.training.step import Setup
-from draftplus.training.train import initial_state
 from tests.support.runs import REWARDS, fingerprint, rows, train_here, weights
 from tests.tiny import CPU, PROMPTS, SHAPE, problem
 
@@ -81,7 +81,7 @@ def test_continued_is_uninterrupted(settings: list[str], tmp_path: Path) -> None
 def test_a_stop_between_updates_gives_up_the_whole_step(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     settings = [*settings, *SEVERAL, "checkpoint.every=100"]
     whole = train_here(settings, "name=whole")
-    accumulate, calls = ddpo.accumulate, []
+    accumulate, calls = ddpo.accumulate_update, []
 
     def stopped(*args: Any) -> Any:
         calls.append(0)
@@ -90,7 +90,7 @@ def test_a_stop_between_updates_gives_up_the_whole_step(settings: list[str], mon
         return accumulate(*args)
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(ddpo, "accumulate", stopped)
+        patch.setattr(ddpo, "accumulate_update", stopped)
         train_here(settings)
     run = whole.parent / "run"
     assert saved_steps(run / "checkpoints") == [2]
@@ -101,13 +101,14 @@ def test_a_stop_between_updates_gives_up_the_whole_step(settings: list[str], mon
 def made(model: StableDiffusion, micro: int, batch: int, steps: int, **settings: Any) -> Setup:
     objective = ObjectiveConfig("ddpo", "all", kl_coeff=0.5, ddpo=DdpoConfig(**settings))
     config = Config(objective=objective, train=TrainConfig(global_batch_size=batch))
-    return Setup(config, problem(model, objective, steps, eta=1.0), PROMPTS, SHAPE, micro, World(0, 1, CPU))
+    here = World(0, 1, CPU)
+    return Setup(config, problem(model, objective, steps, eta=1.0), PROMPTS, SHAPE, micro, here, Replicated(here))
 
 
 def test_an_error_leaves_the_state_as_it_was(model: StableDiffusion) -> None:
     setup = made(model, 2, 2, 2, inner_epochs=2)
     setup.config.optim.ema = 0.9
-    state = initial_state(setup.config, model)
+    state = initial_state(model.tuned.trainable(), setup.config.optim)
     for start in (0, 1):  # without moments, and with some
         before = {name: p.detach().clone() for name, p in state.parameters.items()}
         average = {name: tensor.clone() for name, tensor in state.ema.shadow.items()}  # type: ignore[union-attr]
@@ -152,7 +153,7 @@ def test_what_the_backward_pass_holds_grows_neither_with_steps_nor_with_the_batc
     for batch, steps in ((2, 2), (2, 4), (4, 2)):
         setup, saved = made(model, 2, batch, steps), Saved()
         with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda held: held.value):
-            ddpo_step(setup, initial_state(setup.config, model), nullcontext)
+            ddpo_step(setup, initial_state(model.tuned.trainable(), setup.config.optim), nullcontext)
         peaks.append(saved.peak)
     assert peaks[0] > 0 and max(peaks) <= 1.01 * peaks[0]
 

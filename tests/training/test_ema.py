@@ -44,7 +44,7 @@ def of_step(run: Path, step: int, file: str) -> dict[str, torch.Tensor]:
 
 def test_it_is_the_formula(here: list[str], averaged: Path) -> None:
     """s <- d s + (1 - d) w with d = min(decay, (1 + n) / (10 + n)), from the raw weights of every step."""
-    start = build_model(configure(here).model, CPU).trainable()
+    start = build_model(configure(here).model, CPU).tuned.trainable()
     average = {name: parameter.detach().double() for name, parameter in start.items()}
     for n in range(6):
         decay = min(DECAY, (1 + n) / (10 + n))

@@ -17,8 +17,8 @@ from draftplus.config import RewardConfig, load_config
 from draftplus.config.schema import OptimConfig
 from draftplus.errors import UserError
 from draftplus.runs.journal import open_loggers
+from draftplus.training.fine_tuning import total_steps
 from draftplus.training.optim import learning_rate
-from draftplus.training.train import total_steps
 from tests.support.processes import Child, command
 from tests.support.runs import REWARDS, configure, fingerprint, relative, rows, train_here, update_of, weights
 from tests.tiny import CPU
@@ -125,7 +125,7 @@ def test_frozen_weights_in_half_precision(settings: list[str], dtype: str) -> No
     """The trained weights and their update stay float32, and what comes out is near the run in float32."""
     half, single = (train_here(settings, f"name={kind}", f"model.dtype={kind}") for kind in (dtype, "float32"))
     model = build_model(configure([*settings, f"model.dtype={dtype}"]).model, CPU)
-    assert {parameter.dtype for parameter in model.trainable().values()} == {torch.float32}
+    assert {parameter.dtype for parameter in model.tuned.trainable().values()} == {torch.float32}
     assert {tensor.dtype for tensor in weights(half / "checkpoints" / "step-000004").values()} == {torch.float32}
     base = weights(single / "adapters" / "step-000000")
     moved = update_of(base, weights(single / "adapter"))

@@ -1,1 +1,1 @@
-"""The mathematics: schedules, solvers, windows, the sampler, the KL term and the objectives. Imports torch only."""
+"""The mathematics: schedules, solvers, windows, the sampler, methods and regularisers. Imports torch only."""

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
-import torch
 from torch import Tensor
 
 from draftplus.diffusion.guidance import Denoise
-from draftplus.diffusion.schedule import Schedule
+from draftplus.diffusion.schedule import Denoised
 from draftplus.errors import UserError
-from draftplus.types import Model
 
 
 def anneal_weights(text: str, total: int) -> list[float]:
@@ -37,22 +34,17 @@ def anneal_weights(text: str, total: int) -> list[float]:
     raise UserError(f"anneal '{text}': choose linear, power:P with P above 0, step:F with F in [0, 1], base or tuned")
 
 
-def annealed(denoise: Denoise, model: Model, schedule: Schedule, weights: Sequence[float]) -> Denoise:
-    """(1 - w_i) * base + w_i * tuned at each step; where w is 0 or 1 only one of the models is evaluated.
+def annealed(tuned: Denoise, base: Denoise, weights: Sequence[float]) -> Denoise:
+    """(1 - w_i) * base + w_i * tuned at each step i; where w is 0 or 1 only one of the models is evaluated.
 
-    denoise: the guided denoiser of `model`, whose adapters must not be folded.
+    tuned, base: the guided denoisers of one model, whose adapters must not be folded.
     """
-    share = {step.timestep: weight for step, weight in zip(schedule.steps, weights, strict=True)}
 
-    def blended(x: Tensor, timestep: Tensor) -> Tensor:
-        w = min(share.items(), key=lambda item: abs(item[0] - float(timestep)))[1]
-        with model.reference() if w == 0 else nullcontext():
-            raw = denoise(x, timestep)
+    def blended(x: Tensor, index: int) -> Denoised:
+        w = weights[index]
         if w in (0, 1):
-            return raw
-        with model.reference():
-            base = denoise(x, timestep)
-        wide = torch.promote_types(torch.float32, raw.dtype)
-        return (1 - w) * base.to(wide) + w * raw.to(wide)
+            return (tuned if w else base)(x, index)
+        ours, theirs = tuned(x, index), base(x, index)
+        return Denoised(*((1 - w) * b + w * t for t, b in zip(ours, theirs, strict=True)))
 
     return blended

@@ -10,7 +10,7 @@ clip as small as 1e-4 sensible. Steps without variance have no density and are l
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 
 from draftplus.config.schema import DdpoConfig
-from draftplus.diffusion.kl import kl
-from draftplus.diffusion.objectives import Noise, Problem
-from draftplus.diffusion.sampler import Rollout, Visit, sample
-from draftplus.diffusion.schedule import Denoised, Schedule, denoised
-from draftplus.diffusion.solvers import Noise as StepNoise
-from draftplus.diffusion.solvers import ddim_deviation, ddim_log_prob
+from draftplus.diffusion.problem import Noise, Plan, Problem
+from draftplus.diffusion.regularisers import REGULARISERS, penalties
+from draftplus.diffusion.sampler import Rollout, Visit
+from draftplus.diffusion.schedule import Denoised, Schedule
+from draftplus.diffusion.solvers import StepNoise, ddim_deviation, ddim_log_prob
 from draftplus.types import Conditioning
 
 History = Mapping[str, Sequence[float]]  # prompt -> its latest rewards, the newest last
@@ -51,16 +50,14 @@ class Trajectory:
 
 
 class StepLoss(NamedTuple):
-    """A scalar with its gradient, and, detached, the KL term () and the ratios of probabilities (b,)."""
+    """A scalar with its gradient, and, detached, the penalties () by regulariser and the ratios of probabilities (b,).
+
+    ratios: None at a step without a probability, at which only a regulariser looks.
+    """
 
     value: Tensor
-    kl: Tensor
-    ratios: Tensor
-
-
-def random_steps(schedule: Schedule, eta: float) -> list[int]:
-    """The steps that draw noise, and so have a probability."""
-    return [index for index, step in enumerate(schedule.steps) if ddim_deviation(step, eta) > 0]
+    penalties: dict[str, Tensor]
+    ratios: Tensor | None
 
 
 @torch.no_grad()
@@ -69,45 +66,51 @@ def rollout(problem: Problem, conditioning: Conditioning, noise: Noise) -> Traje
 
     conditioning: b rows. noise: that of the images, as in the other methods.
     """
+    sampler = problem.sampler
     start, fresh = noise("x_T", 0), partial(noise, "solver")
     latents, log_probs = [start], []
 
     def remembering(
         schedule: Schedule, index: int, x: Tensor, now: Denoised, previous: Tensor | None, noise: StepNoise | None
     ) -> Tensor:
-        after = problem.solver(schedule, index, x, now, previous, noise)
+        after = sampler.solver(schedule, index, x, now, previous, noise)
         latents.append(after)
-        if ddim_deviation(schedule.steps[index], problem.eta) > 0:
-            log_probs.append(ddim_log_prob(schedule.steps[index], now, problem.eta, after))
+        if ddim_deviation(schedule.steps[index], sampler.eta) > 0:
+            log_probs.append(ddim_log_prob(schedule.steps[index], now, sampler.eta, after))
         return after
 
-    sample(problem.denoiser(conditioning), Rollout(start), problem.schedule, remembering, noise=fresh)
+    replace(sampler, solver=remembering).sample(conditioning, Rollout(start), noise=fresh)
     latents[0] = start.to(latents[-1])
     return Trajectory(torch.stack(latents, 1), torch.stack(log_probs, 1))
 
 
 def step_loss(
-    problem: Problem, trajectory: Trajectory, place: int, conditioning: Conditioning, advantages: Tensor
+    problem: Problem, plan: Plan, trajectory: Trajectory, index: int, conditioning: Conditioning, advantages: Tensor
 ) -> StepLoss:
     """The loss of one step of remembered trajectories, a mean over its b images.
 
-    place: the step, counted among those with variance. advantages: (b,). The KL term is that of DRaFT+
-    (`draftplus.diffusion.kl`) at this step's latents.
+    plan: its window holds the steps with variance, in order; over them the losses are meant to be averaged. index: a
+    step that it looks at. advantages: (b,). The regularisers are those of the other methods, at this step's latents.
     """
-    objective, schedule = problem.objective, problem.schedule
-    index = random_steps(schedule, problem.eta)[place]
-    x, x_next = trajectory.latents[:, index], trajectory.latents[:, index + 1]
-    denoise = problem.denoiser(conditioning)
-    now = denoised(denoise(x, schedule.timestep(index, x.device)), x, schedule.steps[index], schedule.prediction)
-    log_prob = ddim_log_prob(schedule.steps[index], now, problem.eta, x_next)  # (b,)
-    ratios = torch.exp(log_prob - trajectory.log_probs[:, place])
-    value = surrogate(ratios, advantages.to(ratios), objective.ddpo.clip).mean()
-    penalty = torch.zeros((), dtype=value.dtype, device=value.device)
-    if objective.kl_coeff > 0:
-        with problem.model.reference():
-            penalty = kl([Visit(index, x, now)], denoise, schedule, objective.kl_space)  # type: ignore[arg-type]
-        value = value + objective.kl_coeff * penalty
-    return StepLoss(value, penalty.detach(), ratios.detach())
+    objective, sampler = problem.objective, problem.sampler
+    x = trajectory.latents[:, index]
+    denoise = sampler.denoiser(conditioning)
+    now, ratios = denoise(x, index), None
+    value = torch.zeros((), dtype=now.x0.dtype, device=x.device)
+    if index in plan.window.steps:
+        step, place = sampler.schedule.steps[index], plan.window.steps.index(index)
+        log_prob = ddim_log_prob(step, now, sampler.eta, trajectory.latents[:, index + 1])  # (b,)
+        ratios = torch.exp(log_prob - trajectory.log_probs[:, place])
+        value = surrogate(ratios, advantages.to(ratios), objective.ddpo.clip).mean()
+    added = penalties(objective, plan.looks, denoise, sampler.frozen(conditioning), [Visit(index, x, now)])
+    for name, penalty in added.items():
+        # its mean is over the steps that it looks at, which need not be as many as the window's
+        share = len(plan.window.steps) / len(plan.looks[name])
+        value = value + REGULARISERS[name].weight(objective) * share * penalty
+        added[name] = share * penalty
+    zero = torch.zeros((), dtype=value.dtype, device=value.device)
+    told = {name: added.get(name, zero).detach() for name in REGULARISERS}
+    return StepLoss(value, told, None if ratios is None else ratios.detach())
 
 
 def surrogate(ratios: Tensor, advantages: Tensor, clip: float) -> Tensor:

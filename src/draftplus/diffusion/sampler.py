@@ -1,28 +1,30 @@
-"""The one loop over timesteps. Where gradient flows is the window's to say."""
+"""The one loop over timesteps, and all that it takes to sample a model. Where gradient flows is the window's to say."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from draftplus.diffusion.guidance import Denoise
-from draftplus.diffusion.schedule import Denoised, Schedule, denoised
-from draftplus.diffusion.solvers import Noise, Solver
-from draftplus.diffusion.window import Window
-
-NO_GRADIENT = Window(())
+from draftplus.diffusion.guidance import Denoise, denoiser
+from draftplus.diffusion.schedule import Denoised, Schedule
+from draftplus.diffusion.solvers import Solver, StepNoise
+from draftplus.diffusion.window import NO_GRADIENT, Window
+from draftplus.types import Conditioning, Model, Raw
 
 
 class Visit(NamedTuple):
-    """A step that carried gradient: its number, its latents (b, c, h, w) and what was predicted there."""
+    """A step that a penalty looks at: its number, its latents (b, c, h, w), and what was predicted there.
+
+    now: None where the step was taken without gradient, so that nothing is to be learned from its prediction.
+    """
 
     step: int
     latents: Tensor
-    now: Denoised
+    now: Denoised | None
 
 
 @dataclass
@@ -30,22 +32,28 @@ class Rollout:
     """Where a trajectory stands.
 
     latents: (b, c, h, w), the image's latents once the last step is done. previous: the x0 predicted last, which a
-    multistep solver remembers. visits: the steps that carried gradient.
+    multistep solver remembers. visits: the steps that carried gradient. kept: the latents of further steps that were
+    asked for, by step, without gradient.
     """
 
     latents: Tensor
     previous: Tensor | None = None
     visits: list[Visit] = field(default_factory=list)
+    kept: dict[int, Tensor] = field(default_factory=dict)
 
     def rows(self, index: slice) -> Rollout:
         """Some of the batch, without its visits."""
-        return Rollout(self.latents[index], None if self.previous is None else self.previous[index])
+        kept = {step: latents[index] for step, latents in self.kept.items()}
+        return Rollout(self.latents[index], None if self.previous is None else self.previous[index], kept=kept)
 
     @staticmethod
     def concatenate(parts: Sequence[Rollout]) -> Rollout:
         """The batches of all parts, in order, without their visits."""
         previous = [part.previous for part in parts if part.previous is not None]
-        return Rollout(torch.cat([part.latents for part in parts]), torch.cat(previous) if previous else None)
+        kept = {step: torch.cat([part.kept[step] for part in parts]) for step in parts[0].kept}
+        return Rollout(
+            torch.cat([part.latents for part in parts]), torch.cat(previous) if previous else None, kept=kept
+        )
 
 
 def sample(
@@ -56,24 +64,73 @@ def sample(
     window: Window = NO_GRADIENT,
     begin: int = 0,
     end: int | None = None,
-    noise: Noise | None = None,
+    noise: StepNoise | None = None,
+    keep: Collection[int] = (),
 ) -> Rollout:
-    """Takes the steps begin … end - 1 from `start`, with gradient in the window's steps alone.
+    """Takes the steps begin … end - 1 from `start`.
 
-    noise: the fresh noise (b, c, h, w) of a step, for solvers with eta > 0. Nothing carries gradient under
+    window: that of `denoise`; its steps are the rollout's visits. noise: the fresh noise (b, c, h, w) of a step, for
+    solvers with eta > 0. keep: further steps whose latents the rollout remembers. Nothing carries gradient under
     torch.no_grad(), whatever the window says.
     """
     x, previous = start.latents, start.previous
     visits: list[Visit] = []
+    kept = dict(start.kept)
     for index in range(begin, len(schedule) if end is None else end):
-        carries = index in window.steps and torch.is_grad_enabled()
-        with torch.set_grad_enabled(carries):
-            raw = denoise(x.detach() if window.detach_inputs else x, schedule.timestep(index, x.device))
-        now = denoised(raw, x, schedule.steps[index], schedule.prediction)
-        if carries:
+        now = denoise(x, index)
+        if index in window.steps and torch.is_grad_enabled():
             visits.append(Visit(index, x, now))
+        elif index in keep:
+            kept[index] = x.detach()
         if index == window.x0_at:
-            return Rollout(now.x0, now.x0, visits)
+            return Rollout(now.x0, now.x0, visits, kept)
         x = solver(schedule, index, x, now, previous, noise)
         previous = now.x0
-    return Rollout(x, previous, visits)
+    return Rollout(x, previous, visits, kept)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How a model is sampled: what `generate` and training have in common.
+
+    negative_prompt: None is what the family's stock pipeline takes where none is given. eta: the solver's, which DDPO's
+    probabilities depend on.
+    """
+
+    model: Model
+    schedule: Schedule
+    solver: Solver
+    guidance_scale: float
+    negative_prompt: str | None = None
+    eta: float = 0.0
+
+    def denoiser(self, conditioning: Conditioning, window: Window | None = None) -> Denoise:
+        """The guided denoiser of b prompts; with gradient in the window's steps, without one wherever it is enabled."""
+        return denoiser(self._guided(conditioning), self.schedule, window)
+
+    def frozen(self, conditioning: Conditioning) -> Denoise:
+        """The guided denoiser of the frozen model, whose network never carries gradient."""
+        raw = self._guided(conditioning)
+
+        def reference(x: Tensor, timestep: Tensor) -> Tensor:
+            with self.model.tuned.reference():
+                return raw(x, timestep)
+
+        return denoiser(reference, self.schedule, NO_GRADIENT)
+
+    def sample(
+        self,
+        conditioning: Conditioning,
+        start: Rollout,
+        window: Window = NO_GRADIENT,
+        begin: int = 0,
+        end: int | None = None,
+        noise: StepNoise | None = None,
+        keep: Collection[int] = (),
+    ) -> Rollout:
+        """`sample` by the guided denoiser of b prompts."""
+        denoise = self.denoiser(conditioning, window)
+        return sample(denoise, start, self.schedule, self.solver, window, begin, end, noise, keep)
+
+    def _guided(self, conditioning: Conditioning) -> Raw:
+        return self.model.guided(conditioning, self.model.encode([self.negative_prompt]), self.guidance_scale)

@@ -78,13 +78,13 @@ def denoised(raw: Tensor, x: Tensor, step: Step, prediction: Prediction) -> Deno
 
 
 def make_schedule(
-    config: Mapping[str, Any], steps: int, solver: str = "auto", spacing: str | None = None, mu: float | None = None
+    config: Mapping[str, Any], steps: int, solver: str = "auto", spacing: str | None = None
 ) -> tuple[Schedule, str]:
     """The schedule and the solver's name for a checkpoint's scheduler configuration.
 
-    config: the scheduler's `scheduler_config.json`. solver: "auto" (DDIM for variance-preserving models, Euler for
-    flow matching) or one of SOLVERS. spacing: one of SPACINGS, None for the checkpoint's own. mu: the resolution
-    shift of flow models with dynamic shifting.
+    config: the scheduler's `scheduler_config.json`, and `mu`, the resolution shift, for flow models with dynamic
+    shifting. solver: "auto" (DDIM for variance-preserving models, Euler for flow matching) or one of SOLVERS. spacing:
+    one of SPACINGS, None for the checkpoint's own.
 
     Raises UserError for a solver, spacing or number of steps that the model cannot be sampled with.
     """
@@ -102,7 +102,7 @@ def make_schedule(
             raise UserError(f"sampler.solver={name} is for variance-preserving models; this flow model takes euler")
         if spacing is not None:
             raise UserError("sampler.spacing does not apply to flow-matching models; leave it null")
-        return _flow(config, steps, mu), name
+        return _flow(config, steps), name
     _refuse_unsupported(config, name)
     return _variance_preserving(config, steps, name, spacing or config.get("timestep_spacing", "leading")), name
 
@@ -208,7 +208,7 @@ def _timesteps(n: int, steps: int, solver: str, spacing: str, offset: int) -> li
     raise UserError(f"the model's scheduler has timestep_spacing '{spacing}'; choose {', '.join(SPACINGS)}")
 
 
-def _flow(config: Mapping[str, Any], steps: int, mu: float | None) -> Schedule:
+def _flow(config: Mapping[str, Any], steps: int) -> Schedule:
     for key in (
         "use_karras_sigmas",
         "use_exponential_sigmas",
@@ -227,8 +227,9 @@ def _flow(config: Mapping[str, Any], steps: int, mu: float | None) -> Schedule:
         return shift * s / (1 + (shift - 1) * s)
 
     if config.get("use_dynamic_shifting"):
+        mu = config.get("mu")
         if mu is None:
-            raise UserError("this flow model's shift depends on the image size: its adapter must give mu")
+            raise UserError("this flow model's shift depends on the image size: its scheduler() must give mu")
         shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
         sigmas = [shifted(s) for s in torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64).tolist()]
     else:  # diffusers shifts the training sigmas' ends, spaces evenly between them, and shifts again

@@ -17,14 +17,14 @@ from torch import Tensor
 from draftplus.diffusion.schedule import Denoised, Schedule, Step
 from draftplus.errors import UserError
 
-Noise = Callable[[int], Tensor]  # a step's index -> standard normal (b, c, h, w)
+StepNoise = Callable[[int], Tensor]  # a step's index -> standard normal (b, c, h, w)
 
 
 class Solver(Protocol):
     """x: (b, c, h, w) latents at step `index`; previous: the x0 of step index - 1. Returns the next latents."""
 
     def __call__(
-        self, schedule: Schedule, index: int, x: Tensor, now: Denoised, previous: Tensor | None, noise: Noise | None
+        self, schedule: Schedule, index: int, x: Tensor, now: Denoised, previous: Tensor | None, noise: StepNoise | None
     ) -> Tensor: ...
 
 
@@ -43,7 +43,7 @@ def make_solver(name: str, eta: float = 0.0, key: str = "sampler.eta") -> Solver
 
 
 def first_order(
-    schedule: Schedule, index: int, x: Tensor, now: Denoised, previous: Tensor | None, noise: Noise | None
+    schedule: Schedule, index: int, x: Tensor, now: Denoised, previous: Tensor | None, noise: StepNoise | None
 ) -> Tensor:
     """Deterministic DDIM (Song et al. 2021, equation 12 with eta = 0), which is also Euler for flow matching."""
     step = schedule.steps[index]
@@ -51,7 +51,13 @@ def first_order(
 
 
 def ddim(
-    schedule: Schedule, index: int, x: Tensor, now: Denoised, previous: Tensor | None, noise: Noise | None, eta: float
+    schedule: Schedule,
+    index: int,
+    x: Tensor,
+    now: Denoised,
+    previous: Tensor | None,
+    noise: StepNoise | None,
+    eta: float,
 ) -> Tensor:
     """DDIM with noise, eta in (0, 1] (Song et al. 2021, equations 12 and 16)."""
     mean, deviation = ddim_gaussian(schedule.steps[index], now, eta)
@@ -79,6 +85,11 @@ def ddim_deviation(step: Step, eta: float) -> float:
     return eta * step.next_sigma / step.sigma * math.sqrt(max(0.0, 1 - ratio**2))
 
 
+def random_steps(schedule: Schedule, eta: float) -> list[int]:
+    """The steps that draw noise, and so have a probability."""
+    return [index for index, step in enumerate(schedule.steps) if ddim_deviation(step, eta) > 0]
+
+
 def ddim_log_prob(step: Step, now: Denoised, eta: float, x_next: Tensor) -> Tensor:
     """log p(x_next | x) of a DDIM step, averaged over latent dimensions as DDPO does (arXiv 2305.13301). Returns (b,).
 
@@ -92,7 +103,7 @@ def ddim_log_prob(step: Step, now: Denoised, eta: float, x_next: Tensor) -> Tens
 
 
 def dpmpp_2m(
-    schedule: Schedule, index: int, x: Tensor, now: Denoised, previous: Tensor | None, noise: Noise | None
+    schedule: Schedule, index: int, x: Tensor, now: Denoised, previous: Tensor | None, noise: StepNoise | None
 ) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2), midpoint, first order at the ends as diffusers.
 

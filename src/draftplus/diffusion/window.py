@@ -27,6 +27,9 @@ class Window:
         return self.steps[0]
 
 
+NO_GRADIENT = Window(())
+
+
 def last(k: int, total: int) -> Window:
     """The last k of `total` steps: DRaFT-K, and DRaFT for k = total (Clark et al. 2023, arXiv 2309.17400)."""
     return Window(tuple(range(total - k, total)))

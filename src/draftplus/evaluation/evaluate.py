@@ -96,7 +96,7 @@ def _measure(
 ) -> Measured:
     model = build_model(target.config.model, tools.device, trainable=False)
     if target.adapter is not None:
-        model.load_adapter(target.adapter)
+        model.tuned.load(target.adapter)
     latents = latents_of(
         model, which.jobs(), target.config.sampler, tools.batch_size, output / "latents" / target.hash[:16],
         target.knobs, advance,

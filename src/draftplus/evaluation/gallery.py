@@ -66,7 +66,7 @@ def make_gallery(
     if chosen is None and knobs != TUNED:
         raise UserError(f"'{target}' has no trained weights to scale or anneal; name a run or an adapter's directory")
     if chosen is not None:
-        model.load_adapter(chosen)
+        model.tuned.load(chosen)
     knobs.weights(config.sampler.steps)
     jobs = jobs_of(prompts, seeds)
     size = config.train.sampling_batch_size or SAMPLING_BATCH

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,13 +12,11 @@ import torch
 from torch import Tensor
 
 from draftplus import rng
+from draftplus.build import build_sampler
 from draftplus.chunks import SAMPLING_BATCH, chunks
 from draftplus.config import SamplerConfig
 from draftplus.diffusion.annealing import anneal_weights, annealed
-from draftplus.diffusion.guidance import guided
 from draftplus.diffusion.sampler import Rollout, sample
-from draftplus.diffusion.schedule import make_schedule
-from draftplus.diffusion.solvers import make_solver
 from draftplus.errors import UserError
 from draftplus.progress import Advance
 from draftplus.types import Model
@@ -100,24 +98,22 @@ def decoded(model: Model, latents: Tensor, batch_size: int) -> Tensor:
 
 @torch.no_grad()
 def sampled_latents(
-    model: Model, jobs: Sequence[Job], sampler: SamplerConfig, batch_size: int, knobs: Knobs = TUNED
+    model: Model, jobs: Sequence[Job], config: SamplerConfig, batch_size: int, knobs: Knobs = TUNED
 ) -> Iterator[tuple[slice, Tensor]]:
     """The final latents (b, c, h, w) of the jobs, batch by batch, with the rows that they belong to."""
-    schedule, name = make_schedule(model.scheduler_config, sampler.steps, sampler.solver, sampler.spacing)
-    solver = make_solver(name, sampler.eta)
-    shape = model.latent_shape(sampler.height, sampler.width)
-    weights = knobs.weights(len(schedule))
-    unconditional = model.encode([sampler.negative_prompt])
+    sampler = build_sampler(model, config)
+    shape = model.latent_shape(config.height, config.width)
+    weights = knobs.weights(len(sampler.schedule))
     with _prepared(model, knobs, weights):
         for rows in chunks(len(jobs), batch_size):
             seeds = [job.seed for job in jobs[rows]]
             conditioning = model.encode([job.prompt for job in jobs[rows]])
-            denoise = guided(model, conditioning, unconditional, sampler.guidance_scale)
+            denoise = sampler.denoiser(conditioning)
             if set(weights) not in ({0.0}, {1.0}):
-                denoise = annealed(denoise, model, schedule, weights)
+                denoise = annealed(denoise, sampler.frozen(conditioning), weights)
             noise = partial(_solver_noise, shape, seeds, model.device)
             start = Rollout(rng.stock_noise(shape, seeds).to(model.device))
-            yield rows, sample(denoise, start, schedule, solver, noise=noise).latents
+            yield rows, sample(denoise, start, sampler.schedule, sampler.solver, noise=noise).latents
 
 
 @contextmanager
@@ -128,13 +124,19 @@ def _prepared(model: Model, knobs: Knobs, weights: Sequence[float]) -> Iterator[
     made without any knob. What blends the two evaluates both, so the adapters stay unfolded then.
     """
     if knobs.lora_scale != 1:
-        model.set_lora_scale(knobs.lora_scale)
+        model.tuned.set_scale(knobs.lora_scale)
     try:
-        with model.reference() if not any(weights) else model.folded() if set(weights) == {1.0} else nullcontext():
+        with _as_weighted(model, weights):
             yield
     finally:
         if knobs.lora_scale != 1:
-            model.set_lora_scale(1.0)
+            model.tuned.set_scale(1.0)
+
+
+def _as_weighted(model: Model, weights: Sequence[float]) -> AbstractContextManager[None]:
+    if not any(weights):
+        return model.tuned.reference()
+    return model.tuned.folded() if set(weights) == {1.0} else nullcontext()
 
 
 def _solver_noise(shape: tuple[int, int, int], seeds: Sequence[int], device: torch.device, index: int) -> Tensor:

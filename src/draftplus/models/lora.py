@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,15 +21,16 @@ from draftplus.models.weights import first_line
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 ADAPTER = "default"
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
-def add_lora(denoiser: nn.Module, config: LoraConfig, seed: int) -> None:
+def add_lora(denoiser: nn.Module, config: LoraConfig, seed: int, attention: Sequence[str]) -> None:
     """Adds adapters in at least float32, A drawn from `seed` and B zero, so that the prediction is unchanged at first.
+
+    attention: the layers that `config.targets` calls so, by the ends of their names.
 
     Raises UserError where the targets name no module of the denoiser.
     """
-    targets = _targets(denoiser, config.targets)
+    targets = _targets(denoiser, config.targets, attention)
     peft = PeftConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets, init_lora_weights="gaussian")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.address(seed, "lora"))
@@ -42,12 +43,12 @@ def _at_least_float32(denoiser: nn.Module) -> None:
         parameter.data = parameter.data.to(torch.promote_types(torch.float32, parameter.dtype))
 
 
-def _targets(denoiser: nn.Module, targets: object) -> list[str]:
+def _targets(denoiser: nn.Module, targets: object, attention: Sequence[str]) -> list[str]:
     linear = [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)]
     convolution = [name for name, module in denoiser.named_modules() if isinstance(module, nn.Conv2d)]
     if isinstance(targets, str):
         groups = {
-            "attention": list(ATTENTION),
+            "attention": list(attention),
             "linear": linear,
             "convolution": convolution,
             "all": linear + convolution,
@@ -63,7 +64,7 @@ def _targets(denoiser: nn.Module, targets: object) -> list[str]:
     if absent:
         raise UserError(
             f"model.lora.targets: no layer of the denoiser is named '{absent[0]}'; the attention layers end in "
-            f"{', '.join(ATTENTION)}"
+            f"{', '.join(attention)}"
         )
     return targets
 
@@ -140,32 +141,34 @@ def export(denoiser: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def attach(denoiser: nn.Module, file: Path) -> None:
+def attach(denoiser: nn.Module, file: Path, component: str) -> None:
     """Gives the denoiser the adapters of a LoRA file, of any rank and targets, in place of those it has.
+
+    component: the denoiser's name in the stock pipeline, which starts the names in the file.
 
     Raises UserError where the file is not a LoRA of this denoiser, or not all of it is.
     """
     try:
-        state = {name: tensor for name, tensor in load_file(file).items() if name.startswith("unet.")}
+        state = {name: tensor for name, tensor in load_file(file).items() if name.startswith(f"{component}.")}
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file}: not a whole safetensors file: {first_line(error)}") from None
     if not state:
-        raise UserError(f"{file}: it holds no adapter of the denoiser (names starting with 'unet.')")
+        raise UserError(f"{file}: it holds no adapter of the denoiser (names starting with '{component}.')")
     if layers(denoiser):
         denoiser.unload_lora()  # type: ignore[operator]
     try:
         with _silent(logging.getLogger("diffusers")):  # it would print all names of an adapter that does not fit
-            denoiser.load_lora_adapter(state, prefix="unet", adapter_name=ADAPTER)  # type: ignore[operator]
+            denoiser.load_lora_adapter(state, prefix=component, adapter_name=ADAPTER)  # type: ignore[operator]
     except (ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"{file}: not an adapter of this model: {first_line(error)[:200]}") from None
     _at_least_float32(denoiser)
     # diffusers only warns of names that it has no place for, and of places that got nothing
-    stray = set(state) ^ {f"unet.{name}" for name in export(denoiser)}
+    stray = set(state) ^ {f"{component}.{name}" for name in export(denoiser)}
     if stray:
         raise UserError(f"{file}: not an adapter of this model: '{min(stray)}' is in only one of them")
     with torch.no_grad():  # on the way in, peft rounded them to the precision of the layers that they adapt
         for name, parameter in trained(denoiser).items():
-            parameter.copy_(state["unet." + name.replace(f".{ADAPTER}.", ".")])
+            parameter.copy_(state[f"{component}." + name.replace(f".{ADAPTER}.", ".")])
 
 
 @contextmanager

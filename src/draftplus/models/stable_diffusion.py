@@ -2,68 +2,49 @@
 
 from __future__ import annotations
 
-import copy
-import os
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from draftplus.config import ModelConfig
+from draftplus.diffusion.guidance import classifier_free
 from draftplus.errors import UserError
-from draftplus.models import lora
-from draftplus.models.weights import first_line, read_state_dict, refuse_code
-from draftplus.types import Conditioning
+from draftplus.models import loading
+from draftplus.models.embeddings import Embeddings
+from draftplus.models.family import Family
+from draftplus.models.tuned import Tuned, make_tuned
+from draftplus.models.weights import read_state_dict
+from draftplus.types import Conditioning, Raw
 
-CACHE_BYTES = 2**28  # of text embeddings: about 1,100 prompts of Stable Diffusion 1.5
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+NAME = "Stable Diffusion 1.x/2.x"
 
 
 class StableDiffusion:
-    """The `Model` of a UNet with one CLIP text encoder and a KL autoencoder.
-
-    `reference_unet` is the frozen copy of a fully tuned denoiser; with LoRA the frozen model is the UNet itself with
-    its adapters off.
-    """
+    """The `Model` of a UNet with one CLIP text encoder and a KL autoencoder."""
 
     def __init__(
-        self, unet: Any, vae: Any, text_encoder: Any, tokenizer: Any, scheduler_config: Mapping[str, Any],
-        reference_unet: Any = None,
-    ) -> None:  # fmt: skip
-        self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
+        self, tuned: Tuned, vae: Any, text_encoder: Any, tokenizer: Any, scheduler_config: Mapping[str, Any]
+    ) -> None:
+        self.tuned, self.vae, self.text_encoder, self.tokenizer = tuned, vae, text_encoder, tokenizer
         self.scheduler_config = scheduler_config
-        self.reference_unet = reference_unet
-        self.device = next(unet.parameters()).device
-        self._cache: OrderedDict[str, Tensor] = OrderedDict()
-        self._cached_bytes = 0
+        self.device = next(tuned.denoiser.parameters()).device
+        self.encode = Embeddings(self._embed)
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        found = {prompt: self._embed(prompt) for prompt in dict.fromkeys(prompts)}
-        return Conditioning(torch.stack([found[prompt] for prompt in prompts]))  # (b, n, d)
+    @property
+    def unet(self) -> Any:
+        return self.tuned.denoiser
 
-    @torch.no_grad()
-    def _embed(self, prompt: str) -> Tensor:
-        # one prompt at a time: its embedding must not depend, not even in the last bit, on what shared its batch, or a
-        # resumed run with an empty cache would leave the uninterrupted one
-        if prompt not in self._cache:
-            tokens = self.tokenizer(
-                [prompt], padding="max_length", max_length=self.tokenizer.model_max_length, truncation=True,
-                return_tensors="pt",
-            ).to(self.device)  # fmt: skip
-            mask = tokens.attention_mask if getattr(self.text_encoder.config, "use_attention_mask", False) else None
-            self._remember(prompt, self.text_encoder(tokens.input_ids, attention_mask=mask)[0][0])
-        self._cache.move_to_end(prompt)
-        return self._cache[prompt]  # (n, d)
-
-    def _remember(self, prompt: str, hidden: Tensor) -> None:
-        self._cache[prompt] = hidden
-        self._cached_bytes += hidden.nbytes
-        while self._cached_bytes > CACHE_BYTES and len(self._cache) > 1:
-            self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
+    def _embed(self, prompt: str | None) -> Conditioning:
+        tokens = self.tokenizer(
+            [prompt or ""], padding="max_length", max_length=self.tokenizer.model_max_length, truncation=True,
+            return_tensors="pt",
+        ).to(self.device)  # fmt: skip
+        mask = tokens.attention_mask if getattr(self.text_encoder.config, "use_attention_mask", False) else None
+        return Conditioning(self.text_encoder(tokens.input_ids, attention_mask=mask)[0])  # (1, n, d)
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
@@ -76,10 +57,18 @@ class StableDiffusion:
             sides.append(latent if pixels is None else pixels // factor)
         return self.unet.config.in_channels, sides[0], sides[1]
 
+    def scheduler(self, shape: tuple[int, int, int], steps: int) -> Mapping[str, Any]:
+        return self.scheduler_config
+
+    def guided(self, given: Conditioning, negative: Conditioning, scale: float) -> Raw:
+        return classifier_free(self.predict, given, negative, scale)
+
     def predict(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
-        dtype = self.unet.conv_in.weight.dtype
+        """The raw prediction without guidance. latents: (b, c, h, w), timestep: () or (b,). Returns (b, c, h, w)."""
+        unet = self.tuned.network
+        dtype = unet.conv_in.weight.dtype
         hidden = conditioning.hidden.to(dtype)
-        raw: Tensor = self.unet(latents.to(dtype), timestep, encoder_hidden_states=hidden, return_dict=False)[0]
+        raw: Tensor = unet(latents.to(dtype), timestep, encoder_hidden_states=hidden, return_dict=False)[0]
         return raw
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -88,57 +77,8 @@ class StableDiffusion:
         image = self.vae.decode(latents.to(dtype), return_dict=False)[0]
         return (image.to(torch.promote_types(torch.float32, dtype)) / 2 + 0.5).clamp(0, 1)
 
-    @contextmanager
-    def reference(self) -> Iterator[None]:
-        if self.reference_unet is None:
-            with lora.adapters_off(self.unet):
-                yield
-            return
-        tuned, self.unet = self.unet, self.reference_unet
-        try:
-            yield
-        finally:
-            self.unet = tuned
-
-    @contextmanager
-    def folded(self) -> Iterator[None]:
-        with lora.folded(self.unet):
-            yield
-
-    def trainable(self) -> dict[str, nn.Parameter]:
-        return lora.trained(self.unet)
-
-    def save_adapter(self, directory: Path) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        if lora.layers(self.unet):
-            state = {f"unet.{name}": tensor for name, tensor in lora.export(self.unet).items()}
-            save_file(state, directory / lora.LORA_FILE, metadata={"format": "pt"})
-        else:
-            self.unet.save_pretrained(directory)
-
-    def load_adapter(self, directory: Path) -> None:
-        if (directory / lora.LORA_FILE).is_file():
-            lora.attach(self.unet, directory / lora.LORA_FILE)
-        elif (directory / "config.json").is_file():
-            weights = _denoiser_weights(directory)
-            self.reference_unet = self.reference_unet or copy.deepcopy(self.unet)
-            self.unet.to(torch.promote_types(torch.float32, self.unet.dtype))  # tuned weights are not rounded
-            try:
-                self.unet.load_state_dict(weights)
-            except RuntimeError as error:
-                raise UserError(f"{directory}: not a denoiser of this model: {first_line(error)[:200]}") from None
-        else:
-            raise UserError(
-                f"{directory}: no {lora.LORA_FILE} and no denoiser in it; give an adapter/ directory of a run"
-            )
-
-    def set_lora_scale(self, scale: float) -> None:
-        if scale != 1 and self.reference_unet is not None:
-            raise UserError(
-                f"the adapter's scale is {scale}, but these weights are a fully tuned denoiser; "
-                "blend it with the base model by annealing instead, such as --anneal linear"
-            )
-        lora.set_scale(self.unet, scale)
+    def blocks(self) -> Sequence[nn.Module]:
+        return [*self.unet.down_blocks, self.unet.mid_block, *self.unet.up_blocks]
 
 
 def load(
@@ -157,93 +97,46 @@ def load(
     _refuse_other_families(path, unet.config, vae.config, text_encoder.config)
     for part in (unet, vae, text_encoder):
         part.requires_grad_(False).eval().to(device)
-    reference = None
-    if trainable and config.lora is not None:
-        lora.add_lora(unet, config.lora, seed)
-    elif trainable:
-        unet.to(torch.promote_types(torch.float32, frozen))
-        reference = copy.deepcopy(unet)  # in the trained precision, or their KL would start at the rounding's
-        unet.requires_grad_(True)
+    tuned = make_tuned(unet, "unet", config.lora, seed, trainable, ATTENTION)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
         vae.enable_gradient_checkpointing()
-    return StableDiffusion(unet, vae, text_encoder, tokenizer, scheduler_config, reference)
+    return StableDiffusion(tuned, vae, text_encoder, tokenizer, scheduler_config)
+
+
+# what its pipeline's call does where nothing is asked for
+FAMILY = Family(NAME, load, {"steps": 50, "guidance_scale": 7.5, "negative_prompt": ""})
 
 
 def _refuse_other_families(path: str, unet: Any, vae: Any, text: Any) -> None:
     plain = unet.addition_embed_type in (None, "text") and unet.encoder_hid_dim_type is None
     if not plain or unet.in_channels != vae.latent_channels or unet.cross_attention_dim != text.hidden_size:
-        raise UserError(f"model.path '{path}' is not a text-to-image model of the Stable Diffusion 1.x/2.x family")
+        raise UserError(f"model.path '{path}' is not a text-to-image model of the {NAME} family")
 
 
 def _components(config: ModelConfig, path: str, dtype: torch.dtype) -> tuple[Any, Any, Any, Any, Mapping[str, Any]]:
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    path = os.path.expanduser(path)  # keeps a leading ./
-    if path.endswith((".safetensors", ".ckpt")):
+    if loading.is_single_file(path):
         for key in ("unet", "vae", "revision"):
             if getattr(config, key) is not None:
                 raise UserError(
                     f"model.{key} cannot be set beside a single file, '{path}'; convert that to a directory"
                 )
-        return _single_file(path, dtype)
-    if _looks_local(path) and not Path(path).is_dir():
-        raise UserError(f"model.path '{path}': no such directory; give a diffusers directory, a hub id, or emoji")
-    if Path(path).is_dir():
-        if not (Path(path) / "model_index.json").is_file():
-            raise UserError(f"model.path '{path}': no model_index.json in it, so it is not a diffusers model directory")
-        refuse_code(Path(path))
+        return _single_file(str(Path(path).expanduser()), dtype)
+    path = loading.source(path)
     hub: dict[str, Any] = {"revision": config.revision}
-    with _loading("model.path", path):
-        unet = _part(UNet2DConditionModel, config.unet, path, "unet", {"torch_dtype": dtype}, hub)
-        vae = _part(AutoencoderKL, config.vae, path, "vae", {"torch_dtype": dtype}, hub)
-        text_encoder = _part(CLIPTextModel, None, path, "text_encoder", {"dtype": dtype}, hub)
+    with loading.loading("model.path", path, NAME):
+        torch_dtype = {"torch_dtype": dtype}
+        unet = loading.load_part(UNet2DConditionModel, path, "unet", torch_dtype, hub, config.unet, "model.unet")
+        vae = loading.load_part(AutoencoderKL, path, "vae", torch_dtype, hub, config.vae, "model.vae")
+        text_encoder = loading.load_part(CLIPTextModel, path, "text_encoder", {"dtype": dtype}, hub)
         tokenizer = CLIPTokenizer.from_pretrained(path, subfolder="tokenizer", **hub)
         if tokenizer.vocab_size <= len(tokenizer.all_special_ids):  # transformers makes do without any file
             raise ValueError("its tokenizer has no vocabulary")
         scheduler_config = DDIMScheduler.load_config(path, subfolder="scheduler", **hub)
     return unet, vae, text_encoder, tokenizer, scheduler_config
-
-
-def _part(
-    cls: Any, replacement: str | None, path: str, name: str, dtype: dict[str, torch.dtype], hub: dict[str, Any]
-) -> Any:
-    if replacement is None:
-        return _whole(*cls.from_pretrained(path, subfolder=name, output_loading_info=True, **dtype, **hub))
-    given = Path(replacement).expanduser()
-    if not given.exists():
-        raise UserError(f"model.{name} '{replacement}': no such file or directory")
-    if given.is_dir():
-        refuse_code(given)
-        with _loading(f"model.{name}", replacement):
-            return _whole(*cls.from_pretrained(given, output_loading_info=True, **dtype))
-    state = read_state_dict(given)
-    with _loading(f"model.{name}", replacement):
-        part = cls.from_single_file(state, config=path, subfolder=name, **dtype)
-        return _whole(part, {"missing_keys": [key for key, p in part.named_parameters() if p.is_meta]})
-
-
-def _whole(part: Any, info: Mapping[str, Any]) -> Any:
-    # the loaders fill in what a file lacks with random numbers, or leave it empty
-    if info["missing_keys"]:
-        raise ValueError(f"its weights lack '{min(info['missing_keys'])}'")
-    return part
-
-
-@contextmanager
-def _loading(key: str, value: str) -> Iterator[None]:
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # those of four libraries have no base class in common
-        hint = ""
-        if isinstance(error, OSError) and not Path(value).expanduser().is_dir():
-            hint = " (what is not on this disk comes from the hub, which needs the network or an earlier download)"
-        raise UserError(
-            f"{key} '{value}': not loaded as Stable Diffusion 1.x/2.x: {first_line(error)}{hint}"
-        ) from error
 
 
 def _single_file(path: str, dtype: torch.dtype) -> tuple[Any, Any, Any, Any, Mapping[str, Any]]:
@@ -252,17 +145,6 @@ def _single_file(path: str, dtype: torch.dtype) -> tuple[Any, Any, Any, Any, Map
     if not Path(path).is_file():
         raise UserError(f"model.path '{path}': no such file")
     read_state_dict(Path(path))  # refuses a pickle that needs code before any other loader sees it
-    with _loading("model.path", path):
+    with loading.loading("model.path", path, NAME):
         pipe = StableDiffusionPipeline.from_single_file(path, torch_dtype=dtype, safety_checker=None)
     return pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.scheduler.config
-
-
-def _looks_local(path: str) -> bool:
-    return path.startswith((".", "/", "~")) or path.count("/") != 1
-
-
-def _denoiser_weights(directory: Path) -> dict[str, Tensor]:
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{directory}: no .safetensors weights in it")
-    return {name: tensor for file in files for name, tensor in read_state_dict(file).items()}

@@ -21,7 +21,7 @@ from draftplus.runs.directory import saved_steps
 from draftplus.runs.plan import plan_run
 from draftplus.sweeps import grid
 from draftplus.sweeps.manifest import read_manifest
-from draftplus.training.train import micro_batch_size, total_steps
+from draftplus.training.fine_tuning import micro_batch_size, total_steps
 
 FILE_KEYS = ("recipe", "name", "grid", "runs")
 

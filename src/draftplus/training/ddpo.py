@@ -18,10 +18,13 @@ from torch import Tensor
 from draftplus import rng
 from draftplus.chunks import chunks
 from draftplus.data.batches import Batch
-from draftplus.diffusion.objectives import Problem
+from draftplus.diffusion.objectives import plan
 from draftplus.diffusion.policy import StepLoss, Trajectory, normalized_advantages, rollout, step_loss
-from draftplus.training.checkpoint import State, whole_or_not
-from draftplus.training.step import Abandonable, Metrics, Setup, addressed_noise, saturated, unscale
+from draftplus.diffusion.problem import Plan, Problem
+from draftplus.diffusion.regularisers import REGULARISERS
+from draftplus.training.state import State, whole_or_not
+from draftplus.training.step import Metrics, Setup, saturated
+from draftplus.training.task import Abandonable
 from draftplus.training.update import skip, update
 from draftplus.types import Conditioning
 
@@ -68,20 +71,16 @@ def ddpo_step(setup: Setup, state: State, abandonable: Abandonable) -> dict[str,
     scores = made.means()
     if not advantages.isfinite().all():
         skip(state, scores, math.nan)
-        return {"loss": math.nan, "kl": math.nan, "grad_norm": math.nan, **scores}
+        return {"loss": math.nan, **dict.fromkeys(REGULARISERS, math.nan), "grad_norm": math.nan, **scores}
     mine = advantages[made.places]
+    planned = plan(setup.problem.objective, setup.problem.sampler.schedule, setup.config.seed, state.step)
     size = len(mine) // settings.updates
     parts = [rows for _ in range(settings.inner_epochs) for rows in chunks(len(mine), size)]
     done: list[dict[str, float]] = []
     with whole_or_not(state) if len(parts) > 1 else nullcontext():
         for rows in parts:
             with abandonable():
-                means = setup.reduce(
-                    accumulate(
-                        setup.problem, made.trajectory.rows(rows), made.conditioning.rows(rows), mine[rows],
-                        size * setup.here.size, setup.micro, setup.loss_scale,
-                    )
-                )  # fmt: skip
+                means = setup.complete(accumulate_update(setup, made, planned, rows, mine))
             means["grad_norm"] = update(state, setup.config.optim, {**scores, **means})
             done.append(means)
     state.history = history
@@ -105,7 +104,7 @@ def experience(setup: Setup, step: int) -> Experience:
     parts, images = [], []
     # in the training's own micro-batches, unless told otherwise: what is computed alike is equal to the last bit
     for rows in chunks(len(share), sizes.sampling_batch_size or setup.micro):
-        noise = addressed_noise(setup.shape, setup.config.seed, step, share.indices[rows], problem.model.device)
+        noise = setup.noise(step, share.indices[rows])
         parts.append(rollout(problem, conditioning.rows(rows), noise))
     trajectory = Trajectory.concatenate(parts)
     latents = torch.empty_like(trajectory.latents[:, -1])
@@ -136,38 +135,40 @@ def _score(problem: Problem, latents: Tensor, prompts: Sequence[str], indices: S
     ]
 
 
-def accumulate(
-    problem: Problem, trajectory: Trajectory, conditioning: Conditioning, advantages: Tensor, total: int, micro: int,
-    loss_scale: float = 1.0,
-) -> Metrics:  # fmt: skip
-    """Adds the gradient of this process's share of an update to the trained parameters, step by step.
+def accumulate_update(setup: Setup, made: Experience, planned: Plan, part: slice, advantages: Tensor) -> Metrics:
+    """Adds the gradient of this process's share of an update, times the loss scale, to the trained parameters.
 
-    trajectory, conditioning, advantages: of the share. total: images of the update over all processes, which the loss
-    is a mean over, as it is over the steps with variance. Returns this share's part of the update's means.
+    part: the rows of `made` that the update is made from. advantages: of all rows. The loss is a mean over the images
+    of all processes' shares, and over the steps with variance. Every step of every micro-batch has its own backward
+    pass. Returns this share's part of the update's means.
     """
+    problem, window = setup.problem, planned.window.steps
+    trajectory, conditioning, mine = made.trajectory.rows(part), made.conditioning.rows(part), advantages[part]
+    mine = mine.to(trajectory.log_probs)
+    total, steps = len(mine) * setup.here.size, sorted({*window, *planned.keep})
     metrics: Metrics | None = None
-    steps = trajectory.log_probs.shape[1]
-    advantages = advantages.to(trajectory.log_probs)
-    for rows in chunks(len(advantages), micro):
-        share = (rows.stop - rows.start) / (total * steps)
-        for place in range(steps):
-            part = step_loss(problem, trajectory.rows(rows), place, conditioning.rows(rows), advantages[rows])
-            (part.value * (share * loss_scale)).backward()
-            new = _metrics(part, problem.objective.ddpo.clip) * share
+    for rows in chunks(len(mine), setup.micro):
+        share = (rows.stop - rows.start) / (total * len(window))
+        for index in steps:
+            with setup.placement.micro_batch(last=rows.stop == len(mine) and index == steps[-1]):
+                loss = step_loss(problem, planned, trajectory.rows(rows), index, conditioning.rows(rows), mine[rows])
+                (loss.value * (share * setup.loss_scale)).backward()
+            new = _metrics(loss, problem.objective.ddpo.clip) * share
             metrics = new if metrics is None else metrics + new
     assert metrics is not None
-    unscale(problem, loss_scale)
     return metrics
 
 
 def _metrics(part: StepLoss, clip: float) -> Metrics:
+    ratios = torch.ones_like(part.value) if part.ratios is None else part.ratios
+    told = part.ratios is not None
     return Metrics.of(
         {
             "loss": part.value.detach(),
-            "kl": part.kl,
-            "ddpo/ratio": part.ratios.mean(),
-            "ddpo/approx_kl": part.ratios.log().square().mean() / 2,
-            "ddpo/ratio_clipped": ((part.ratios - 1).abs() > clip).to(part.ratios).mean(),
+            **part.penalties,
+            "ddpo/ratio": ratios.mean() * told,
+            "ddpo/approx_kl": ratios.log().square().mean() / 2,
+            "ddpo/ratio_clipped": ((ratios - 1).abs() > clip).to(ratios).mean(),
         }
     )
 

@@ -6,16 +6,14 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-from draftplus.build import build_model, build_problem, build_rewards, quiet_libraries
 from draftplus.config import Config, to_yaml
-from draftplus.data.prompts import load_prompts
-from draftplus.diffusion.objectives import Problem, plan
-from draftplus.diffusion.policy import random_steps
+from draftplus.diffusion.methods import METHODS
+from draftplus.diffusion.objectives import plan
+from draftplus.diffusion.problem import Problem
 from draftplus.distributed import world
-from draftplus.evaluation.held_out import evaluation_set
-from draftplus.training.placement import check_mode
-from draftplus.training.step import Setup
-from draftplus.training.train import initial_state, latent_shape, micro_batch_size, step_of, total_steps
+from draftplus.training.fine_tuning import fine_tuning
+from draftplus.training.placement import make_placement
+from draftplus.training.state import initial_state
 
 
 def describe(config: Config, run: Path) -> str:
@@ -25,52 +23,47 @@ def describe(config: Config, run: Path) -> str:
 
     Raises UserError for everything that `train` would refuse before its first step.
     """
-    sizes = config.train
     with world(config.device) as here:
-        check_mode(config.parallel.mode)
-        micro = micro_batch_size(config, here.size)
-        prompts = load_prompts(config.data.prompts)
-        held_out = evaluation_set(config, prompts)
-        quiet_libraries()
-        model = build_model(config.model, here.device, config.seed)
-        problem = build_problem(config, model, build_rewards({**config.reward, **config.eval.rewards}, here.device))
-        setup = Setup(config, problem, prompts.train, latent_shape(config, model), micro, here)
-        state = initial_state(config, model)
+        task = fine_tuning(config, run, make_placement(config.parallel.mode, here), here)
+        state = initial_state(task.parameters, config.optim)
         began = time.perf_counter()
-        step_of(config)(setup, state, nullcontext)
+        task.step(state, nullcontext)
         seconds = time.perf_counter() - began
-    total = total_steps(config, len(prompts.train))
-    plain, graded = _passes(config, problem)
-    parameters = sum(parameter.numel() for parameter in problem.model.trainable().values())
-    evaluations = 1 + -(-total // config.eval.every) + sum("checkpoint" not in one for one in config.eval.variants)
+    setup, held_out = task.setup, task.held_out
+    plain, graded, frozen = passes(setup.problem, config.seed)
+    parameters = sum(parameter.numel() for parameter in task.parameters.values())
+    evaluations = 1 + -(-task.total // config.eval.every) + sum("checkpoint" not in one for one in config.eval.variants)
     images = len(held_out.prompts) * held_out.images_per_prompt
     # an evaluated image costs its denoising steps, much like an image of a training step
-    evaluating = evaluations * images / sizes.global_batch_size * seconds
+    evaluating = evaluations * images / config.train.global_batch_size * seconds
     return "\n".join(
         [
             to_yaml(config).rstrip(),
             "",
             f"run directory         {run}",
+            f"method                {METHODS[config.objective.method].label}",
             f"trained parameters    {parameters:,}",
-            f"prompts               {len(prompts.train)} to train on, {len(held_out.prompts)} held out",
-            f"passes per image      {plain} without gradient, {graded} with gradient, "
-            f"{graded if config.objective.kl_coeff > 0 else 0} of the frozen model"
-            + (", each doubled by guidance" if config.sampler.guidance_scale > 1 else ""),
-            f"expected time         {_clock(total * seconds + evaluating)}: {total} steps of {seconds:.1f} s, "
-            f"{evaluations} evaluations of {images} images",
+            f"prompts               {len(setup.prompts)} to train on, {len(held_out.prompts)} held out",
+            f"passes per image      {plain} without gradient, {graded} with gradient, {frozen} of the frozen model"
+            + (", each doubled by guidance" if setup.problem.sampler.guidance_scale > 1 else ""),
+            f"expected time         {_clock(task.total * seconds + evaluating)}: {task.total} steps of "
+            f"{seconds:.1f} s, {evaluations} evaluations of {images} images",
         ]
     )
 
 
-def _passes(config: Config, problem: Problem) -> tuple[int, int]:
-    """Passes of the denoiser for one image of a step, without and with gradient."""
-    objective, total = config.objective, len(problem.schedule)
-    if objective.method == "ddpo":
-        return total, objective.ddpo.inner_epochs * len(random_steps(problem.schedule, problem.eta))
-    window = plan(objective, total, config.seed, 0)
-    ends = (window.x0_at if window.x0_at is not None else total - 1) + 1
-    copies = objective.draft_lv.samples if objective.method == "draft_lv" else 0
-    return ends - len(window.steps), len(window.steps) + copies
+def passes(problem: Problem, seed: int) -> tuple[int, int, int]:
+    """Passes of the denoiser for one image of a step: without gradient, with gradient, and of the frozen model."""
+    objective, schedule = problem.objective, problem.sampler.schedule
+    method, planned = METHODS[objective.method], plan(objective, schedule, seed, 0)
+    window, end = planned.window, len(schedule) if planned.window.x0_at is None else planned.window.x0_at + 1
+    copies = method.copies(objective)
+    within = {step for step in planned.keep if step < end}  # evaluated once more for a regulariser
+    repeats = method.repeats(objective)
+    graded = repeats * (len(window.steps) + copies + len(within))
+    # each regulariser looks at copies too, which are of a window's step
+    frozen = repeats * sum(len({*steps} & {*window.steps, *within}) + copies for steps in planned.looks.values())
+    return end - len(window.steps) if method.differentiates else end, graded, frozen
 
 
 def _clock(seconds: float) -> str:

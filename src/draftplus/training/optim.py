@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -38,12 +38,17 @@ def optimizer_tensors(parameters: Parameters, optimizer: torch.optim.AdamW) -> d
     }
 
 
-def load_optimizer_tensors(parameters: Parameters, optimizer: torch.optim.AdamW, tensors: Mapping[str, Tensor]) -> None:
-    """Restores what `optimizer_tensors` gave."""
+def load_optimizer_tensors(
+    parameters: Parameters,
+    optimizer: torch.optim.AdamW,
+    tensors: Mapping[str, Tensor],
+    scatter: Callable[[str, Tensor], Tensor],
+) -> None:
+    """Restores what `optimizer_tensors` gave. scatter: from a parameter's whole tensor to this process's part."""
     for full, tensor in tensors.items():
         key, _, name = full.partition("/")
         parameter = parameters[name]
-        optimizer.state[parameter][key] = tensor if key == "step" else tensor.to(parameter)
+        optimizer.state[parameter][key] = tensor if key == "step" else scatter(name, tensor).to(parameter)
 
 
 class Ema:

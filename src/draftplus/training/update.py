@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 from draftplus.config.schema import OptimConfig
 from draftplus.errors import UserError
-from draftplus.training.checkpoint import State
 from draftplus.training.optim import gradient_norm, learning_rate
+from draftplus.training.state import State
 
 MOST_SKIPPED_IN_A_ROW = 10
 

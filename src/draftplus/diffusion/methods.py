@@ -1,0 +1,168 @@
+"""The family of methods as values: a window, an estimator, and what follows from them.
+
+DRaFT, DRaFT-K, DRaFT-LV: Clark et al. 2023 (arXiv 2309.17400). ReFL: Xu et al. 2023 (arXiv 2304.05977). AlignProp:
+Prabhudesai et al. 2023 (arXiv 2310.03739). DRTune: Wu et al. 2024 (arXiv 2405.00760). DDPO: Black et al. 2023
+(arXiv 2305.13301). DRaFT+ is any of these with the KL term of `draftplus.diffusion.regularisers`.
+
+A new method is an entry of `METHODS`. Planning, `--dry-run`, the checks of a configuration and the report read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from draftplus import rng
+from draftplus.config import Config, ObjectiveConfig
+from draftplus.diffusion import estimators
+from draftplus.diffusion import window as windows
+from draftplus.diffusion.estimators import Estimator
+from draftplus.diffusion.schedule import Schedule
+from draftplus.diffusion.solvers import random_steps
+from draftplus.diffusion.window import Window
+from draftplus.errors import UserError
+
+
+def _nothing_to_check(config: Config, total: int) -> None:
+    pass
+
+
+def _no_copies(objective: ObjectiveConfig) -> int:
+    return 0
+
+
+def _one_pass(objective: ObjectiveConfig) -> int:
+    return 1
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to learn from a reward.
+
+    label: its name in reports. window: (objective, schedule, seed, optimizer step) -> the steps that carry gradient,
+    the same on every rank. estimate: from the trajectory to the loss; None: the clipped policy gradient on each step's
+    log-probability (`draftplus.diffusion.policy`), which needs no gradient of the reward. copies: passes with gradient
+    that an image takes beside its window's steps. repeats: how often each pass with gradient is made. check: (config,
+    number of sampling steps) -> UserError for settings that do not fit this method.
+    """
+
+    label: str
+    window: Callable[[ObjectiveConfig, Schedule, int, int], Window]
+    estimate: Estimator | None = estimators.final_image
+    copies: Callable[[ObjectiveConfig], int] = _no_copies
+    repeats: Callable[[ObjectiveConfig], int] = _one_pass
+    check: Callable[[Config, int], None] = _nothing_to_check
+
+    @property
+    def differentiates(self) -> bool:
+        """Whether it needs the gradient of the reward."""
+        return self.estimate is not None
+
+
+def grad_steps(objective: ObjectiveConfig, total: int) -> int:
+    """K, with `all` resolved."""
+    return total if objective.grad_steps == "all" else int(objective.grad_steps)
+
+
+def _last(objective: ObjectiveConfig, schedule: Schedule, seed: int, step: int) -> Window:
+    return windows.last(grad_steps(objective, len(schedule)), len(schedule))
+
+
+def _late(objective: ObjectiveConfig, schedule: Schedule, seed: int, step: int) -> Window:
+    total = len(schedule)
+    first = min(int(objective.refl.first * total), total - 1)
+    return windows.single(rng.integer(first, total, seed, "refl", step))
+
+
+def _random_length(objective: ObjectiveConfig, schedule: Schedule, seed: int, step: int) -> Window:
+    settings, total = objective.alignprop, len(schedule)
+    high = settings.max_steps or total
+    return windows.last(rng.integer(settings.min_steps, high + 1, seed, "alignprop", step), total)
+
+
+def _spaced(objective: ObjectiveConfig, schedule: Schedule, seed: int, step: int) -> Window:
+    total = len(schedule)
+    k = grad_steps(objective, total)
+    skipped = rng.integer(0, objective.drtune.early_stop + 1, seed, "drtune/stop", step)
+    return windows.spaced(k, total, rng.integer(0, total // k, seed, "drtune/offset", step), skipped)
+
+
+def _drawn(objective: ObjectiveConfig, schedule: Schedule, seed: int, step: int) -> Window:
+    return Window(tuple(random_steps(schedule, objective.ddpo.eta)))
+
+
+def _check_one_step(config: Config, total: int) -> None:
+    if config.objective.grad_steps != 1:
+        raise UserError(
+            f"objective.grad_steps is {config.objective.grad_steps} but method {config.objective.method} has one step "
+            "with gradient; set objective.grad_steps=1"
+        )
+
+
+def _check_alignprop(config: Config, total: int) -> None:
+    if config.objective.grad_steps != 1:
+        raise UserError(
+            f"objective.grad_steps is {config.objective.grad_steps} but method alignprop draws the number of steps "
+            "with gradient; set objective.grad_steps=1, and objective.alignprop.min_steps and max_steps"
+        )
+    low, high = config.objective.alignprop.min_steps, config.objective.alignprop.max_steps
+    if not low <= (high or total) <= total:
+        raise UserError(
+            f"objective.alignprop: min_steps {low}, max_steps {high}, sampler.steps {total} must not decrease in this "
+            "order"
+        )
+
+
+def _check_drtune(config: Config, total: int) -> None:
+    if config.objective.drtune.early_stop >= total:
+        raise UserError(
+            f"objective.drtune.early_stop is {config.objective.drtune.early_stop}; it must be below sampler.steps, "
+            f"{total}"
+        )
+
+
+def _check_ddpo(config: Config, total: int) -> None:
+    settings = config.objective.ddpo
+    if settings.history is not None and settings.history < settings.min_history:
+        better = f"min_history={settings.history}" if settings.history > 1 else f"history={settings.min_history}"
+        raise UserError(
+            f"objective.ddpo.history is {settings.history} but min_history is {settings.min_history}, which it would "
+            f"never reach; set objective.ddpo.{better}, or history=null"
+        )
+    if config.objective.grad_steps not in (1, "all"):
+        raise UserError(
+            f"objective.grad_steps is {config.objective.grad_steps} but method ddpo learns from all steps; "
+            f"set objective.grad_steps=all"
+        )
+    if config.train.global_batch_size == 1:
+        raise UserError(
+            "train.global_batch_size is 1 but method ddpo compares the rewards of a batch; give at least 2, such as 64"
+        )
+
+
+METHODS: dict[str, Method] = {
+    "draft": Method("DRaFT", _last),
+    "draft_lv": Method(
+        "DRaFT-LV", _last, estimators.renoised, copies=lambda o: o.draft_lv.samples, check=_check_one_step
+    ),
+    "refl": Method("ReFL", _late, estimators.hinged, check=_check_one_step),
+    "alignprop": Method("AlignProp", _random_length, check=_check_alignprop),
+    "drtune": Method("DRTune", _spaced, check=_check_drtune),
+    "ddpo": Method("DDPO", _drawn, None, repeats=lambda o: o.ddpo.inner_epochs, check=_check_ddpo),
+}
+
+
+def check_method(config: Config, total: int) -> None:
+    """Refuses settings that do not fit the method, or the number of sampling steps.
+
+    Raises UserError naming the key, its value and what would do.
+    """
+    k, name = config.objective.grad_steps, config.objective.method
+    if k != "all" and (not isinstance(k, int) or isinstance(k, bool) or k < 1):
+        raise UserError(f"objective.grad_steps is {k!r}; give a number from 1 to {total}, or all")
+    if k != "all" and k > total:
+        raise UserError(
+            f"objective.grad_steps is {k} but sampler.steps is {total}; set objective.grad_steps to at most {total}, "
+            "or all"
+        )
+    METHODS[name].check(config, total)

@@ -1,0 +1,79 @@
+"""What keeps the trained model near the frozen one: penalties that are added to a method's loss.
+
+A regulariser is an entry of `REGULARISERS`. It says at which steps of a trajectory it looks, and is given those steps'
+latents, with the prediction where the step carried gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from draftplus.config import ObjectiveConfig
+from draftplus.diffusion.guidance import Denoise
+from draftplus.diffusion.sampler import Visit
+from draftplus.diffusion.schedule import Denoised
+from draftplus.diffusion.window import Window
+
+SPACES: dict[str, Callable[[Denoised], Tensor]] = {"noise": lambda now: now.eps, "x0": lambda now: now.x0}
+
+
+@dataclass(frozen=True)
+class Regulariser:
+    """A penalty on the difference of two models.
+
+    weight: its factor in the loss; 0: it is not computed. steps: (objective, window, number of sampling steps, seed,
+    optimizer step) -> where it looks, the same on every rank; steps without gradient are evaluated once more for it.
+    penalty: (objective, trained, frozen, visits) -> a scalar, a mean over the visits.
+    """
+
+    weight: Callable[[ObjectiveConfig], float]
+    steps: Callable[[ObjectiveConfig, Window, int, int, int], Sequence[int]]
+    penalty: Callable[[ObjectiveConfig, Denoise, Denoise, Sequence[Visit]], Tensor]
+
+
+def kl(objective: ObjectiveConfig, trained: Denoise, frozen: Denoise, visits: Sequence[Visit]) -> Tensor:
+    """The KL term of DRaFT+: the mean over (visits, b, c, h, w) of (eps_theta - eps_ref)^2.
+
+    Both are under guidance and at the same x_t, the reference without gradient; no 1/2 and no 1/sigma^2 (NVIDIA
+    NeMo-Aligner, DRaFT+). objective.kl_space: compare the predicted noises, or the predicted clean latents.
+    """
+    of = SPACES[objective.kl_space]
+    distances = []
+    for step, latents, now in visits:
+        ours = now if now is not None else trained(latents, step)
+        # both conversions see the same x_t, attached, so that its linear terms cancel in value and in gradient
+        distances.append((of(ours) - of(frozen(latents, step))).square().mean())
+    return torch.stack(distances).mean()
+
+
+REGULARISERS: dict[str, Regulariser] = {
+    "kl": Regulariser(
+        weight=lambda objective: objective.kl_coeff,
+        steps=lambda objective, window, total, seed, step: window.steps,
+        penalty=kl,
+    ),
+}
+
+
+def active(objective: ObjectiveConfig) -> dict[str, Regulariser]:
+    """Those with a weight."""
+    return {name: one for name, one in REGULARISERS.items() if one.weight(objective) > 0}
+
+
+def penalties(
+    objective: ObjectiveConfig,
+    looks: Mapping[str, Sequence[int]],
+    trained: Denoise,
+    frozen: Denoise,
+    visits: Sequence[Visit],
+) -> dict[str, Tensor]:
+    """Each active regulariser's penalty, a scalar, on those of the visits that it looks at; none where there are none.
+
+    looks: the steps, by regulariser.
+    """
+    chosen = {name: [visit for visit in visits if visit.step in looks[name]] for name in active(objective)}
+    return {name: REGULARISERS[name].penalty(objective, trained, frozen, seen) for name, seen in chosen.items() if seen}

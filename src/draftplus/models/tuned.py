@@ -1,0 +1,121 @@
+"""The trained weights of any denoiser: low-rank adapters, or all of it beside a frozen copy."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from draftplus.config import LoraConfig
+from draftplus.errors import UserError
+from draftplus.models import lora
+from draftplus.models.weights import first_line, read_state_dict
+
+
+class Tuned:
+    """A denoiser and what training changes of it.
+
+    denoiser: the network that is tuned. network: the one to call, which inside `reference` is the frozen model. frozen:
+    the frozen copy of a fully tuned denoiser; with adapters the frozen model is the denoiser itself with them off.
+    component: the denoiser's name in the stock pipeline, "unet" or "transformer", which starts the names in a LoRA
+    file.
+    """
+
+    def __init__(self, denoiser: Any, component: str, frozen: Any = None) -> None:
+        self.denoiser, self.frozen, self.component = denoiser, frozen, component
+        self.network = denoiser
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        if self.frozen is None:
+            with lora.adapters_off(self.denoiser):
+                yield
+            return
+        before, self.network = self.network, self.frozen
+        try:
+            yield
+        finally:
+            self.network = before
+
+    @contextmanager
+    def folded(self) -> Iterator[None]:
+        with lora.folded(self.denoiser):
+            yield
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return lora.trained(self.denoiser)
+
+    def state(self) -> dict[str, Tensor]:
+        if lora.layers(self.denoiser):
+            return {f"{self.component}.{name}": tensor for name, tensor in lora.export(self.denoiser).items()}
+        return dict(self.denoiser.state_dict())
+
+    def write(self, directory: Path, state: Mapping[str, Tensor]) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        if lora.layers(self.denoiser):
+            save_file(dict(state), directory / lora.LORA_FILE, metadata={"format": "pt"})
+        else:
+            self.denoiser.save_pretrained(directory, state_dict=dict(state))
+
+    def save(self, directory: Path) -> None:
+        """Writes the trained weights as they are, in the form that stock diffusers loads."""
+        self.write(directory, self.state())
+
+    def load(self, directory: Path) -> None:
+        """Reads what `write` wrote.
+
+        Raises UserError where there is nothing of the kind, or it does not fit this denoiser.
+        """
+        if (directory / lora.LORA_FILE).is_file():
+            lora.attach(self.denoiser, directory / lora.LORA_FILE, self.component)
+        elif (directory / "config.json").is_file():
+            weights = _denoiser_weights(directory)
+            self.frozen = self.frozen or copy.deepcopy(self.denoiser)
+            self.denoiser.to(torch.promote_types(torch.float32, self.denoiser.dtype))  # tuned weights are not rounded
+            try:
+                self.denoiser.load_state_dict(weights)
+            except RuntimeError as error:
+                raise UserError(f"{directory}: not a denoiser of this model: {first_line(error)[:200]}") from None
+        else:
+            raise UserError(
+                f"{directory}: no {lora.LORA_FILE} and no denoiser in it; give an adapter/ directory of a run"
+            )
+
+    def set_scale(self, scale: float) -> None:
+        if scale != 1 and self.frozen is not None:
+            raise UserError(
+                f"the adapter's scale is {scale}, but these weights are a fully tuned denoiser; "
+                "blend it with the base model by annealing instead, such as anneal 'linear'"
+            )
+        lora.set_scale(self.denoiser, scale)
+
+
+def make_tuned(
+    denoiser: Any, component: str, config: LoraConfig | None, seed: int, trainable: bool, attention: Sequence[str]
+) -> Tuned:
+    """Makes a loaded and frozen denoiser ready for training or, if not `trainable`, for sampling.
+
+    config: of the adapters; None: the whole denoiser is trained, in at least float32. attention: the layers that its
+    targets call so.
+    """
+    if trainable and config is not None:
+        lora.add_lora(denoiser, config, seed, attention)
+    elif trainable:
+        denoiser.to(torch.promote_types(torch.float32, denoiser.dtype))
+        frozen = copy.deepcopy(denoiser)  # in the trained precision, or their KL would start at the rounding's
+        denoiser.requires_grad_(True)
+        return Tuned(denoiser, component, frozen)
+    return Tuned(denoiser, component)
+
+
+def _denoiser_weights(directory: Path) -> dict[str, Tensor]:
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{directory}: no .safetensors weights in it")
+    return {name: tensor for file in files for name, tensor in read_state_dict(file).items()}

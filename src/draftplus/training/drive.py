@@ -1,0 +1,134 @@
+"""The loop of training, which reads from top to bottom: steps, evaluations, checkpoints, guards, logs, interruption."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from draftplus.config import Config, to_dict
+from draftplus.distributed import World
+from draftplus.errors import Interrupted, UserError
+from draftplus.progress import progress
+from draftplus.runs import journal
+from draftplus.runs.directory import forget_after, step_name, write_config
+from draftplus.runs.files import whole_directory
+from draftplus.runs.journal import Row
+from draftplus.training import checkpoint
+from draftplus.training.guards import write_stopped
+from draftplus.training.interrupt import interruption
+from draftplus.training.optim import learning_rate
+from draftplus.training.placement import Placement
+from draftplus.training.state import State, initial_state
+from draftplus.training.task import Abandonable, Task
+
+
+def drive(task: Task, config: Config, run: Path, placement: Placement, here: World) -> None:
+    """Trains from the newest checkpoint in `run`, or from the start, to the last step or until a guard stops it.
+
+    Raises UserError for a user's mistake, and Interrupted, once the last complete step is saved, where the process is
+    asked to stop.
+    """
+    state = initial_state(task.parameters, config.optim)
+    restored = checkpoint.restore(run / "checkpoints", state, placement)
+    if len(set(here.gather(state.step))) > 1:
+        raise UserError(f"{run}: the processes found different checkpoints; output_dir must be shared by all machines")
+    if here.is_main:
+        forget_after(run, state.step if restored else -1)
+        write_config(run, config)
+    here.barrier()
+    rows = here.gather(journal.read_rows(run / "eval.jsonl"))[0]
+    evaluated = {row["step"] for row in rows}
+    evaluations = task.comparable(rows)
+    if here.is_main:
+        task.write_best(evaluations)
+        if task.stop_reason(evaluations) is None:  # it goes on
+            write_stopped(run, state.step, None)
+    task.before(sorted(evaluated), state.step)
+    logs = here.is_main and (state.step < task.total or state.step not in evaluated)  # a finished run says nothing
+    loggers = journal.open_loggers(config.log.to if logs else (), run, to_dict(config), state.step)
+    saved = state.step
+
+    def save_state() -> None:
+        nonlocal saved
+        if state.step > saved:
+            checkpoint.save(run / "checkpoints", state, config.checkpoint.keep, placement, here)
+            saved = state.step
+
+    def save_interrupted() -> None:
+        save_state()
+        if here.is_main:
+            print(f"stopped after step {state.step}; continue with: draftplus train {run}", file=sys.stderr)
+
+    with interruption() as interrupt, progress("training", task.total, here.is_main) as advance:
+        try:
+            while True:
+                stopped = task.stop_reason(evaluations)
+                last = state.step >= task.total or stopped is not None
+                if state.step not in evaluated and (state.step % config.eval.every == 0 or last):
+                    with state.averaged(), interrupt.abandonable():
+                        row = task.evaluate(state.step, advance)
+                    evaluated.add(state.step)
+                    evaluations.append(row)
+                    _save_weights(task, state, run / "adapters" / step_name(state.step), here)
+                    if here.is_main:
+                        journal.append_row(run / "eval.jsonl", row)
+                        task.write_best(evaluations)
+                        _log(loggers, "held_out/", row, state.step)
+                    continue  # what it found may end the run
+                if state.step % config.checkpoint.every == 0 or last:
+                    save_state()
+                if last:
+                    with state.averaged(), interrupt.abandonable():
+                        task.finish(state.step, advance)
+                    break
+
+                row = _step(task, state, config, interrupt.abandonable)
+                if here.is_main:
+                    journal.append_row(run / "metrics.jsonl", row)
+                    _log(loggers, "train/", row, state.step)
+                advance(state.step, task.note(row))
+        except Interrupted:
+            save_interrupted()
+            raise
+        except RuntimeError:
+            if not interrupt.asked:  # another process that left first breaks the communication of this one
+                raise
+            save_interrupted()
+            raise Interrupted from None
+
+    if here.is_main:
+        write_stopped(run, state.step, stopped)
+        if stopped is not None:
+            print(f"stopped after step {state.step}: {stopped}", file=sys.stderr)
+    _save_weights(task, state, run / "adapter", here)
+    here.barrier()
+
+
+def _step(task: Task, state: State, config: Config, abandonable: Abandonable) -> Row:
+    """Takes one step. Returns its row of metrics.jsonl."""
+    began = time.perf_counter()
+    means = task.step(state, abandonable)
+    rate = learning_rate(config.optim, state.step)
+    state.step += 1
+    state.images += config.train.global_batch_size
+    return {
+        "step": state.step, **means, "lr": rate, "images": state.images, "skipped": state.skipped,
+        "seconds": round(time.perf_counter() - began, 4),
+    }  # fmt: skip
+
+
+def _save_weights(task: Task, state: State, target: Path, here: World) -> None:
+    with state.averaged():
+        if not here.is_main:
+            task.save(None)
+            return
+        with whole_directory(target) as building:
+            task.save(building)
+
+
+def _log(loggers: Sequence[journal.Logger], prefix: str, row: Row, step: int) -> None:
+    numbers = {f"{prefix}{k}": float(v) for k, v in row.items() if isinstance(v, (int, float)) and k != "step"}
+    for log in loggers:
+        log(numbers, step)

@@ -1,0 +1,150 @@
+"""Fine-tuning a diffusion model on a reward, as a task of the driver."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from draftplus.build import build_model, build_problem, build_rewards, quiet_libraries
+from draftplus.config import Config
+from draftplus.data.batches import check_batch_sizes, steps_of_epochs
+from draftplus.data.prompts import load_prompts
+from draftplus.diffusion.methods import METHODS
+from draftplus.distributed import World
+from draftplus.errors import UserError
+from draftplus.evaluation.held_out import EvaluationSet, evaluate, evaluation_set, same_images
+from draftplus.evaluation.scores import Rewards
+from draftplus.evaluation.variants import add_variants, check_checkpoints
+from draftplus.progress import Advance
+from draftplus.runs.journal import Row
+from draftplus.training.ddpo import ddpo_step
+from draftplus.training.guards import stop_reason, write_best
+from draftplus.training.optim import Parameters
+from draftplus.training.placement import Placement
+from draftplus.training.state import State
+from draftplus.training.step import Setup, gradient_step
+from draftplus.training.task import Abandonable
+from draftplus.types import Model
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """The task. rewards: those that are trained on and those that are held out, by name."""
+
+    setup: Setup
+    rewards: Rewards
+    held_out: EvaluationSet
+    run: Path
+    total: int
+
+    @property
+    def model(self) -> Model:
+        return self.setup.problem.model
+
+    @property
+    def parameters(self) -> Parameters:
+        return self.model.tuned.trainable()
+
+    def step(self, state: State, abandonable: Abandonable) -> dict[str, float]:
+        differentiates = METHODS[self.setup.config.objective.method].differentiates
+        return (gradient_step if differentiates else ddpo_step)(self.setup, state, abandonable)
+
+    def note(self, row: Row) -> str:
+        return f"reward {row['reward']:.3f}  kl {row['kl']:.2e}"
+
+    def evaluate(self, step: int, advance: Advance) -> Row:
+        note = self._evaluating(step, advance)
+        note(0, "")
+        return evaluate(
+            self.model, self.rewards, self.held_out, self.setup.config, step, self.run, self.setup.here, note
+        )
+
+    def comparable(self, rows: Sequence[Row]) -> list[Row]:
+        """The evaluations of the images that `eval` asks for now: `eval` may have changed since the others.
+
+        Raises UserError where a guard needs the base model's and has it of other images only.
+        """
+        kept = [row for row in rows if same_images(row, self.held_out)]
+        for key, value in vars(self.setup.config.stop).items():
+            if value is not None and rows and (not kept or kept[0]["step"] != rows[0]["step"]):
+                raise UserError(
+                    f"stop.{key}={value:g} compares with the evaluation of step {rows[0]['step']}, made with other "
+                    f"prompts or images than eval says now; set eval back to what it was, or stop.{key}=null"
+                )
+        return kept
+
+    def stop_reason(self, rows: Sequence[Row]) -> str | None:
+        return stop_reason(rows, self.setup.config.stop, self.setup.config.eval.rewards)
+
+    def write_best(self, rows: Sequence[Row]) -> None:
+        write_best(self.run, rows, self.setup.config.reward, self.setup.config.stop)
+
+    def save(self, directory: Path | None) -> None:
+        tensors = self.setup.placement.gather(self.model.tuned.state())
+        if directory is not None and tensors is not None:
+            self.model.tuned.write(directory, tensors)
+
+    def before(self, evaluated: Sequence[int], step: int) -> None:
+        check_checkpoints(self.setup.config, evaluated, step)
+
+    def finish(self, step: int, advance: Advance) -> None:
+        """Measures `eval.variants`."""
+        note = self._evaluating(step, advance)
+        add_variants(self.model, self.rewards, self.held_out, self.setup.config, step, self.run, self.setup.here, note)
+
+    def _evaluating(self, step: int, advance: Advance) -> Advance:
+        here = self.setup.here
+        total = len(self.held_out.jobs(here.rank, here.size))
+
+        def show(done: int, _: str) -> None:
+            advance(step, f"evaluating {done}/{total} images")
+
+        return show
+
+
+def fine_tuning(config: Config, run: Path, placement: Placement, here: World) -> FineTuning:
+    """Builds the task of a configuration, with its model placed.
+
+    Raises UserError for everything that is wrong with the configuration, the model, the rewards or the prompts.
+    """
+    micro = micro_batch_size(config, here.size)
+    prompts = load_prompts(config.data.prompts)
+    held_out = evaluation_set(config, prompts)
+    quiet_libraries()
+    model = build_model(config.model, here.device, config.seed)
+    placement.place(model)
+    rewards = build_rewards({**config.reward, **config.eval.rewards}, here.device)
+    problem = build_problem(config, model, rewards)
+    shape = model.latent_shape(config.sampler.height, config.sampler.width)
+    setup = Setup(config, problem, prompts.train, shape, micro, here, placement)
+    return FineTuning(setup, rewards, held_out, run, total_steps(config, len(prompts.train)))
+
+
+def total_steps(config: Config, prompts: int) -> int:
+    """Optimizer steps of a run over so many training prompts; epochs, where given, decide."""
+    if config.train.epochs is not None:
+        size, per_prompt = config.train.global_batch_size, config.data.images_per_prompt
+        return steps_of_epochs(config.train.epochs, prompts, size, per_prompt)
+    assert config.train.steps is not None
+    return config.train.steps
+
+
+def micro_batch_size(config: Config, ranks: int) -> int:
+    """Images per backward pass: `train.micro_batch_size`, or a rank's whole share of an update where that is smaller.
+
+    Raises UserError where ranks, DDPO's updates or micro-batches do not divide the batch, or a rank's share is too
+    small for a reward that compares the images of a micro-batch.
+    """
+    sizes, objective = config.train, config.objective
+    share = sizes.global_batch_size // ranks
+    if config.compares_images and share < min(sizes.micro_batch_size, sizes.global_batch_size):
+        raise UserError(
+            f"reward 'dissimilarity' compares the images of a micro-batch, train.micro_batch_size="
+            f"{sizes.micro_batch_size} of them, and each of {ranks} processes has {share}; "
+            f"set train.micro_batch_size={max(1, share)}"
+        )
+    updates = 1 if METHODS[objective.method].differentiates else objective.ddpo.updates
+    micro = min(sizes.micro_batch_size, max(1, sizes.global_batch_size // (ranks * updates)))
+    check_batch_sizes(sizes.global_batch_size, micro, config.data.images_per_prompt, ranks, updates)
+    return micro
