@@ -15,6 +15,7 @@ from draftplus.config import (
     RewardConfig,
     all_keys,
     describe_keys,
+    facts_of,
     flatten,
     load_config,
     nearest,
@@ -321,7 +322,7 @@ def test_every_key_has_a_line_of_help() -> None:
     keys = dict(all_keys())
     assert len(lines) == len(keys)
     for line, (key, f) in zip(lines, keys.items(), strict=True):
-        assert line.strip().startswith(f"{key}=") and line.endswith(f.metadata["help"]) and f.metadata["help"]
+        assert line.strip().startswith(f"{key}=") and line.endswith(facts_of(f).meaning) and facts_of(f).meaning
 
 
 def test_nearest() -> None:

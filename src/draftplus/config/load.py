@@ -7,25 +7,17 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from draftplus.config.check import check
-from draftplus.config.keys import all_keys, dataclass_of, flatten, nearest, to_dict
+from draftplus.config.keys import CHANGEABLE, all_keys, dataclass_of, flatten, nearest, to_dict
 from draftplus.config.schema import Config, RewardConfig
 from draftplus.errors import UserError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-
-# keys that may change when a run is continued; all others shape the trajectory
-CHANGEABLE = (
-    "name", "output_dir", "device", "model.gradient_checkpointing", "train.steps", "train.epochs",
-    "train.micro_batch_size", "train.sampling_batch_size", "eval", "checkpoint", "stop", "parallel", "log",
-)  # fmt: skip
-
-BASE_MODEL = ("model.path", "model.revision", "model.unet", "model.vae", "model.dtype")  # what is tuned
 
 
 def load_config(recipe: str | Path | None = None, overrides: Sequence[str] = (), base: Config | None = None) -> Config:
@@ -135,7 +127,7 @@ def _check_keys(layer: Mapping[str, Any], node: Any, prefix: str = "") -> None:
             near = nearest(f"{prefix}{key}", [*(k for k, _ in all_keys()), *(f"{prefix}{name}" for name in known)])
             raise UserError(f"unknown key '{prefix}{key}'; {near or 'draftplus train --help lists all keys'}")
         child = dataclass_of(known[key])
-        if key in ("reward", "rewards") and isinstance(value, Mapping):
+        if get_type_hints(node)[key] == dict[str, RewardConfig] and isinstance(value, Mapping):
             for name, settings in value.items():
                 if isinstance(settings, Mapping):
                     _check_keys(settings, RewardConfig, f"{prefix}{key}.{name}.")
