@@ -14,12 +14,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from PIL import Image
 
-from draftplus.config import Config
+from draftplus.config import KNOBS, Config
 from draftplus.errors import UserError
 
 Row = Mapping[str, Any]
 
-VARIANT_KEYS = ("label", "lora_scale", "anneal", "checkpoint")  # what names a variant
+VARIANT_KEYS = ("label", *KNOBS)  # what names a variant
 STEP_DIRECTORY = re.compile(r"step-(\d+)")
 SAMPLE_FILE = re.compile(r"(?P<prompt>\d+)-.*-(?P<seed>\d+)\.png")
 
