@@ -118,7 +118,7 @@ def test_every_key_affects_one_thing() -> None:
 
 def test_which_model_is_tuned() -> None:
     # the values stand in eval.json in this order
-    assert BASE_MODEL == ("model.path", "model.revision", "model.unet", "model.vae", "model.dtype")
+    assert BASE_MODEL == ("model.path", "model.revision", "model.denoiser", "model.vae", "model.dtype")
 
 
 def test_a_methods_name_tells_some_keys() -> None:

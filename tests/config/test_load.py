@@ -248,7 +248,7 @@ CHANGEABLE = [
     "parallel.mode=replicate", "log.to=[]",
 ]  # fmt: skip
 SHAPING = [
-    "seed=1", "model.path=x", "model.dtype=bfloat16", "model.lora.rank=4", "model.lora=null", "model.unet=x",
+    "seed=1", "model.path=x", "model.dtype=bfloat16", "model.lora.rank=4", "model.lora=null", "model.denoiser=x",
     "sampler.steps=11", "sampler.eta=0.5", "sampler.guidance_scale=3", "sampler.negative_prompt=x",
     "sampler.spacing=trailing", "objective.method=refl", "objective.grad_steps=2", "objective.kl_coeff=1",
     "objective.kl_space=x0", "objective.refl.hinge=1", "reward=clip", "reward.emoji_clip.weight=2",

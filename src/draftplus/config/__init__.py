@@ -18,7 +18,15 @@ from draftplus.config.keys import (
     to_dict,
     to_yaml,
 )
-from draftplus.config.load import load_config, recipe_names, recipe_path, run_name, shaping_keys
+from draftplus.config.load import (
+    load_config,
+    load_run_config,
+    recipe_names,
+    recipe_path,
+    run_name,
+    shaping_keys,
+    with_new_names,
+)
 from draftplus.config.schema import (
     KNOBS,
     Config,
@@ -33,6 +41,6 @@ from draftplus.config.schema import (
 __all__ = [
     "BASE_MODEL", "CHANGEABLE", "KNOBS", "Config", "LoraConfig", "ModelConfig", "ObjectiveConfig", "RewardConfig",
     "SamplerConfig", "StopConfig", "all_keys", "choices_of", "describe_keys", "facts_of", "flatten", "is_below",
-    "keys_that_affect", "keys_where", "load_config", "nearest", "recipe_names", "recipe_path", "run_name",
-    "shaping_keys", "to_dict", "to_yaml",
+    "keys_that_affect", "keys_where", "load_config", "load_run_config", "nearest", "recipe_names", "recipe_path",
+    "run_name", "shaping_keys", "to_dict", "to_yaml", "with_new_names",
 ]  # fmt: skip

@@ -25,7 +25,7 @@ class ModelConfig:
         "emoji", "built-in name, diffusers directory, hub id, or single .safetensors/.ckpt file", base_model=True
     )
     revision: str | None = _key(None, "revision on the hub", base_model=True)
-    unet: str | None = _key(
+    denoiser: str | None = _key(
         None, "replacement weights of the denoiser, diffusers or original LDM layout", base_model=True
     )
     vae: str | None = _key(

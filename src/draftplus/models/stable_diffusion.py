@@ -182,7 +182,7 @@ def _components(config: ModelConfig, path: str, dtype: torch.dtype) -> tuple[Any
 
     path = os.path.expanduser(path)  # keeps a leading ./
     if path.endswith((".safetensors", ".ckpt")):
-        for key in ("unet", "vae", "revision"):
+        for key in ("denoiser", "vae", "revision"):
             if getattr(config, key) is not None:
                 raise UserError(
                     f"model.{key} cannot be set beside a single file, '{path}'; convert that to a directory"
@@ -196,7 +196,7 @@ def _components(config: ModelConfig, path: str, dtype: torch.dtype) -> tuple[Any
         refuse_code(Path(path))
     hub: dict[str, Any] = {"revision": config.revision}
     with _loading("model.path", path):
-        unet = _part(UNet2DConditionModel, config.unet, path, "unet", {"torch_dtype": dtype}, hub)
+        unet = _part(UNet2DConditionModel, config.denoiser, path, "unet", {"torch_dtype": dtype}, hub)
         vae = _part(AutoencoderKL, config.vae, path, "vae", {"torch_dtype": dtype}, hub)
         text_encoder = _part(CLIPTextModel, None, path, "text_encoder", {"dtype": dtype}, hub)
         tokenizer = CLIPTokenizer.from_pretrained(path, subfolder="tokenizer", **hub)
@@ -211,15 +211,15 @@ def _part(
 ) -> Any:
     if replacement is None:
         return _whole(*cls.from_pretrained(path, subfolder=name, output_loading_info=True, **dtype, **hub))
-    given = Path(replacement).expanduser()
+    given, key = Path(replacement).expanduser(), "model.denoiser" if name == "unet" else f"model.{name}"
     if not given.exists():
-        raise UserError(f"model.{name} '{replacement}': no such file or directory")
+        raise UserError(f"{key} '{replacement}': no such file or directory")
     if given.is_dir():
         refuse_code(given)
-        with _loading(f"model.{name}", replacement):
+        with _loading(key, replacement):
             return _whole(*cls.from_pretrained(given, output_loading_info=True, **dtype))
     state = read_state_dict(given)
-    with _loading(f"model.{name}", replacement):
+    with _loading(key, replacement):
         part = cls.from_single_file(state, config=path, subfolder=name, **dtype)
         return _whole(part, {"missing_keys": [key for key, p in part.named_parameters() if p.is_meta]})
 

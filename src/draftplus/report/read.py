@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from PIL import Image
 
-from draftplus.config import KNOBS, Config
+from draftplus.config import KNOBS, Config, with_new_names
 from draftplus.errors import UserError
 
 Row = Mapping[str, Any]
@@ -85,6 +85,7 @@ def _read_config(run: Run) -> dict[str, Any]:
     if not isinstance(config, dict):
         run.missing.append("config.yaml (not a configuration)")
         return {}
+    config = with_new_names(config)
     lacking = [field.name for field in dataclasses.fields(Config) if field.name not in config]
     if lacking:
         run.missing.append(f"config.yaml (cut off: it lacks {', '.join(lacking)})")
