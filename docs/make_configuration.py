@@ -6,8 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from draftplus.config import all_keys
-from draftplus.config.load import CHANGEABLE
+from draftplus.config import CHANGEABLE, all_keys, facts_of
 from draftplus.config.schema import RewardConfig
 
 PAGE = Path(__file__).with_name("configuration.md")
@@ -49,42 +48,36 @@ others shape the trajectory, and a change of one is refused by name. These may c
 {keys}
 """
 
-SECTIONS = {
-    "": ("The run", ""),
-    "model": ("model", "See [models](models.md)."),
-    "sampler": ("sampler", "How images are made, in training, in evaluation and in `draftplus generate`."),
-    "objective": ("objective", "What is optimised; see [concepts](concepts.md)."),
-    "reward": ("reward", "For each reward, under its name; see [rewards](rewards.md)."),
-    "data": ("data", ""),
-    "optim": ("optim", ""),
-    "train": ("train", "One of `steps` and `epochs` decides the length; `epochs` where both are given."),
-    "eval": ("eval", "Evaluation on prompts and seeds that training never sees."),
-    "checkpoint": ("checkpoint", ""),
-    "stop": ("stop", ""),
-    "parallel": ("parallel", ""),
-    "log": ("log", "TensorBoard writes to `tensorboard/` in the run directory; the other two need their extra."),
+NOTES = {
+    "model": "See [models](models.md).",
+    "sampler": "How images are made, in training, in evaluation and in `draftplus generate`.",
+    "objective": "What is optimised; see [concepts](concepts.md).",
+    "reward": "For each reward, under its name; see [rewards](rewards.md).",
+    "train": "One of `steps` and `epochs` decides the length; `epochs` where both are given.",
+    "eval": "Evaluation on prompts and seeds that training never sees.",
+    "log": "TensorBoard writes to `tensorboard/` in the run directory; the other two need their extra.",
 }
 
 
 def page() -> str:
     """The whole page as Markdown."""
-    rows: dict[str, list[str]] = {section: [] for section in SECTIONS}
+    rows: dict[str, list[str]] = {}
     for key, field in all_keys():
         if key == "reward":
-            rows["reward"] += [_row(f"reward.<name>.{f.name}", f) for f in dataclasses.fields(RewardConfig)]
+            rows["reward"] = [_row(f"reward.<name>.{f.name}", f) for f in dataclasses.fields(RewardConfig)]
         else:
-            rows[key.partition(".")[0] if "." in key else ""].append(_row(key, field))
+            rows.setdefault(key.partition(".")[0] if "." in key else "The run", []).append(_row(key, field))
     parts = [INTRODUCTION]
-    for section, (title, note) in SECTIONS.items():
-        table = ["| key | default | meaning |", "|---|---|---|", *rows[section]]
-        parts.append("\n".join([f"## {title}", "", *([note, ""] if note else []), *table, ""]))
+    for section, told in rows.items():
+        note = [NOTES[section], ""] if section in NOTES else []
+        parts.append("\n".join([f"## {section}", "", *note, "| key | default | meaning |", "|---|---|---|", *told, ""]))
     parts.append(CONTINUING.format(keys="\n".join(f"- `{key}`" for key in CHANGEABLE)))
     return "\n".join(parts)
 
 
 def _row(key: str, field: dataclasses.Field) -> str:
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    meaning = field.metadata["help"].replace("|", "\\|").replace("<", "&lt;")
+    meaning = facts_of(field).meaning.replace("|", "\\|").replace("<", "&lt;")
     return f"| `{key}` | `{json.dumps(default, ensure_ascii=False)}` | {meaning} |"
 
 

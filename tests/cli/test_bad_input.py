@@ -33,7 +33,7 @@ TRAIN = {
     "not a method": (["objective.method=draftlv"], [r"objective\.method", "draft_lv"]),
     "no model": (["model.path=./no/such/model"], [r"no/such/model", "no such directory"]),
     "no built-in model": (["model.path=emojo"], ["emojo", "did you mean 'emoji'"]),
-    "no replacement": (["model.unet=./no.safetensors"], [r"model\.unet", "no.safetensors"]),
+    "no replacement": (["model.denoiser=./no.safetensors"], [r"model\.denoiser", "no.safetensors"]),
     "no prompt file": (["data.prompts=no.txt"], ["no.txt"]),
     "no prompt set": (["data.prompts=animal"], ["animals"]),
     "grad_steps above steps": (["objective.grad_steps=4"], [r"objective\.grad_steps is 4", r"sampler\.steps is 3"]),
@@ -91,7 +91,7 @@ class Harmful:
         return (os.mkdir, ("was-run",))
 
 
-@pytest.mark.parametrize("key", ["model.path", "model.unet", "model.vae"])
+@pytest.mark.parametrize("key", ["model.path", "model.denoiser", "model.vae"])
 @pytest.mark.parametrize("suffix", ["ckpt", "bin"])
 def test_a_pickle_that_needs_code(
     refused: Refused, settings: list[str], tmp_path: Path, monkeypatch: Any, key: str, suffix: str

@@ -15,6 +15,7 @@ from draftplus.config import (
     RewardConfig,
     all_keys,
     describe_keys,
+    facts_of,
     flatten,
     load_config,
     nearest,
@@ -247,7 +248,7 @@ CHANGEABLE = [
     "parallel.mode=replicate", "log.to=[]",
 ]  # fmt: skip
 SHAPING = [
-    "seed=1", "model.path=x", "model.dtype=bfloat16", "model.lora.rank=4", "model.lora=null", "model.unet=x",
+    "seed=1", "model.path=x", "model.dtype=bfloat16", "model.lora.rank=4", "model.lora=null", "model.denoiser=x",
     "sampler.steps=11", "sampler.eta=0.5", "sampler.guidance_scale=3", "sampler.negative_prompt=x",
     "sampler.spacing=trailing", "objective.method=refl", "objective.grad_steps=2", "objective.kl_coeff=1",
     "objective.kl_space=x0", "objective.refl.hinge=1", "reward=clip", "reward.emoji_clip.weight=2",
@@ -321,7 +322,7 @@ def test_every_key_has_a_line_of_help() -> None:
     keys = dict(all_keys())
     assert len(lines) == len(keys)
     for line, (key, f) in zip(lines, keys.items(), strict=True):
-        assert line.strip().startswith(f"{key}=") and line.endswith(f.metadata["help"]) and f.metadata["help"]
+        assert line.strip().startswith(f"{key}=") and line.endswith(facts_of(f).meaning) and facts_of(f).meaning
 
 
 def test_nearest() -> None:

@@ -213,7 +213,7 @@ def test_a_replaced_denoiser(tiny_path: Path, other_path: Path, tmp_path: Path, 
             save_file(as_ldm(state), given)
         else:
             torch.save({"state_dict": state}, given)
-    made = tiny_model(tiny_path, unet=str(given), trainable=False)
+    made = tiny_model(tiny_path, denoiser=str(given), trainable=False)
     expected, base = tiny_model(other_path, trainable=False), tiny_model(tiny_path, trainable=False)
     assert equal(made.unet, expected.unet) and not equal(made.unet, base.unet)
     assert equal(made.vae, base.vae) and made.unet.conv_in.weight.dtype == torch.float64
@@ -275,7 +275,7 @@ def test_a_model_that_is_not_there(tmp_path: Path) -> None:
 def test_a_home_directory_is_found(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tiny_path.parent))
     unet = f"~/{tiny_path.name}/unet"
-    assert tiny_model(Path("~") / tiny_path.name, trainable=False, unet=unet).latent_shape() == SHAPE
+    assert tiny_model(Path("~") / tiny_path.name, trainable=False, denoiser=unet).latent_shape() == SHAPE
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
@@ -339,12 +339,12 @@ def test_a_hostile_single_file(tiny_path: Path, tmp_path: Path) -> None:
     file, mark = tmp_path / "model.ckpt", tmp_path / "mark"
     torch.save({"state_dict": {"a": Hostile(mark)}}, file)
     refused(file, "needs to run code")
-    refused(tiny_path, "Convert it to .safetensors where you trust it", unet=str(file))
+    refused(tiny_path, "Convert it to .safetensors where you trust it", denoiser=str(file))
     directory = tmp_path / "unet"
     shutil.copytree(tiny_path / "unet", directory)
     (directory / "diffusion_pytorch_model.safetensors").unlink()
     file.rename(directory / "diffusion_pytorch_model.bin")
-    refused(tiny_path, "refused", unet=str(directory))
+    refused(tiny_path, "refused", denoiser=str(directory))
     assert not mark.exists()
 
 
@@ -353,12 +353,14 @@ def test_a_single_file_of_something_else(tiny_path: Path) -> None:
 
 
 def test_a_replacement_of_something_else(tiny_path: Path, tmp_path: Path) -> None:
-    refused(tiny_path, "model.unet '/no/such.safetensors': no such file or directory", unet="/no/such.safetensors")
+    refused(
+        tiny_path, "model.denoiser '/no/such.safetensors': no such file or directory", denoiser="/no/such.safetensors"
+    )
     for given in (tiny_path / "vae", tiny_path / VAE):
-        refused(tiny_path, f"model.unet '{given}': not loaded", unet=str(given))
+        refused(tiny_path, f"model.denoiser '{given}': not loaded", denoiser=str(given))
     file = tmp_path / "u.safetensors"
     file.write_bytes((tiny_path / UNET).read_bytes())
     drop(file)
-    refused(tiny_path, f"model.unet '{file}': not loaded", unet=str(file))
+    refused(tiny_path, f"model.denoiser '{file}': not loaded", denoiser=str(file))
     cut(file)
-    refused(tiny_path, f"{file}: not a whole safetensors file", unet=str(file))
+    refused(tiny_path, f"{file}: not a whole safetensors file", denoiser=str(file))

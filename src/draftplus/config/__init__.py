@@ -3,9 +3,32 @@
 Importing it does not import torch, so that the command line starts at once.
 """
 
-from draftplus.config.keys import all_keys, describe_keys, flatten, nearest, to_dict, to_yaml
-from draftplus.config.load import BASE_MODEL, load_config, recipe_names, recipe_path, run_name, shaping_keys
+from draftplus.config.facts import facts_of
+from draftplus.config.keys import (
+    BASE_MODEL,
+    CHANGEABLE,
+    all_keys,
+    choices_of,
+    describe_keys,
+    flatten,
+    is_below,
+    keys_that_affect,
+    keys_where,
+    nearest,
+    to_dict,
+    to_yaml,
+)
+from draftplus.config.load import (
+    load_config,
+    load_run_config,
+    recipe_names,
+    recipe_path,
+    run_name,
+    shaping_keys,
+    with_new_names,
+)
 from draftplus.config.schema import (
+    KNOBS,
     Config,
     LoraConfig,
     ModelConfig,
@@ -16,7 +39,8 @@ from draftplus.config.schema import (
 )  # fmt: skip
 
 __all__ = [
-    "BASE_MODEL", "Config", "LoraConfig", "ModelConfig", "ObjectiveConfig", "RewardConfig", "SamplerConfig",
-    "StopConfig", "all_keys", "describe_keys", "flatten", "load_config", "nearest", "recipe_names", "recipe_path",
-    "run_name", "shaping_keys", "to_dict", "to_yaml",
+    "BASE_MODEL", "CHANGEABLE", "KNOBS", "Config", "LoraConfig", "ModelConfig", "ObjectiveConfig", "RewardConfig",
+    "SamplerConfig", "StopConfig", "all_keys", "choices_of", "describe_keys", "facts_of", "flatten", "is_below",
+    "keys_that_affect", "keys_where", "load_config", "load_run_config", "nearest", "recipe_names", "recipe_path",
+    "run_name", "shaping_keys", "to_dict", "to_yaml", "with_new_names",
 ]  # fmt: skip

@@ -1,15 +1,16 @@
-"""The configuration as dotted keys: listing, flattening, and the nearest key to a mistyped one."""
+"""The configuration as dotted keys: all of them, those of a kind, their values, and the nearest to a mistyped one."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from omegaconf import OmegaConf
 
+from draftplus.config.facts import Affects, Facts, facts_of
 from draftplus.config.schema import Config
 
 
@@ -28,13 +29,48 @@ def nearest(word: str, candidates: Sequence[str]) -> str:
 
 
 def all_keys(node: Any = Config, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:
-    """Every key in dotted form with its field (default and help)."""
+    """Every key in dotted form with its field (default and facts)."""
     for f in dataclasses.fields(node):
         child = dataclass_of(f)
-        if child is not None and f.name != "reward":
+        if child is not None:
             yield from all_keys(child, f"{prefix}{f.name}.")
         else:
             yield f"{prefix}{f.name}", f
+
+
+def choices_of(key: str) -> tuple[str, ...]:
+    """The texts that a key may be; empty where it may be any."""
+    return facts_of(dict(all_keys())[key]).choices
+
+
+def keys_where(
+    holds: Callable[[Facts], bool], node: Any = Config, prefix: str = "", affects: Affects = "trajectory"
+) -> tuple[str, ...]:
+    """The keys of whose facts something holds, in order; a section stands for its keys where it holds of all."""
+    found: list[str] = []
+    for f in dataclasses.fields(node):
+        name, child, facts = f"{prefix}{f.name}", dataclass_of(f), facts_of(f)
+        here = facts.affects or affects
+        if child is not None:
+            below = keys_where(holds, child, f"{name}.", here)
+            found += [name] if below == tuple(f"{name}.{g.name}" for g in dataclasses.fields(child)) else below
+        elif holds(dataclasses.replace(facts, affects=here)):
+            found.append(name)
+    return tuple(found)
+
+
+def keys_that_affect(*what: Affects) -> tuple[str, ...]:
+    """The keys that change one of these, in order; a section stands for its keys where all do."""
+    return keys_where(lambda facts: facts.affects in what)
+
+
+def is_below(key: str, keys: Iterable[str]) -> bool:
+    """Whether a key is one of `keys` or lies below one."""
+    return f"{key}.".startswith(tuple(f"{one}." for one in keys))
+
+
+CHANGEABLE = keys_that_affect("length", "conduct", "record")  # those that may change when a run is continued
+BASE_MODEL = keys_where(lambda facts: facts.base_model)  # what is tuned
 
 
 def describe_keys() -> str:
@@ -42,11 +78,22 @@ def describe_keys() -> str:
     lines = []
     for key, f in all_keys():
         default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-        if key == "reward":
-            default = {"emoji_clip": {"weight": 1.0, "path": None, "args": {}}}
-        shown = json.dumps(default, ensure_ascii=False)
-        lines.append(f"  {key + '=' + shown:<44} {f.metadata['help']}")
+        shown = json.dumps(default, ensure_ascii=False, default=dataclasses.asdict)
+        lines.append(f"  {key + '=' + shown:<44} {facts_of(f).meaning}")
     return "\n".join(lines)
+
+
+def values(node: Any, prefix: str = "") -> Iterator[tuple[str, Facts, Any]]:
+    """The keys that a configuration has, those of each reward too, with their facts and values."""
+    for f in dataclasses.fields(node):
+        name, value = f"{prefix}{f.name}", getattr(node, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from values(value, f"{name}.")
+        elif isinstance(value, dict) and any(map(dataclasses.is_dataclass, value.values())):
+            for entry, settings in value.items():
+                yield from values(settings, f"{name}.{entry}.")
+        else:
+            yield name, facts_of(f), value
 
 
 def to_dict(config: Config) -> dict[str, Any]:

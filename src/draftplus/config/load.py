@@ -7,25 +7,19 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from draftplus.config.check import check
-from draftplus.config.keys import all_keys, dataclass_of, flatten, nearest, to_dict
+from draftplus.config.keys import CHANGEABLE, all_keys, dataclass_of, flatten, nearest, to_dict
 from draftplus.config.schema import Config, RewardConfig
 from draftplus.errors import UserError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
-# keys that may change when a run is continued; all others shape the trajectory
-CHANGEABLE = (
-    "name", "output_dir", "device", "model.gradient_checkpointing", "train.steps", "train.epochs",
-    "train.micro_batch_size", "train.sampling_batch_size", "eval", "checkpoint", "stop", "parallel", "log",
-)  # fmt: skip
-
-BASE_MODEL = ("model.path", "model.revision", "model.unet", "model.vae", "model.dtype")  # what is tuned
+RENAMED = {"model.unet": "model.denoiser"}  # a key as runs of before have it: as it is called now, in its section
 
 
 def load_config(recipe: str | Path | None = None, overrides: Sequence[str] = (), base: Config | None = None) -> Config:
@@ -37,7 +31,32 @@ def load_config(recipe: str | Path | None = None, overrides: Sequence[str] = (),
     Raises UserError for an unknown recipe or key (naming the nearest), a wrong type, or values that do not fit
     together.
     """
-    layers = [*(_recipe_layers(recipe) if recipe is not None else ()), *(_parse_override(o) for o in overrides)]
+    return _merged(_recipe_layers(recipe) if recipe is not None else [], overrides, base)
+
+
+def load_run_config(run: Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration that a run was made with, with `key=value` overrides, checked.
+
+    run: a run directory. Its keys may be those of a version before; those of overrides may not.
+
+    Raises UserError as `load_config` does.
+    """
+    *parents, own = _recipe_layers(run / "config.yaml")
+    return _merged([*parents, with_new_names(own)], overrides)
+
+
+def with_new_names(tree: Mapping[Any, Any], prefix: str = "") -> dict[Any, Any]:
+    """A run's nested configuration with its keys as they are called now; where it has both names, both stay."""
+    told: dict[Any, Any] = {}
+    for key, value in tree.items():
+        new = RENAMED.get(f"{prefix}{key}", "").rpartition(".")[2]
+        inner = with_new_names(value, f"{prefix}{key}.") if isinstance(value, Mapping) else value
+        told[key if not new or new in tree else new] = inner
+    return told
+
+
+def _merged(recipe: Sequence[dict[str, Any]], overrides: Sequence[str], base: Config | None = None) -> Config:
+    layers = [*recipe, *map(_parse_override, overrides)]
     merged = OmegaConf.structured(base or Config)
     for layer in layers:
         _check_keys(layer, Config)
@@ -132,10 +151,12 @@ def _check_keys(layer: Mapping[str, Any], node: Any, prefix: str = "") -> None:
         if key == "__replace_reward__":
             continue
         if key not in known:
+            if f"{prefix}{key}" in RENAMED:
+                raise UserError(f"unknown key '{prefix}{key}'; it is called '{RENAMED[f'{prefix}{key}']}' now")
             near = nearest(f"{prefix}{key}", [*(k for k, _ in all_keys()), *(f"{prefix}{name}" for name in known)])
             raise UserError(f"unknown key '{prefix}{key}'; {near or 'draftplus train --help lists all keys'}")
         child = dataclass_of(known[key])
-        if key in ("reward", "rewards") and isinstance(value, Mapping):
+        if get_type_hints(node)[key] == dict[str, RewardConfig] and isinstance(value, Mapping):
             for name, settings in value.items():
                 if isinstance(settings, Mapping):
                     _check_keys(settings, RewardConfig, f"{prefix}{key}.{name}.")
@@ -154,5 +175,6 @@ def run_name(config: Config, recipe: str) -> str:
     """`name`, or the recipe's name with 8 hexadecimal digits of the hash of the keys that shape the trajectory."""
     if config.name:
         return config.name
-    text = json.dumps(shaping_keys(config), sort_keys=True)
+    former = {new: old for old, new in RENAMED.items()}  # by which the same command still finds a run of before
+    text = json.dumps({former.get(key, key): value for key, value in shaping_keys(config).items()}, sort_keys=True)
     return f"{recipe}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

@@ -19,11 +19,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from draftplus.config import choices_of
 from draftplus.errors import UserError
 
 Prediction = Literal["epsilon", "v_prediction", "sample", "flow"]
-SPACINGS = ("leading", "trailing", "linspace")
-SOLVERS = ("ddim", "euler", "dpmpp_2m")
+SPACINGS = choices_of("sampler.spacing")
+SOLVERS = tuple(name for name in choices_of("sampler.solver") if name != "auto")
 
 
 class Step(NamedTuple):

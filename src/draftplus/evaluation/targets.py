@@ -174,7 +174,7 @@ def model_hash(config: ModelConfig) -> str:
     Raises UserError for a model that is missing.
     """
     parts = [_source_hash(model_path(config), config.revision)]
-    parts += [_source_hash(str(Path(p).expanduser()), None) if p else "" for p in (config.unet, config.vae)]
+    parts += [_source_hash(str(Path(p).expanduser()), None) if p else "" for p in (config.denoiser, config.vae)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

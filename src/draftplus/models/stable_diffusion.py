@@ -119,7 +119,7 @@ def _components(config: ModelConfig, path: str, dtype: torch.dtype) -> tuple[Any
     from transformers import CLIPTextModel, CLIPTokenizer
 
     if loading.is_single_file(path):
-        for key in ("unet", "vae", "revision"):
+        for key in ("denoiser", "vae", "revision"):
             if getattr(config, key) is not None:
                 raise UserError(
                     f"model.{key} cannot be set beside a single file, '{path}'; convert that to a directory"
@@ -129,7 +129,9 @@ def _components(config: ModelConfig, path: str, dtype: torch.dtype) -> tuple[Any
     hub: dict[str, Any] = {"revision": config.revision}
     with loading.loading("model.path", path, NAME):
         torch_dtype = {"torch_dtype": dtype}
-        unet = loading.load_part(UNet2DConditionModel, path, "unet", torch_dtype, hub, config.unet, "model.unet")
+        unet = loading.load_part(
+            UNet2DConditionModel, path, "unet", torch_dtype, hub, config.denoiser, "model.denoiser"
+        )
         vae = loading.load_part(AutoencoderKL, path, "vae", torch_dtype, hub, config.vae, "model.vae")
         text_encoder = loading.load_part(CLIPTextModel, path, "text_encoder", {"dtype": dtype}, hub)
         tokenizer = CLIPTokenizer.from_pretrained(path, subfolder="tokenizer", **hub)

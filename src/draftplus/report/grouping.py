@@ -9,17 +9,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from draftplus.config import BASE_MODEL, Config, RewardConfig, flatten, to_dict
+from draftplus.config import (
+    BASE_MODEL,
+    Config,
+    RewardConfig,
+    flatten,
+    is_below,
+    keys_that_affect,
+    keys_where,
+    to_dict,
+)
 from draftplus.report.read import Run
 from draftplus.report.wording import METHODS, setting
 
 # keys of how a run is watched and stored, which change nothing of what it becomes
-BESIDE = (
-    "name", "output_dir", "device", "checkpoint", "log", "parallel", "eval", "stop", "model.gradient_checkpointing",
-    "train.micro_batch_size", "train.sampling_batch_size",
-)  # fmt: skip
+BESIDE = keys_that_affect("conduct", "record")
 MISSING = "no such key"  # null is a value of its own
-METHOD_KEYS = ("objective.method", "objective.grad_steps", "objective.kl_coeff", "objective.kl_space")
+METHOD_KEYS = keys_where(lambda facts: facts.in_method_name)
 
 
 @dataclass
@@ -80,7 +86,8 @@ def evaluated_prompts(run: Run) -> list[str]:
 def _title(run: Run, flat: dict[str, Any]) -> str:
     path = str(flat.get("model.path"))
     name = Path(path).name if "/" in path and Path(path).exists() else path
-    changed = [f"{key.partition('.')[2]} {flat[key]}" for key in BASE_MODEL[1:4] if flat.get(key)]
+    replaced = [key for key in BASE_MODEL if key not in ("model.path", "model.dtype") and flat.get(key)]
+    changed = [f"{key.partition('.')[2]} {flat[key]}" for key in replaced]
     images = flat.get("eval.images_per_prompt")
     prompts = evaluated_prompts(run)
     told = f"{len(prompts)} held-out prompt{'s' * (len(prompts) > 1)}" if prompts else "no evaluation"
@@ -92,7 +99,7 @@ def _title(run: Run, flat: dict[str, Any]) -> str:
 def settings_of(run: Run) -> dict[str, Any]:
     """The dotted keys that make a run what it is, without its seed."""
     flat = flatten(run.config)
-    return {k: v for k, v in flat.items() if k != "seed" and not any(f"{k}.".startswith(f"{b}.") for b in BESIDE)}
+    return {k: v for k, v in flat.items() if k != "seed" and not is_below(k, BESIDE)}
 
 
 def seed_of(run: Run) -> Any:

@@ -14,12 +14,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from PIL import Image
 
-from draftplus.config import Config
+from draftplus.config import KNOBS, Config, with_new_names
 from draftplus.errors import UserError
 
 Row = Mapping[str, Any]
 
-VARIANT_KEYS = ("label", "lora_scale", "anneal", "checkpoint")  # what names a variant
+VARIANT_KEYS = ("label", *KNOBS)  # what names a variant
 STEP_DIRECTORY = re.compile(r"step-(\d+)")
 SAMPLE_FILE = re.compile(r"(?P<prompt>\d+)-.*-(?P<seed>\d+)\.png")
 
@@ -85,6 +85,7 @@ def _read_config(run: Run) -> dict[str, Any]:
     if not isinstance(config, dict):
         run.missing.append("config.yaml (not a configuration)")
         return {}
+    config = with_new_names(config)
     lacking = [field.name for field in dataclasses.fields(Config) if field.name not in config]
     if lacking:
         run.missing.append(f"config.yaml (cut off: it lacks {', '.join(lacking)})")

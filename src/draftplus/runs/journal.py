@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from draftplus import rng
+from draftplus.config import choices_of
 from draftplus.errors import UserError
 from draftplus.runs.files import disk_errors, write_text
 
@@ -93,4 +94,4 @@ def _open(name: str, run: Path, config: Mapping[str, Any], step: int) -> Logger:
         identity = {"id": f"{run.name}-{rng.address(0, str(run.resolve())):x}"} if name == "wandb" else {}
         module.init(project="draftplus", name=run.name, config=dict(config), resume="allow", **identity)
         return lambda row, at: module.log(dict(row), step=at)
-    raise UserError(f"log.to: unknown logger '{name}'; choose tensorboard, wandb, trackio")
+    raise UserError(f"log.to: unknown logger '{name}'; choose {', '.join(choices_of('log.to'))}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from draftplus.config import Config, load_config, run_name, shaping_keys
+from draftplus.config import Config, load_config, load_run_config, run_name, shaping_keys
 from draftplus.errors import UserError
 from draftplus.runs.directory import is_run, saved_steps
 
@@ -21,14 +21,14 @@ def plan_run(target: Config | str | Path | None, overrides: Sequence[str]) -> tu
         run = Path(config.output_dir) / config.name
     elif target is not None and is_run(target):
         run = Path(target) if Path(target).name else Path(target).resolve()  # "." has no name
-        config = load_config(run / "config.yaml", overrides)
+        config = load_run_config(run, overrides)
         config.output_dir, config.name = str(run.parent), run.name
     else:
         config = load_config(target or "emoji", overrides)
         config.name = run_name(config, Path(target or "emoji").stem)
         run = Path(config.output_dir) / config.name
     if is_run(run) and saved_steps(run / "checkpoints"):  # without one there is nothing to continue
-        _refuse_changes(load_config(run / "config.yaml"), config, run)
+        _refuse_changes(load_run_config(run), config, run)
     elif (run / "adapter").is_dir():  # a run that was killed before its first checkpoint has none, and starts anew
         raise UserError(f"{run} holds a result but no checkpoint to continue from; give another name=, or remove it")
     return config, run

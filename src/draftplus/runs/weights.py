@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from draftplus.build import MODELS
-from draftplus.config import Config, load_config, nearest
+from draftplus.config import Config, load_config, load_run_config, nearest
 from draftplus.errors import UserError
 from draftplus.runs.directory import is_run, saved_steps, step_name
 
@@ -39,7 +39,7 @@ def find_weights(target: str, overrides: Sequence[str] = ()) -> Weights:
             config = load_config("emoji", list(overrides))
         return Weights(config, None, target)
     run = Path(path) if Path(path).name not in ("", "..") else Path(path).resolve()  # "." has no name
-    config = load_config(run / "config.yaml", overrides)
+    config = load_run_config(run, overrides)
     steps = saved_steps(run / "adapters")
     if not at:
         adapter = run / "adapter"
@@ -73,7 +73,7 @@ def _best(run: Path) -> int:
     try:
         return int(json.loads((run / "best.json").read_text(encoding="utf-8"))["step"])
     except (OSError, ValueError, KeyError):
-        floor = load_config(run / "config.yaml").stop.diversity_floor
+        floor = load_run_config(run).stop.diversity_floor
         why = "it is written at the first evaluation after a step"
         if floor is not None:
             why += f" whose LPIPS is at least stop.diversity_floor={floor:g} times the base model's"

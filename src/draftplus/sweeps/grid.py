@@ -11,6 +11,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from draftplus.config import KNOBS, is_below, keys_that_affect
 from draftplus.errors import UserError
 
 MOST_RUNS = 1000
@@ -20,8 +21,6 @@ Settings = dict[str, str]  # key -> value, as they are written in KEY=VALUE
 
 PLAIN = re.compile(r"[\w./:+-]+")  # text that stands for itself, unless YAML takes it for a number or the like
 CLOSES = {"(": ")", "[": "]", "{": "}"}
-WATCHING = ("eval.", "checkpoint.", "log.")  # keys that change nothing of what a run becomes
-KNOBS = ("lora_scale", "anneal", "checkpoint")  # what changes how a run is sampled, and not the run
 OWNED = {"name": "each run is named after what differs", "output_dir": "the runs of a sweep lie in its own directory"}
 
 
@@ -163,7 +162,7 @@ def names(runs: Sequence[Settings]) -> list[str]:
     """
     keys = list(dict.fromkeys(key for settings in runs for key in settings))
     differing = [key for key in keys if len({settings.get(key) for settings in runs}) > 1] or keys
-    differing = [key for key in differing if not key.startswith(WATCHING)] or differing
+    differing = [key for key in differing if not is_below(key, keys_that_affect("record"))] or differing
     short = _short_keys(differing)
     told = []
     for settings in runs:
