@@ -23,6 +23,7 @@ from draftplus.diffusion.solvers import make_solver
 from draftplus.errors import UserError
 from draftplus.metrics.metric import Metric
 from draftplus.metrics.styles import style_captions
+from draftplus.rewards.arguments import bind, parameters_of
 from draftplus.rewards.clip import EMOJI_CLIP, load_clip_reward
 from draftplus.rewards.combined import Combined
 from draftplus.rewards.custom import load_custom
@@ -113,13 +114,13 @@ def _family(path: str) -> str:
 def build_reward(name: str, config: RewardConfig, device: torch.device, dtype: torch.dtype = torch.float32) -> Reward:
     """The reward of a built-in name, or a user's `package.module:object`.
 
-    Raises UserError for an unknown name (naming the nearest) or weights that are missing.
+    Raises UserError for an unknown name (naming the nearest), arguments that do not fit, or weights that are missing.
     """
     refuse_unknown_reward(name)
-    if name in REWARDS:
-        reward: Reward = _resolve(REWARDS[name])(config.path, config.args, device, dtype)
-    else:
-        reward = load_custom(name, config.path, config.args, device, dtype)
+    if name not in REWARDS:
+        return load_custom(name, config.path, config.args, device, dtype)
+    load = _resolve(REWARDS[name])
+    reward: Reward = load(**bind(name, parameters_of(name, load), config.path, config.args, device, dtype))
     return reward
 
 
