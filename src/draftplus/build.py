@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from draftplus.metrics.styles import style_captions
 from draftplus.rewards.arguments import bind, parameters_of
 from draftplus.rewards.clip import EMOJI_CLIP, load_clip_reward
 from draftplus.rewards.combined import Combined
-from draftplus.rewards.custom import load_custom
+from draftplus.rewards.custom import load_custom, resolve_custom
 from draftplus.types import Model, Reward
 
 ASSETS = Path(str(files("draftplus"))) / "assets"
@@ -142,6 +142,24 @@ def build_rewards(configs: Mapping[str, RewardConfig], device: torch.device) -> 
 def is_reward(name: str) -> bool:
     """Whether a name is a reward's: a built-in one, or a user's own."""
     return ":" in name or name in REWARDS
+
+
+def compares_images(rewards: Iterable[str]) -> bool:
+    """Whether any of the rewards of these names scores an image by the others of its micro-batch.
+
+    No weights load: what makes a reward has the attribute `compares_images`. False for what is no reward, or cannot be
+    imported; building it says so.
+    """
+    return any(getattr(_maker(name), "compares_images", False) for name in rewards)
+
+
+def _maker(name: str) -> Any:
+    if name in REWARDS:
+        return _resolve(REWARDS[name])
+    try:
+        return resolve_custom(name)
+    except Exception:  # a user's module may raise anything
+        return None
 
 
 def build_metric(name: str) -> Metric:

@@ -182,8 +182,3 @@ class Config:
     stop: StopConfig = _key(StopConfig, "")
     parallel: ParallelConfig = _key(ParallelConfig, "")
     log: LogConfig = _key(LogConfig, "")
-
-    @property
-    def compares_images(self) -> bool:
-        """Whether an image's reward depends on the others of its micro-batch, whose size then shapes the run."""
-        return "dissimilarity" in self.reward

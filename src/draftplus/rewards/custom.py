@@ -25,11 +25,12 @@ _HINT = (
 
 @dataclass
 class CustomReward:
-    """A user's function with its arguments bound, and the flag that a plain function need not have."""
+    """A user's function with its arguments bound, and the flags that a plain function need not have."""
 
     function: Callable[..., Tensor]
     args: Mapping[str, Any]
     differentiable: bool
+    compares_images: bool
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """images: (b, 3, H, W) in [0, 1]; prompts: b strings. Returns (b,)."""
@@ -44,10 +45,11 @@ def load_custom(spec: str, path: str | None, args: Mapping[str, Any], device: An
       callable of `(images, prompts)`.
     - `path`, `device` and `dtype` of the configuration are passed too where the signature names them.
     - `differentiable` is True unless the reward, or what made it, has the attribute and it is False.
+    - `compares_images` is False unless the object that the name leads to has the attribute and it is True.
     - A reward that is an `nn.Module` is frozen and put into evaluation mode.
 
-    UserError for a missing module or object, one that cannot be called, and arguments that do not fit. Exceptions of
-    the user's own code pass through.
+    UserError for a missing module or object, one that cannot be called, arguments that do not fit, and a reward that
+    compares images where what made it does not say so. Exceptions of the user's own code pass through.
     """
     target = resolve_custom(spec)
     if not callable(target):
@@ -55,18 +57,24 @@ def load_custom(spec: str, path: str | None, args: Mapping[str, Any], device: An
     parameters = parameters_of(spec, target)
     itself = not inspect.isclass(target) and [one.name for one in parameters[:2]] == ["images", "prompts"]
     keywords = bind(spec, parameters[2:] if itself else parameters, path, args, device, dtype, _HINT)
+    compares = bool(getattr(target, "compares_images", False))
     if itself:
-        return CustomReward(target, keywords, bool(getattr(target, "differentiable", True)))
+        return CustomReward(target, keywords, bool(getattr(target, "differentiable", True)), compares)
     made = target(**keywords)
     if not callable(made):
         raise UserError(
             f"reward '{spec}' made a {type(made).__name__}, which cannot be called with (images, prompts).\n"
             "If it is itself the reward, its first parameters must be named images and prompts."
         )
+    if getattr(made, "compares_images", False) and not compares:
+        raise UserError(
+            f"reward '{spec}' made one that compares images, which must be known before it is made:\n"
+            f"set {spec.partition(':')[2]}.compares_images = True in its module."
+        )
     if isinstance(made, torch.nn.Module):
         made.requires_grad_(False).eval()
     differentiable = bool(getattr(made, "differentiable", getattr(target, "differentiable", True)))
-    return CustomReward(made, {}, differentiable)
+    return CustomReward(made, {}, differentiable, compares)
 
 
 def resolve_custom(spec: str) -> Any:

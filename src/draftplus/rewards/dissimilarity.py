@@ -25,6 +25,7 @@ class Dissimilarity:
     features: Callable[[Tensor], Tensor]
     same_prompt: bool = False
     differentiable: bool = True
+    compares_images: bool = True
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """images: (b, 3, H, W) in [0, 1]; prompts: b strings. Returns (b,). UserError for an image without another."""
@@ -62,3 +63,6 @@ def load_dissimilarity(
     """In the image space of a CLIPModel, emoji_clip's unless `path` names one. The rest as for `load_clip_reward`."""
     network = load_clip_reward(path, processor, revision=revision, device=device, dtype=dtype)
     return Dissimilarity(network.image_features, same_prompt)
+
+
+load_dissimilarity.compares_images = True  # type: ignore[attr-defined]  # here too, to be known before weights load
