@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from importlib.resources import files
@@ -30,9 +30,10 @@ from draftplus.metrics.styles import style_captions
 from draftplus.models.family import Family
 from draftplus.models.loading import is_single_file, looks_local, source
 from draftplus.models.weights import first_line
+from draftplus.rewards.arguments import bind, parameters_of
 from draftplus.rewards.clip import EMOJI_CLIP, load_clip_reward
 from draftplus.rewards.combined import Combined
-from draftplus.rewards.custom import load_custom
+from draftplus.rewards.custom import load_custom, resolve_custom
 from draftplus.types import Model, Reward
 
 ASSETS = Path(str(files("draftplus"))) / "assets"
@@ -154,13 +155,13 @@ def resolve(config: Config) -> Config:
 def build_reward(name: str, config: RewardConfig, device: torch.device, dtype: torch.dtype = torch.float32) -> Reward:
     """The reward of a built-in name, or a user's `package.module:object`.
 
-    Raises UserError for an unknown name (naming the nearest) or weights that are missing.
+    Raises UserError for an unknown name (naming the nearest), arguments that do not fit, or weights that are missing.
     """
     refuse_unknown_reward(name)
-    if name in REWARDS:
-        reward: Reward = _resolve(REWARDS[name])(config.path, config.args, device, dtype)
-    else:
-        reward = load_custom(name, config.path, config.args, device, dtype)
+    if name not in REWARDS:
+        return load_custom(name, config.path, config.args, device, dtype)
+    load = _resolve(REWARDS[name])
+    reward: Reward = load(**bind(name, parameters_of(name, load), config.path, config.args, device, dtype))
     return reward
 
 
@@ -182,6 +183,24 @@ def build_rewards(configs: Mapping[str, RewardConfig], device: torch.device) -> 
 def is_reward(name: str) -> bool:
     """Whether a name is a reward's: a built-in one, or a user's own."""
     return ":" in name or name in REWARDS
+
+
+def compares_images(rewards: Iterable[str]) -> bool:
+    """Whether any of the rewards of these names scores an image by the others of its micro-batch.
+
+    No weights load: what makes a reward has the attribute `compares_images`. False for what is no reward, or cannot be
+    imported; building it says so.
+    """
+    return any(getattr(_maker(name), "compares_images", False) for name in rewards)
+
+
+def _maker(name: str) -> Any:
+    if name in REWARDS:
+        return _resolve(REWARDS[name])
+    try:
+        return resolve_custom(name)
+    except Exception:  # a user's module may raise anything
+        return None
 
 
 def build_metric(name: str) -> Metric:

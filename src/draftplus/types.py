@@ -66,7 +66,11 @@ def _padded(tensor: Tensor, length: int) -> Tensor:
 
 @runtime_checkable
 class Reward(Protocol):
-    """Scores images against prompts; higher is better. Any callable with this signature and flag will do."""
+    """Scores images against prompts; higher is better. Any callable with this signature and flag will do.
+
+    Where an image's score depends on the other images given with it, a further attribute `compares_images` is True, of
+    the reward and of what makes it: so it is known before weights load that micro-batches shape the run.
+    """
 
     @property
     def differentiable(self) -> bool:

@@ -260,46 +260,47 @@ SHAPING = [
 @pytest.mark.parametrize("override", CHANGEABLE)
 def test_what_may_change_keeps_the_runs_name(override: str) -> None:
     base, changed = load_config(), load_config(None, [override])
-    assert base != changed and shaping_keys(base) == shaping_keys(changed)
+    assert base != changed and shaping_keys(base, False) == shaping_keys(changed, False)
     if not override.startswith("name="):
-        assert run_name(base, "emoji") == run_name(changed, "emoji")
+        assert run_name(base, "emoji", False) == run_name(changed, "emoji", False)
 
 
 @pytest.mark.parametrize("override", SHAPING)
 def test_what_shapes_the_trajectory_changes_it(override: str) -> None:
     base, changed = load_config(), load_config(None, [override])
-    assert shaping_keys(base) != shaping_keys(changed)
-    assert run_name(base, "emoji") != run_name(changed, "emoji")
+    assert shaping_keys(base, False) != shaping_keys(changed, False)
+    assert run_name(base, "emoji", False) != run_name(changed, "emoji", False)
 
 
 def test_the_micro_batch_shapes_what_compares_its_images() -> None:
     base, changed = (load_config(None, ["reward=dissimilarity", f"train.micro_batch_size={n}"]) for n in (8, 4))
-    assert shaping_keys(base) != shaping_keys(changed)
+    assert shaping_keys(base, True) != shaping_keys(changed, True)
+    assert run_name(base, "emoji", True) != run_name(changed, "emoji", True)
     assert micro_batch_size(base, 1) == 8 and micro_batch_size(changed, 2) == 4
     with pytest.raises(UserError, match=r"each of 2 processes has 4; set train\.micro_batch_size=4"):
         micro_batch_size(base, 2)
 
 
 def test_run_names() -> None:
-    name = run_name(load_config(), "emoji")
+    name = run_name(load_config(), "emoji", False)
     prefix, _, digits = name.partition("-")
     assert prefix == "emoji" and len(digits) == 8 and int(digits, 16) >= 0
-    assert run_name(load_config(), "other") == f"other-{digits}"
-    assert run_name(load_config(None, ["name=mine"]), "emoji") == "mine"
+    assert run_name(load_config(), "other", False) == f"other-{digits}"
+    assert run_name(load_config(None, ["name=mine"]), "emoji", False) == "mine"
     # the order in which rewards are written is not a choice
     a, b = (load_config(None, [f"reward={{{text}}}"]) for text in ("a: {}, b: {}", "b: {}, a: {}"))
-    assert run_name(a, "emoji") == run_name(b, "emoji")
+    assert run_name(a, "emoji", False) == run_name(b, "emoji", False)
 
 
 def test_run_names_are_the_same_in_every_process() -> None:
-    code = "from draftplus.config import *; print(run_name(load_config(), 'emoji'))"
+    code = "from draftplus.config import *; print(run_name(load_config(), 'emoji', False))"
     found = {
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment(seed)
         ).stdout.strip()
         for seed in ("0", "1")
     }
-    assert found == {run_name(load_config(), "emoji")}
+    assert found == {run_name(load_config(), "emoji", False)}
 
 
 def environment(hash_seed: str = "0") -> dict[str, str]:

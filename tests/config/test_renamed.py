@@ -95,10 +95,10 @@ def test_a_run_of_before_is_reported_beside_one_of_now(tmp_path: Path) -> None:
 
 def test_a_name_that_was_made_before_is_made_again() -> None:
     config = load_config(None, ["model.denoiser=x"])
-    shaping = shaping_keys(config)
+    shaping = shaping_keys(config, False)
     shaping["model.unet"] = shaping.pop("model.denoiser")
     digits = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:8]
-    assert run_name(config, "emoji") == f"emoji-{digits}"
+    assert run_name(config, "emoji", False) == f"emoji-{digits}"
 
 
 def test_a_run_with_both_names_says_so(tmp_path: Path) -> None:

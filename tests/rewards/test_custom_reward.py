@@ -49,6 +49,12 @@ class Network(torch.nn.Module):
     def forward(self, images, prompts):
         return self.scale * images.mean(dim=(1, 2, 3))
 
+def weighted(images: torch.Tensor, prompts: list[str], red: float = 1.0):
+    return red * images[:, 0].mean(dim=(1, 2))
+
+def loaded(images, prompts, path="own weights"):
+    return images.new_tensor([float(path == "own weights")] * len(images))
+
 def wrong_names(pictures, captions):
     return pictures
 
@@ -130,10 +136,13 @@ def test_a_package_in_the_working_directory(module, tmp_path, images):
         ("absent_{}:score", {}, "no module 'absent_"),
         ("{}:absent", {}, "has no 'absent'"),
         ("{}:number", {}, "is a int: it must be"),
-        ("{}:brightness", {"scal": 1.0}, "unexpected keyword argument 'scal'"),
-        ("{}:make", {}, "missing a required argument: 'channel'"),
-        ("{}:Redness", {"chanel": 1}, "unexpected keyword argument 'chanel'"),
-        ("{}:wrong_names", {}, r"under these names, is the reward"),
+        ("{}:brightness", {"scal": 1.0}, r":brightness' has no argument 'scal' \(1\.0 in args\): did you mean 'scale'"),
+        ("{}:file_size", {"unit": "kB"}, r":file_size' has no argument 'unit' \('kB' in args\): it takes none"),
+        ("{}:brightness", {"prompts": 1}, "has no argument 'prompts' .*: it takes scale"),
+        ("{}:make", {}, ":make' needs an argument 'channel': add it to args"),
+        ("{}:Redness", {"chanel": 1}, r"has no argument 'chanel' \(1 in args\): did you mean 'channel'"),
+        ("{}:wrong_names", {}, r"needs an argument 'pictures'(.|\n)*under these names, is the reward"),
+        ("{}:weighted", {"red": "much"}, ":weighted' has red 'much' in args: a number is needed"),
         ("{}:makes_a_number", {}, "made a int"),
     ],
 )
@@ -143,8 +152,13 @@ def test_mistakes_are_named(module, spec, args, words):
 
 
 def test_a_path_nobody_takes_is_refused(module):
-    with pytest.raises(UserError, match="takes no path, yet 'weights'"):
+    with pytest.raises(UserError, match=r"takes no path, yet 'weights' is given: remove it(.|\n)*a parameter `path`"):
         load(f"{module}:brightness", path="weights")
+
+
+def test_without_a_path_its_own_default_stays(module, images):
+    assert load(f"{module}:loaded")(images, ["", ""]).tolist() == [1, 1]
+    assert load(f"{module}:loaded", path="others")(images, ["", ""]).tolist() == [0, 0]
 
 
 def test_a_module_that_the_user_s_module_lacks_is_named(module, tmp_path):

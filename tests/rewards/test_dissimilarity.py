@@ -55,7 +55,7 @@ def test_one_image_of_its_prompt() -> None:
 
 
 def test_in_the_embedded_feature_space() -> None:
-    reward = load_dissimilarity(None, {}, "cpu", None)
+    reward = load_dissimilarity()
     images = pictures(64, 3)
     scores = reward(images, ["a", "b", "a"])
     assert scores.shape == (3,) and scores.dtype == torch.float32 and (scores > 1e-4).all() and (scores < 2).all()
@@ -63,10 +63,3 @@ def test_in_the_embedded_feature_space() -> None:
     leaf = images.requires_grad_()
     Combined({"dissimilarity": (reward, 2.0)})(leaf, ["a", "b", "a"]).total.sum().backward()
     assert all(part.abs().sum() > 0 for part in leaf.grad)
-
-
-def test_wrong_arguments() -> None:
-    with pytest.raises(UserError, match="did you mean 'same_prompt'"):
-        load_dissimilarity(None, {"same_promt": True}, "cpu", None)
-    with pytest.raises(UserError, match="same_prompt 'yes' in args: true or false"):
-        load_dissimilarity(None, {"same_prompt": "yes"}, "cpu", None)

@@ -50,6 +50,14 @@ def measured_only(images: Tensor, prompts: Sequence[str]) -> Tensor:
 measured_only.differentiable = False  # type: ignore[attr-defined]
 
 
+def spread(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """How far an image is from the mean of those that are scored with it."""
+    return 100 * (images - images.mean(0)).square().mean((1, 2, 3))
+
+
+spread.compares_images = True  # type: ignore[attr-defined]
+
+
 class Flaky:
     """Redness that is not finite at some of its calls with gradient, counted from 0.
 

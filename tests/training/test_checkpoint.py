@@ -136,7 +136,7 @@ def test_a_text_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
     target = tmp_path / "best.json"
     files.write_text(target, "one")
     monkeypatch.setattr(files, "_sync", no_space)
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="no space left"):
         files.write_text(target, "two")
     assert target.read_text() == "one"
     assert list(tmp_path.iterdir()) == [target]

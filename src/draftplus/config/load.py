@@ -164,17 +164,25 @@ def _check_keys(layer: Mapping[str, Any], node: Any, prefix: str = "") -> None:
             _check_keys(value, child, f"{prefix}{key}.")
 
 
-def shaping_keys(config: Config) -> dict[str, Any]:
-    """The dotted keys and values that shape the trajectory, and so must not change when a run is continued."""
-    shaping = {"train.micro_batch_size"} if config.compares_images else set()
+def shaping_keys(config: Config, compares_images: bool) -> dict[str, Any]:
+    """The dotted keys and values that shape the trajectory, and so must not change when a run is continued.
+
+    compares_images: whether a reward's scores depend on the micro-batch (`build.compares_images`), whose size then
+    shapes it too.
+    """
+    shaping = {"train.micro_batch_size"} if compares_images else set()
     changeable = tuple(f"{key}." for key in CHANGEABLE if key not in shaping)
     return {key: value for key, value in flatten(to_dict(config)).items() if not f"{key}.".startswith(changeable)}
 
 
-def run_name(config: Config, recipe: str) -> str:
-    """`name`, or the recipe's name with 8 hexadecimal digits of the hash of the keys that shape the trajectory."""
+def run_name(config: Config, recipe: str, compares_images: bool) -> str:
+    """`name`, or the recipe's name with 8 hexadecimal digits of the hash of the keys that shape the trajectory.
+
+    compares_images: as of `shaping_keys`.
+    """
     if config.name:
         return config.name
     former = {new: old for old, new in RENAMED.items()}  # by which the same command still finds a run of before
-    text = json.dumps({former.get(key, key): value for key, value in shaping_keys(config).items()}, sort_keys=True)
+    shaping = shaping_keys(config, compares_images).items()
+    text = json.dumps({former.get(key, key): value for key, value in shaping}, sort_keys=True)
     return f"{recipe}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

@@ -212,8 +212,3 @@ class Config:
     stop: StopConfig = _key(StopConfig, affects="conduct")
     parallel: ParallelConfig = _key(ParallelConfig, affects="conduct")
     log: LogConfig = _key(LogConfig, affects="record")
-
-    @property
-    def compares_images(self) -> bool:
-        """Whether an image's reward depends on the others of its micro-batch, whose size then shapes the run."""
-        return "dissimilarity" in self.reward

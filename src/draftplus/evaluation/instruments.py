@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from draftplus.build import METRICS, MODELS, build_features, build_metric, build_reward, build_styles, is_reward
+from draftplus.build import (
+    METRICS,
+    MODELS,
+    build_features,
+    build_metric,
+    build_reward,
+    build_styles,
+    compares_images,
+    is_reward,
+)
 from draftplus.chunks import SAMPLING_BATCH
 from draftplus.config import RewardConfig
 from draftplus.distributed import pick_device
@@ -18,8 +27,6 @@ from draftplus.evaluation.images import Images, first_run
 from draftplus.evaluation.scores import Rewards
 from draftplus.evaluation.targets import Target
 from draftplus.metrics.metric import Metric
-
-BATCHED = "dissimilarity"  # its scores depend on what they are made together with
 
 
 @dataclass(frozen=True)
@@ -51,9 +58,9 @@ def instruments_of(
     device = pick_device(first.config.device)
     embedded = first.config.model.path in MODELS
     known = _reward_configs([t for t in targets if t.run is not None or (embedded and t is first)])
-    known.pop(BATCHED, None)
+    known = {name: config for name, config in known.items() if not compares_images([name])}
     for name in [*rewards, *metrics]:
-        if name == BATCHED:
+        if compares_images([name]):
             raise UserError(f"'{name}' scores a training batch and not an image; measure diversity by --metric vendi")
     for name in rewards:
         if name in METRICS:

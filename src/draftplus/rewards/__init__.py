@@ -1,5 +1,5 @@
 """Rewards: each is a callable `(images, prompts) -> scores` with a `differentiable` flag, made by a `load_*` function.
 
-Every loader has one signature, `load_x(path, args, device, dtype) -> Reward`, so that a name in a recipe resolves
-through one dict.
+A loader says by its signature what it takes of a recipe: each of `args` as a keyword with its type and default, and
+`path`, `device` and `dtype` where it names them. `arguments.bind` holds a recipe to it.
 """

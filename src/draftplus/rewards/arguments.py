@@ -1,18 +1,99 @@
-"""Checks of the `args` that a recipe gives to a reward."""
+"""Binds what a recipe gives a reward to the signature of what makes it, a built-in loader or a user's own."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Mapping
-from typing import Any
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from inspect import Parameter
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
+
+import torch
 
 from draftplus.errors import UserError
 
+# what a YAML value may be held against, in the words of a message
+_WORDS = {str: "a text", bool: "true or false", int: "a whole number", float: "a number", NoneType: "null"}
 
-def refuse_unknown(name: str, args: Mapping[str, Any], known: Collection[str]) -> None:
-    """UserError where `args` has a key that reward `name` does not know; it names the nearest one."""
-    for key in args:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"it takes {', '.join(sorted(known)) or 'none'}."
-            raise UserError(f"reward '{name}' has no argument '{key}' in args: {hint}")
+_GIVEN = {
+    "path": "give it beside args",
+    "device": "it gets the device of the images",
+    "dtype": "it gets the type that rewards compute in",
+}
+
+
+def parameters_of(name: str, target: Callable[..., Any]) -> list[Parameter]:
+    """The parameters of what makes reward `name`. UserError where it does not tell them.
+
+    Annotations written as text are evaluated, all of them or, where one names what only type checkers import, none.
+    """
+    try:
+        signature = inspect.signature(target)
+    except ValueError as error:
+        raise UserError(f"reward '{name}' has no readable signature: wrap it in a function of your own.") from error
+    with suppress(Exception):  # an expression may raise anything
+        signature = inspect.signature(target, eval_str=True)
+    return list(signature.parameters.values())
+
+
+def bind(
+    name: str,
+    parameters: Sequence[Parameter],
+    path: str | None,
+    args: Mapping[str, Any],
+    device: Any,
+    dtype: torch.dtype | None,
+    hint: str = "",
+) -> dict[str, Any]:
+    """The keywords for `parameters`: `args`, and path, device and dtype where they are named.
+
+    A path of None leaves a parameter's own default. Values are held against annotations of str, bool, int, float, None
+    and unions of these: a whole number is fine for a float, true and false are no numbers. Others are not checked.
+
+    UserError for a path that none takes, for arguments that are unknown (naming the nearest), missing or of another
+    type. hint: a further line where the parameters themselves may not be what was meant.
+    """
+    named = {one.name: one for one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)}
+    own = [key for key in named if key not in _GIVEN]
+    takes_any = any(one.kind == one.VAR_KEYWORD for one in parameters)
+    ending = f"\n{hint}" if hint else ""
+    if path is not None and "path" not in named:
+        raise UserError(f"reward '{name}' takes no path, yet '{path}' is given: remove it.{ending}")
+    for key, value in args.items():
+        if key in named and key in _GIVEN:
+            raise UserError(f"reward '{name}' has {key} {value!r} in args: {_GIVEN[key]}, remove it there.")
+        if key in named:
+            _check_type(name, named[key], value)
+        elif not takes_any:
+            near = difflib.get_close_matches(key, own, n=1)
+            known = f"did you mean '{near[0]}'?" if near else f"it takes {', '.join(own) or 'none'}.{ending}"
+            raise UserError(f"reward '{name}' has no argument '{key}' ({value!r} in args): {known}")
+    given = {"path": path, "device": device, "dtype": dtype}
+    if path is None and "path" in named and named["path"].default is not Parameter.empty:
+        del given["path"]
+    keywords = {**{key: value for key, value in given.items() if key in named}, **args}
+    for one in parameters:
+        needed = one.default is one.empty and one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
+        if needed and one.name not in keywords:
+            raise UserError(f"reward '{name}' needs an argument '{one.name}': add it to args.{ending}")
+    return keywords
+
+
+def _check_type(name: str, parameter: Parameter, value: Any) -> None:
+    annotation = NoneType if parameter.annotation is None else parameter.annotation
+    kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    if any(kind not in list(_WORDS) for kind in kinds):
+        return
+    if value is None and parameter.default is None:  # `x: float = None`, as many write it
+        return
+    if not any(_fits(value, kind) for kind in kinds):
+        needed = " or ".join(_WORDS[kind] for kind in kinds)
+        raise UserError(f"reward '{name}' has {parameter.name} {value!r} in args: {needed} is needed.")
+
+
+def _fits(value: Any, kind: type) -> bool:
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)

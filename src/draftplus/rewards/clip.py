@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from draftplus.errors import UserError
-from draftplus.rewards.arguments import refuse_unknown
 from draftplus.rewards.checkpoints import has_file, lacks, load_frozen, locate
-from draftplus.rewards.dropout import Dropout, dropout_rate
+from draftplus.rewards.dropout import Dropout, check_rate
 from draftplus.rewards.preprocessing import Preprocessing, has_preprocessing, preprocess, read_preprocessing
 from draftplus.types import Reward
 
@@ -117,28 +116,49 @@ def load_clip_reward(
     return ClipReward(model, tokenizer, preprocessing, kind, dropout)
 
 
-def load_emoji_clip(path: str | None, args: Mapping[str, Any], device: Any, dtype: torch.dtype | None) -> Reward:
-    """The embedded reward of emoji, exp(logit_scale)·cos. args: processor, revision, dropout."""
-    return _load("emoji_clip", path or str(EMOJI_CLIP), args, "logit", device, dtype)
+def load_emoji_clip(
+    path: str | Path = EMOJI_CLIP,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    processor: str | None = None,
+    revision: str | None = None,
+    dropout: float = 0.0,
+) -> Reward:
+    """The embedded reward of emoji, exp(logit_scale)·cos. The rest as `load_clip_reward`."""
+    check_rate("emoji_clip", dropout)
+    return load_clip_reward(path, processor, "logit", revision, device, dtype, dropout)
 
 
-def load_pickscore(path: str | None, args: Mapping[str, Any], device: Any, dtype: torch.dtype | None) -> Reward:
-    """PickScore v1 (Kirstain et al. 2023), exp(logit_scale)·cos, about 20-23. args: processor, revision, dropout.
+def load_pickscore(
+    path: str | Path = PICKSCORE,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    processor: str | None = None,
+    revision: str | None = None,
+    dropout: float = 0.0,
+) -> Reward:
+    """PickScore v1 (Kirstain et al. 2023), exp(logit_scale)·cos, about 20-23.
 
     The published weights come without tokenizer and preprocessing: those of the network that they were tuned from
-    serve, unless the directory in `path` has its own or args.processor names others.
+    serve, unless the directory in `path` has its own or processor names others. The rest as `load_clip_reward`.
     """
-    if path is None or not has_preprocessing(path):
-        args = {"processor": PICKSCORE_PROCESSOR, **args}
-    return _load("pickscore", path or PICKSCORE, args, "logit", device, dtype)
+    check_rate("pickscore", dropout)
+    if processor is None and not has_preprocessing(path):
+        processor = PICKSCORE_PROCESSOR
+    return load_clip_reward(path, processor, "logit", revision, device, dtype, dropout)
 
 
-def load_clip_score(path: str | None, args: Mapping[str, Any], device: Any, dtype: torch.dtype | None) -> Reward:
-    """CLIPScore, 100·max(cos, 0) of any CLIPModel, ViT-B/32 unless given. args: processor, revision, dropout."""
-    return _load("clip_score", path or CLIP_SCORE, args, "cosine100", device, dtype)
-
-
-def _load(name: str, path: str, args: Mapping[str, Any], kind: Kind, device: Any, dtype: torch.dtype | None) -> Reward:
-    refuse_unknown(name, args, ("processor", "revision", "dropout"))
-    args = {**args, "dropout": dropout_rate(name, args)}
-    return load_clip_reward(path, kind=kind, device=device, dtype=dtype, **args)
+def load_clip_score(
+    path: str | Path = CLIP_SCORE,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    processor: str | None = None,
+    revision: str | None = None,
+    dropout: float = 0.0,
+) -> Reward:
+    """CLIPScore, 100·max(cos, 0) of any CLIPModel, ViT-B/32 unless given. The rest as `load_clip_reward`."""
+    check_rate("clip_score", dropout)
+    return load_clip_reward(path, processor, "cosine100", revision, device, dtype, dropout)

@@ -13,7 +13,8 @@ from draftplus.types import Reward, Scores
 
 
 class Combined:
-    """The weighted sum of rewards by name, a Scorer. It is differentiable if all of them are.
+    """The weighted sum of rewards by name, a Scorer. It is differentiable if all of them are, and compares images if
+    any of them does.
 
     rewards: {name: (reward, weight)}, not empty. Each reward is called once and its output checked; numbers that are
     not finite pass, what to do about them is the caller's matter.
@@ -24,6 +25,7 @@ class Combined:
             raise UserError("no reward is given: add one under reward, for example reward=emoji_clip")
         self.rewards = dict(rewards)
         self.differentiable = all(reward.differentiable for reward, _ in self.rewards.values())
+        self.compares_images = any(getattr(reward, "compares_images", False) for reward, _ in self.rewards.values())
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Scores:
         """images: (b, 3, H, W) in [0, 1]; prompts: b strings. Returns total and parts, all (b,), the parts unweighted

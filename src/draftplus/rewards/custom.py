@@ -14,16 +14,23 @@ import torch
 from torch import Tensor
 
 from draftplus.errors import UserError
+from draftplus.rewards.arguments import bind, parameters_of
 from draftplus.types import Reward
+
+_HINT = (
+    "What takes `images, prompts` first, under these names, is the reward; anything else is called to make it. Either "
+    "gets a path by a parameter `path`."
+)
 
 
 @dataclass
 class CustomReward:
-    """A user's function with its arguments bound, and the flag that a plain function need not have."""
+    """A user's function with its arguments bound, and the flags that a plain function need not have."""
 
     function: Callable[..., Tensor]
     args: Mapping[str, Any]
     differentiable: bool
+    compares_images: bool
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """images: (b, 3, H, W) in [0, 1]; prompts: b strings. Returns (b,)."""
@@ -38,39 +45,43 @@ def load_custom(spec: str, path: str | None, args: Mapping[str, Any], device: An
       callable of `(images, prompts)`.
     - `path`, `device` and `dtype` of the configuration are passed too where the signature names them.
     - `differentiable` is True unless the reward, or what made it, has the attribute and it is False.
+    - `compares_images` is False unless the object that the name leads to has the attribute and it is True.
     - A reward that is an `nn.Module` is frozen and put into evaluation mode.
 
-    UserError for a missing module or object, one that cannot be called, and arguments that do not fit. Exceptions of
-    the user's own code pass through.
+    UserError for a missing module or object, one that cannot be called, arguments that do not fit, and a reward that
+    compares images where what made it does not say so. Exceptions of the user's own code pass through.
     """
-    target = _resolve(spec)
+    target = resolve_custom(spec)
     if not callable(target):
         raise UserError(f"reward '{spec}' is a {type(target).__name__}: it must be a function or a class.")
-    try:
-        signature = inspect.signature(target)
-    except ValueError as error:
-        raise UserError(f"reward '{spec}' has no readable signature: wrap it in a function of your own.") from error
-    parameters = list(signature.parameters)
-    given = {"path": path, "device": device, "dtype": dtype}
-    if path is not None and "path" not in parameters:
-        raise UserError(f"reward '{spec}' takes no path, yet '{path}' is given: name a parameter `path`, or remove it.")
-    keywords = {**{key: value for key, value in given.items() if key in parameters}, **args}
-    if not inspect.isclass(target) and parameters[:2] == ["images", "prompts"]:
-        _fit(spec, signature, (None, None), keywords)
-        return CustomReward(target, keywords, bool(getattr(target, "differentiable", True)))
-    _fit(spec, signature, (), keywords)
+    parameters = parameters_of(spec, target)
+    itself = not inspect.isclass(target) and [one.name for one in parameters[:2]] == ["images", "prompts"]
+    keywords = bind(spec, parameters[2:] if itself else parameters, path, args, device, dtype, _HINT)
+    compares = bool(getattr(target, "compares_images", False))
+    if itself:
+        return CustomReward(target, keywords, bool(getattr(target, "differentiable", True)), compares)
     made = target(**keywords)
     if not callable(made):
         raise UserError(
             f"reward '{spec}' made a {type(made).__name__}, which cannot be called with (images, prompts).\n"
             "If it is itself the reward, its first parameters must be named images and prompts."
         )
+    if getattr(made, "compares_images", False) and not compares:
+        raise UserError(
+            f"reward '{spec}' made one that compares images, which must be known before it is made:\n"
+            f"set {spec.partition(':')[2]}.compares_images = True in its module."
+        )
     if isinstance(made, torch.nn.Module):
         made.requires_grad_(False).eval()
-    return CustomReward(made, {}, bool(getattr(made, "differentiable", getattr(target, "differentiable", True))))
+    differentiable = bool(getattr(made, "differentiable", getattr(target, "differentiable", True)))
+    return CustomReward(made, {}, differentiable, compares)
 
 
-def _resolve(spec: str) -> Any:
+def resolve_custom(spec: str) -> Any:
+    """The object that `package.module:object` names, the working directory being importable.
+
+    UserError where there is no such module or object. Exceptions of the user's own code pass through.
+    """
     module_name, colon, attribute = spec.partition(":")
     if not colon or not module_name or not attribute:
         raise UserError(f"reward '{spec}' is not of the form package.module:object")
@@ -87,13 +98,3 @@ def _resolve(spec: str) -> Any:
         except AttributeError as error:
             raise UserError(f"reward '{spec}': '{module_name}' has no '{attribute}'.") from error
     return target
-
-
-def _fit(spec: str, signature: inspect.Signature, positional: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
-    try:
-        signature.bind(*positional, **keywords)
-    except TypeError as error:
-        raise UserError(
-            f"reward '{spec}', args {dict(keywords)}: {error}.\n"
-            "What takes `images, prompts` first, under these names, is the reward; anything else is called to make it."
-        ) from error

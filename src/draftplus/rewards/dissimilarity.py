@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from draftplus.errors import UserError
-from draftplus.rewards.arguments import refuse_unknown
 from draftplus.rewards.clip import EMOJI_CLIP, load_clip_reward
 from draftplus.types import Reward
 
@@ -26,6 +25,7 @@ class Dissimilarity:
     features: Callable[[Tensor], Tensor]
     same_prompt: bool = False
     differentiable: bool = True
+    compares_images: bool = True
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """images: (b, 3, H, W) in [0, 1]; prompts: b strings. Returns (b,). UserError for an image without another."""
@@ -51,15 +51,18 @@ def _alone(images: int, prompt: str, same_prompt: bool) -> str:
     )
 
 
-def load_dissimilarity(path: str | None, args: Mapping[str, Any], device: Any, dtype: torch.dtype | None) -> Reward:
-    """In the image space of a CLIPModel, emoji_clip's unless `path` names one.
-
-    args: same_prompt (default false), processor, revision.
-    """
-    refuse_unknown("dissimilarity", args, ("same_prompt", "processor", "revision"))
-    same_prompt = args.get("same_prompt", False)
-    if not isinstance(same_prompt, bool):
-        raise UserError(f"reward 'dissimilarity' has same_prompt {same_prompt!r} in args: true or false is needed.")
-    where = {key: args[key] for key in ("processor", "revision") if key in args}
-    network = load_clip_reward(path or EMOJI_CLIP, device=device, dtype=dtype, **where)
+def load_dissimilarity(
+    path: str | Path = EMOJI_CLIP,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    same_prompt: bool = False,
+    processor: str | None = None,
+    revision: str | None = None,
+) -> Reward:
+    """In the image space of a CLIPModel, emoji_clip's unless `path` names one. The rest as for `load_clip_reward`."""
+    network = load_clip_reward(path, processor, revision=revision, device=device, dtype=dtype)
     return Dissimilarity(network.image_features, same_prompt)
+
+
+load_dissimilarity.compares_images = True  # type: ignore[attr-defined]  # here too, to be known before weights load

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,12 +13,10 @@ from draftplus import rng
 from draftplus.errors import UserError
 
 
-def dropout_rate(name: str, args: Mapping[str, Any]) -> float:
-    """`args.dropout` of a reward, 0 where it is not given. UserError for what is not in [0, 1)."""
-    rate = args.get("dropout", 0.0)
-    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < 1:
-        raise UserError(f"reward '{name}' has dropout {rate!r} in args: a number from 0 to below 1, such as 0.1.")
-    return float(rate)
+def check_rate(reward: str, rate: float) -> None:
+    """UserError for a rate of dropout in reward `reward` that is not in [0, 1)."""
+    if not 0 <= rate < 1:
+        raise UserError(f"reward '{reward}' has dropout {rate!r} in args: a number from 0 to below 1, such as 0.1.")
 
 
 class Dropout:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from draftplus.errors import UserError
-from draftplus.rewards.arguments import refuse_unknown
 from draftplus.types import Reward
 
 
@@ -39,26 +37,18 @@ class JpegReward:
         return self.sign * 255 * torch.linalg.vector_norm(error, dim=1) / error.shape[1] ** 0.5
 
 
-def load_jpeg_compressibility(
-    path: str | None, args: Mapping[str, Any], device: Any, dtype: torch.dtype | None
-) -> Reward:
-    """Higher for images that JPEG compresses well: -RMSE in [-255, 0]. args: quality (1-100, default 10)."""
-    return _load("jpeg_compressibility", -1.0, path, args)
+def load_jpeg_compressibility(*, quality: float = 10.0) -> Reward:
+    """Higher for images that JPEG compresses well: -RMSE in [-255, 0]. quality: JPEG's, 1 to 100."""
+    return _load("jpeg_compressibility", -1.0, quality)
 
 
-def load_jpeg_incompressibility(
-    path: str | None, args: Mapping[str, Any], device: Any, dtype: torch.dtype | None
-) -> Reward:
-    """Higher for images that JPEG compresses badly: RMSE in [0, 255]. args: quality (1-100, default 10)."""
-    return _load("jpeg_incompressibility", 1.0, path, args)
+def load_jpeg_incompressibility(*, quality: float = 10.0) -> Reward:
+    """Higher for images that JPEG compresses badly: RMSE in [0, 255]. quality: JPEG's, 1 to 100."""
+    return _load("jpeg_incompressibility", 1.0, quality)
 
 
-def _load(name: str, sign: float, path: str | None, args: Mapping[str, Any]) -> Reward:
-    if path is not None:
-        raise UserError(f"reward '{name}' has no weights: remove its path '{path}'.")
-    refuse_unknown(name, args, ("quality",))
-    quality = args.get("quality", 10)
-    if isinstance(quality, bool) or not isinstance(quality, (int, float)) or not 1 <= quality <= 100:
+def _load(name: str, sign: float, quality: float) -> Reward:
+    if not 1 <= quality <= 100:
         raise UserError(f"reward '{name}' has quality {quality!r} in args: a number from 1 to 100 is needed.")
     try:
         from kornia.enhance import jpeg_codec_differentiable

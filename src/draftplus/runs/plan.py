@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from draftplus.build import compares_images
 from draftplus.config import Config, load_config, load_run_config, run_name, shaping_keys
 from draftplus.errors import UserError
 from draftplus.runs.directory import is_run, saved_steps
@@ -17,7 +18,7 @@ def plan_run(target: Config | str | Path | None, overrides: Sequence[str]) -> tu
     """
     if isinstance(target, Config):
         config = load_config(None, overrides, base=target)
-        config.name = run_name(config, "run")
+        config.name = run_name(config, "run", compares_images(config.reward))
         run = Path(config.output_dir) / config.name
     elif target is not None and is_run(target):
         run = Path(target) if Path(target).name else Path(target).resolve()  # "." has no name
@@ -25,7 +26,7 @@ def plan_run(target: Config | str | Path | None, overrides: Sequence[str]) -> tu
         config.output_dir, config.name = str(run.parent), run.name
     else:
         config = load_config(target or "emoji", overrides)
-        config.name = run_name(config, Path(target or "emoji").stem)
+        config.name = run_name(config, Path(target or "emoji").stem, compares_images(config.reward))
         run = Path(config.output_dir) / config.name
     if is_run(run) and saved_steps(run / "checkpoints"):  # without one there is nothing to continue
         _refuse_changes(load_run_config(run), config, run)
@@ -35,7 +36,7 @@ def plan_run(target: Config | str | Path | None, overrides: Sequence[str]) -> tu
 
 
 def _refuse_changes(before: Config, now: Config, run: Path) -> None:
-    old, new = shaping_keys(before), shaping_keys(now)
+    old, new = (shaping_keys(config, compares_images(config.reward)) for config in (before, now))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
             raise UserError(

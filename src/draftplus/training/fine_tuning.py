@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from draftplus.build import build_model, build_problem, build_rewards, quiet_libraries
+from draftplus.build import build_model, build_problem, build_rewards, compares_images, quiet_libraries
 from draftplus.config import Config
 from draftplus.data.batches import check_batch_sizes, steps_of_epochs
 from draftplus.data.prompts import load_prompts
@@ -138,9 +138,10 @@ def micro_batch_size(config: Config, ranks: int) -> int:
     """
     sizes, objective = config.train, config.objective
     share = sizes.global_batch_size // ranks
-    if config.compares_images and share < min(sizes.micro_batch_size, sizes.global_batch_size):
+    comparing = [name for name in config.reward if compares_images([name])]
+    if comparing and share < min(sizes.micro_batch_size, sizes.global_batch_size):
         raise UserError(
-            f"reward 'dissimilarity' compares the images of a micro-batch, train.micro_batch_size="
+            f"reward '{comparing[0]}' compares the images of a micro-batch, train.micro_batch_size="
             f"{sizes.micro_batch_size} of them, and each of {ranks} processes has {share}; "
             f"set train.micro_batch_size={max(1, share)}"
         )
