@@ -6,6 +6,7 @@ import pytest
 
 from draftplus.config import load_config
 from draftplus.errors import UserError
+from draftplus.runs.plan import settled
 
 POSITIVE = [
     "sampler.steps", "sampler.height", "sampler.width", "train.steps", "train.epochs", "train.global_batch_size",
@@ -22,7 +23,7 @@ NOT_NEGATIVE = ["objective.kl_coeff", "optim.weight_decay", "optim.warmup_steps"
 
 def refused(*overrides: str) -> str:
     with pytest.raises(UserError) as error:
-        load_config(None, overrides)
+        settled(load_config(None, overrides))
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -159,4 +160,4 @@ def test_only_lora_has_a_scale() -> None:
     ids=" ".join,
 )
 def test_what_fits(overrides: list[str]) -> None:
-    load_config(None, overrides)
+    settled(load_config(None, overrides))

@@ -1,4 +1,7 @@
-"""Values that are out of range or do not fit together."""
+"""Values that are out of range or do not fit together.
+
+What depends on the method or the model is checked where these are known: `diffusion.methods`, `build`.
+"""
 
 from __future__ import annotations
 
@@ -48,8 +51,6 @@ def check(config: Config) -> None:
             )
     if config.stop.held_out_drop is not None and not config.eval.rewards:
         raise UserError("stop.held_out_drop needs a reward that is not optimised; name one in eval.rewards")
-    _check_windows(config)
-    _check_ddpo(config)
     _check_variants(config)
 
 
@@ -100,56 +101,3 @@ def _check_checkpoint(config: Config, variant: Mapping[str, object], where: str)
         raise UserError(f"{where}.checkpoint is {step}, but the run ends at train.steps={last}")
     if step % every and step != last:
         raise UserError(f"{where}.checkpoint is {step}; it must be evaluated, so a multiple of eval.every={every}")
-
-
-def _check_windows(config: Config) -> None:
-    k, steps = config.objective.grad_steps, config.sampler.steps
-    if k != "all" and (not isinstance(k, int) or isinstance(k, bool) or k < 1):
-        raise UserError(f"objective.grad_steps is {k!r}; give a number from 1 to {steps}, or all")
-    if k != "all" and k > steps:
-        raise UserError(
-            f"objective.grad_steps is {k} but sampler.steps is {steps}; "
-            f"set objective.grad_steps to at most {steps}, or all"
-        )
-    if config.objective.method in ("draft_lv", "refl") and k != 1:
-        raise UserError(
-            f"objective.grad_steps is {k} but method {config.objective.method} has one step with gradient; "
-            f"set objective.grad_steps=1"
-        )
-    if config.objective.method == "alignprop" and k != 1:
-        raise UserError(
-            f"objective.grad_steps is {k} but method alignprop draws the number of steps with gradient; "
-            f"set objective.grad_steps=1, and objective.alignprop.min_steps and max_steps"
-        )
-    low, high = config.objective.alignprop.min_steps, config.objective.alignprop.max_steps
-    if config.objective.method == "alignprop" and not low <= (high or steps) <= steps:
-        raise UserError(
-            f"objective.alignprop: min_steps {low}, max_steps {high}, sampler.steps {steps} "
-            f"must not decrease in this order"
-        )
-    if config.objective.method == "drtune" and config.objective.drtune.early_stop >= steps:
-        raise UserError(
-            f"objective.drtune.early_stop is {config.objective.drtune.early_stop}; "
-            f"it must be below sampler.steps, {steps}"
-        )
-
-
-def _check_ddpo(config: Config) -> None:
-    settings = config.objective.ddpo
-    if config.objective.method != "ddpo":
-        return
-    if settings.history is not None and settings.history < settings.min_history:
-        better = f"min_history={settings.history}" if settings.history > 1 else f"history={settings.min_history}"
-        raise UserError(
-            f"objective.ddpo.history is {settings.history} but min_history is {settings.min_history}, which it would "
-            f"never reach; set objective.ddpo.{better}, or history=null"
-        )
-    if config.objective.grad_steps not in (1, "all"):
-        raise UserError(
-            f"objective.grad_steps is {config.objective.grad_steps} but method ddpo learns from all steps; "
-            f"set objective.grad_steps=all"
-        )
-    if config.train.global_batch_size == 1:
-        raise UserError(
-            "train.global_batch_size is 1 but method ddpo compares the rewards of a batch; give at least 2, such as 64"
-        )

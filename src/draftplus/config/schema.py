@@ -44,13 +44,15 @@ class ModelConfig:
 @dataclass
 class SamplerConfig:
     solver: str = _key("auto", "auto: ddim, or euler for flow matching", choices=("auto", "ddim", "euler", "dpmpp_2m"))
-    steps: int = _key(10, "denoising steps", above=0)
-    guidance_scale: float = _key(4.0, "classifier-free guidance; at most 1: none")
+    steps: int | None = _key(None, "denoising steps; null: what the model's stock pipeline takes", above=0)
+    guidance_scale: float | None = _key(None, "null: what the model's stock pipeline takes; at most 1: no guidance")
     eta: float = _key(0.0, "noise of DDIM, 0 (deterministic) to 1", at_least=0, at_most=1)
     spacing: str | None = _key(None, "null: the model's own", choices=("leading", "trailing", "linspace"))
     height: int | None = _key(None, "pixels; null: the model's own", above=0)
     width: int | None = _key(None, "pixels; null: the model's own", above=0)
-    negative_prompt: str = _key("", "the prompt that guidance moves away from")
+    negative_prompt: str | None = _key(
+        None, "the prompt that guidance moves away from; null: what the model's stock pipeline takes"
+    )
 
 
 @dataclass
@@ -96,9 +98,7 @@ class DdpoConfig:
 
 @dataclass
 class ObjectiveConfig:
-    method: str = _key(
-        "draft", choices=("draft", "draft_lv", "refl", "alignprop", "drtune", "ddpo"), in_method_name=True
-    )
+    method: str = _key("draft", "draft | draft_lv | refl | alignprop | drtune | ddpo", in_method_name=True)
     grad_steps: Any = _key(1, 'K, the steps that carry gradient, or "all"', in_method_name=True)
     kl_coeff: float = _key(0.0, "weight of the KL term; above 0 makes it DRaFT+", at_least=0, in_method_name=True)
     kl_space: str = _key(

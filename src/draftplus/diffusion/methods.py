@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from draftplus import rng
-from draftplus.config import Config, ObjectiveConfig
+from draftplus.config import Config, ObjectiveConfig, nearest
 from draftplus.diffusion import estimators
 from draftplus.diffusion import window as windows
 from draftplus.diffusion.estimators import Estimator
@@ -158,6 +158,11 @@ def check_method(config: Config, total: int) -> None:
     Raises UserError naming the key, its value and what would do.
     """
     k, name = config.objective.grad_steps, config.objective.method
+    if name not in METHODS:
+        near = nearest(name, list(METHODS))
+        raise UserError(
+            f"objective.method is '{name}'; {near + ' ' if near else ''}Choose one of: {', '.join(METHODS)}"
+        )
     if k != "all" and (not isinstance(k, int) or isinstance(k, bool) or k < 1):
         raise UserError(f"objective.grad_steps is {k!r}; give a number from 1 to {total}, or all")
     if k != "all" and k > total:

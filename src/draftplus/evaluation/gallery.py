@@ -67,7 +67,7 @@ def make_gallery(
         raise UserError(f"'{target}' has no trained weights to scale or anneal; name a run or an adapter's directory")
     if chosen is not None:
         model.tuned.load(chosen)
-    knobs.weights(config.sampler.steps)
+    knobs.check()
     jobs = jobs_of(prompts, seeds)
     size = config.train.sampling_batch_size or SAMPLING_BATCH
     with progress("generating", len(jobs)) as advance:

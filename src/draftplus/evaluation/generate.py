@@ -52,6 +52,10 @@ class Knobs:
         scale = [] if self.lora_scale == 1 else [f"lora_scale={self.lora_scale:g}"]
         return ", ".join([*scale, *([] if self.anneal is None else [f"anneal={self.anneal}"])])
 
+    def check(self) -> None:
+        """Raises UserError as `weights` does, before any model is at hand."""
+        self.weights(1)
+
     def weights(self, steps: int) -> list[float]:
         """The tuned model's share at each of the sampling steps.
 

@@ -54,7 +54,7 @@ def evaluation_set(config: Config, prompts: PromptSet) -> EvaluationSet:
     chosen = evaluation_prompts(config, prompts)
     for variant in config.eval.variants:
         try:
-            variant_knobs(variant).weights(config.sampler.steps)
+            variant_knobs(variant).check()
         except UserError as error:
             raise UserError(f"eval.variants: {error}") from None
     if config.eval.images_per_prompt < 2:

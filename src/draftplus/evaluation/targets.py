@@ -68,7 +68,7 @@ def find_targets(names: Sequence[str], overrides: Sequence[str], knobs: Knobs) -
     first = next((target for target in targets if target.name in runs), targets[0])
     if knobs != TUNED and all(target.adapter is None for target in targets):
         raise UserError(f"'{targets[0].name}' has no trained weights to scale or anneal; give a run")
-    knobs.weights(first.config.sampler.steps)
+    knobs.check()
     for target in targets:
         _refuse_other(target, first)
     if all(target.adapter is not None for target in targets):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from draftplus.build import compares_images
+from draftplus.build import compares_images, resolve
 from draftplus.config import Config, load_config, load_run_config, run_name, shaping_keys
+from draftplus.diffusion.methods import check_method
 from draftplus.errors import UserError
 from draftplus.runs.directory import is_run, saved_steps
 
@@ -17,22 +18,33 @@ def plan_run(target: Config | str | Path | None, overrides: Sequence[str]) -> tu
     Raises UserError where the configuration is wrong, or a run would be continued with a changed key.
     """
     if isinstance(target, Config):
-        config = load_config(None, overrides, base=target)
+        config = settled(load_config(None, overrides, base=target))
         config.name = run_name(config, "run", compares_images(config.reward))
         run = Path(config.output_dir) / config.name
     elif target is not None and is_run(target):
         run = Path(target) if Path(target).name else Path(target).resolve()  # "." has no name
-        config = load_run_config(run, overrides)
+        config = settled(load_run_config(run, overrides))
         config.output_dir, config.name = str(run.parent), run.name
     else:
-        config = load_config(target or "emoji", overrides)
+        config = settled(load_config(target or "emoji", overrides))
         config.name = run_name(config, Path(target or "emoji").stem, compares_images(config.reward))
         run = Path(config.output_dir) / config.name
     if is_run(run) and saved_steps(run / "checkpoints"):  # without one there is nothing to continue
-        _refuse_changes(load_run_config(run), config, run)
+        _refuse_changes(resolve(load_run_config(run)), config, run)
     elif (run / "adapter").is_dir():  # a run that was killed before its first checkpoint has none, and starts anew
         raise UserError(f"{run} holds a result but no checkpoint to continue from; give another name=, or remove it")
     return config, run
+
+
+def settled(config: Config) -> Config:
+    """The configuration with everything decided that its model decides, and checked against its method.
+
+    Raises UserError where the model is missing or settings do not fit.
+    """
+    config = resolve(config)
+    assert config.sampler.steps is not None
+    check_method(config, config.sampler.steps)
+    return config
 
 
 def _refuse_changes(before: Config, now: Config, run: Path) -> None:

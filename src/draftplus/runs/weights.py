@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from draftplus.build import MODELS
+from draftplus.build import MODELS, resolve
 from draftplus.config import Config, load_config, load_run_config, nearest
 from draftplus.errors import UserError
 from draftplus.runs.directory import is_run, saved_steps, step_name
@@ -35,11 +35,9 @@ def find_weights(target: str, overrides: Sequence[str] = ()) -> Weights:
         config = load_config(None, [f"model.path={json.dumps(target)}", *overrides])
         if config.model.path != target:
             raise UserError(f"'{target}' is named and model.path={config.model.path} is set too; name the one you mean")
-        if target == "emoji":  # it has its own guidance
-            config = load_config("emoji", list(overrides))
-        return Weights(config, None, target)
+        return Weights(resolve(config), None, target)
     run = Path(path) if Path(path).name not in ("", "..") else Path(path).resolve()  # "." has no name
-    config = load_run_config(run, overrides)
+    config = resolve(load_run_config(run, overrides))
     steps = saved_steps(run / "adapters")
     if not at:
         adapter = run / "adapter"
