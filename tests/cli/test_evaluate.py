@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from draftplus.cli.table import shown
+from draftplus.cli.evaluate import shown
+from draftplus.runs.rows import MetricRow
 from tests.support.runs import REWARDS, train_here
 
 SMALL = ["--images-per-prompt", "2", "device=cpu", "sampler.steps=2"]
@@ -69,7 +70,6 @@ def test_what_is_refused(refused: Callable[..., None], small: Path, tmp_path: Pa
 
 
 def test_numbers_in_the_table() -> None:
-    one: dict[str, Any] = {"mean": 1.23456, "standard_error": 0.1}
-    assert shown(one) == "1.235 ± 0.100"
-    assert shown({**one, "standard_error": None}) == "1.235"
-    assert shown({**one, "change": {"mean": -0.5, "standard_error": 0.25}}) == "1.235 ± 0.100 (-0.500 ± 0.250)"
+    assert shown(MetricRow(1.23456, 0.1)) == "1.235 ± 0.100"
+    assert shown(MetricRow(1.23456)) == "1.235"
+    assert shown(MetricRow(1.23456, 0.1, change=MetricRow(-0.5, 0.25))) == "1.235 ± 0.100 (-0.500 ± 0.250)"
