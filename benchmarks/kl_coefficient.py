@@ -14,19 +14,20 @@ from statistics import mean, stdev
 
 import draftplus
 from draftplus.runs.journal import read_rows
+from draftplus.runs.rows import read_held_out
 
 
 def measure(run: Path) -> dict[str, float]:
     """The numbers of one finished run."""
     steps, evaluations = read_rows(run / "metrics.jsonl"), read_rows(run / "eval.jsonl")
     late = [row["kl"] for row in steps[-max(1, len(steps) // 4) :]]
-    base, last = evaluations[0], evaluations[-1]
+    base, last = (read_held_out(row) for row in (evaluations[0], evaluations[-1]))
     return {
         "KL": mean(late),
-        "reward": last["reward/emoji_clip"],
-        "gain": last["reward/emoji_clip"] - base["reward/emoji_clip"],
-        "LPIPS": last["lpips"],
-        "LPIPS / base": last["lpips"] / base["lpips"],
+        "reward": last.rewards["emoji_clip"],
+        "gain": last.rewards["emoji_clip"] - base.rewards["emoji_clip"],
+        "LPIPS": last.lpips,
+        "LPIPS / base": last.lpips / base.lpips,
     }
 
 

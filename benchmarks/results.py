@@ -6,7 +6,8 @@
 The runs are those of results.yaml, results_ddpo.yaml and results_jpeg.yaml. All are evaluated on the same held-out
 prompts and noise, so differences are paired. An interval holds 95% of a bootstrap over training seeds and prompts
 together: n - 1 of the n of each are drawn with replacement (Rao and Wu 1988), and what is told is computed again from
-the means of what was drawn.
+the means of what was drawn. It tells what other seeds of training and other prompts would have given, of one seed what
+other prompts would; the errors of `draftplus evaluate` and of a run's page are of other images of the same prompts.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,9 @@ from numpy.typing import NDArray
 import draftplus
 from draftplus.report.grouping import Group, comparisons, seed_of
 from draftplus.report.inputs import read_inputs
-from draftplus.report.read import Row, Run
+from draftplus.report.points import evaluation_at
+from draftplus.report.read import Run
+from draftplus.runs.rows import HeldOut, TargetRow, read_target
 
 HERE = Path(__file__).parent
 SWEEPS = ("results", "results_ddpo", "results_jpeg")
@@ -90,11 +92,11 @@ def estimate(told: Callable[[Draw], float | None], drawn: Sequence[Draw], digits
     return f"{value:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f}{often})"
 
 
-def measured(label: str, rows: Sequence[Row], reward: str) -> Measured:
+def measured(label: str, rows: Sequence[HeldOut], reward: str) -> Measured:
     """rows: what eval.jsonl says, one row of each seed."""
-    lpips = np.array([list(row["lpips_per_prompt"].values()) for row in rows])  # (seeds, prompts)
-    scores = np.array([row["per_image"][reward] for row in rows])  # (seeds, images), a prompt's next to one another
-    return Measured(label, scores.reshape(*lpips.shape, -1).mean(2), lpips)
+    lpips = np.array([list(row.lpips_per_prompt.values()) for row in rows])  # (seeds, prompts)
+    scores = np.array([row.scores(reward) for row in rows])  # (seeds, prompts, images)
+    return Measured(label, scores.mean(2), lpips)
 
 
 def diversity_at(curve: Curve, gain: float, base: Measured, draw: Draw) -> float | None:
@@ -138,38 +140,43 @@ def study(runs: Sequence[Run], reward: str) -> Study:
     for group in groups.values():
         group.runs.sort(key=seed_of)
     plain = groups["DRaFT-1"]
-    finals = {
-        label: measured(label, [run.evaluations[-1] for run in group.runs], reward) for label, group in groups.items()
-    }
-    steps = [row["step"] for row in plain.runs[0].evaluations][1:]
-    early = [measured(f"step {step}", [row_at(run, step) for run in plain.runs], reward) for step in steps]
+    finals = {label: measured(label, [last(run) for run in group.runs], reward) for label, group in groups.items()}
+    steps = [one.step for one in plain.runs[0].evaluations][1:]
+    early = [measured(f"step {step}", [at(run, step) for run in plain.runs], reward) for step in steps]
     strong_to_weak = sorted((g for g in groups.values() if g.method == "DRaFT+"), key=lambda g: -g.kl_coeff)
     kl = [finals[group.label] for group in strong_to_weak] + [finals["DRaFT-1"]]
 
-    def variants(key: str) -> list[Measured]:
-        names = [v["label"] for v in plain.runs[0].evaluations[-1].get("variants", []) if v.get(key) is not None]
+    def variants(knob: str) -> list[Measured]:
+        names = [v.label for v in plain.runs[0].evaluations[-1].variants if getattr(v, knob) is not None]
         rows = [
-            [next(v for v in run.evaluations[-1]["variants"] if v["label"] == name) for run in plain.runs]
+            [next(v.held_out for v in run.evaluations[-1].variants if v.label == name) for run in plain.runs]
             for name in names
         ]
         told = [measured(name, row, reward) for name, row in zip(names, rows, strict=True)]
         return [*sorted(told, key=lambda one: one.reward.mean()), finals["DRaFT-1"]]
 
     return Study(
-        measured("base model", [plain.runs[0].evaluations[0]], reward),
+        measured("base model", [plain.runs[0].evaluations[0].held_out], reward),
         finals,
         groups,
         Curve("DRaFT-1, stopped early", early),
         Curve("DRaFT+, over KL coefficients", kl),
         Curve("LoRA scale of DRaFT-1", variants("lora_scale")),
         Curve("AIG of DRaFT-1", variants("anneal")),
-        list(plain.runs[0].evaluations[0]["lpips_per_prompt"]),
+        plain.runs[0].evaluations[0].held_out.prompts,
     )
 
 
-def row_at(run: Run, step: int) -> Row:
-    """The evaluation of a step."""
-    return next(row for row in run.evaluations if row["step"] == step)
+def at(run: Run, step: int) -> HeldOut:
+    """What was measured at a step."""
+    found = evaluation_at(run, step)
+    assert found is not None, f"{run.name} has no evaluation of step {step}"
+    return found.held_out
+
+
+def last(run: Run) -> HeldOut:
+    """What was measured at the last step."""
+    return run.evaluations[-1].held_out
 
 
 def seconds(group: Group) -> float:
@@ -195,7 +202,7 @@ def finals_table(made: Study, drawn: Sequence[Draw], held_out: str) -> None:
     rows = []
     for label, one in made.finals.items():
         group = made.groups[label]
-        beside = np.mean([run.evaluations[-1][f"reward/{held_out}"] for run in group.runs])
+        beside = np.mean([last(run).rewards[held_out] for run in group.runs])
         rows.append([*told(made, label, one, drawn), f"{beside:.2f}", f"{seconds(group):.0f}"])
     for path in (made.early, made.scale, made.anneal):
         rows += [[*told(made, f"{path.label}: {one.label}", one, drawn), "", ""] for one in path.points[:-1]]
@@ -269,12 +276,12 @@ def against_draft_table(made: Study, drawn: Sequence[Draw], reward: str) -> None
     """Every method less DRaFT-1, after half of the steps and after all."""
     print("## Beside DRaFT-1 after as many steps\n")
     plain, group = made.finals["DRaFT-1"], made.groups["DRaFT-1"]
-    half = group.runs[0].evaluations[-1]["step"] // 2
+    half = group.runs[0].evaluations[-1].step // 2
     rows = []
     for label, one in made.finals.items():
         if one is plain:
             continue
-        halves = [[row for run in g.runs for row in run.evaluations if row["step"] == half] for g in
+        halves = [[one.held_out for run in g.runs for one in run.evaluations if one.step == half] for g in
                   (made.groups[label], group)]  # fmt: skip
         cells = ["–"]
         if all(len(rows) == made.seeds for rows in halves):
@@ -295,11 +302,11 @@ def ddpo_table(made: Study, long: Run, reward: str) -> None:
     plain, base = made.groups["DRaFT-1"], made.base
     reached = [(0.0, 0.0)]
     reached += [(row.reward.mean() - base.reward.mean(), float(step)) for row, step in
-                zip(made.early.points, (r["step"] for r in plain.runs[0].evaluations[1:]), strict=True)]  # fmt: skip
+                zip(made.early.points, (one.step for one in plain.runs[0].evaluations[1:]), strict=True)]  # fmt: skip
     per_step, own = seconds(plain) / len(plain.runs[0].steps), median(row["seconds"] for row in long.steps)
     drawn, rows = draws(1, len(made.prompts)), []
-    for row in long.evaluations[1:]:
-        one = measured("", [row], reward)
+    for evaluation in long.evaluations[1:]:
+        one = measured("", [evaluation.held_out], reward)
 
         def gained(draw: Draw, one: Measured = one) -> float:
             return draw.mean(one.reward) - draw.mean(base.reward)
@@ -309,22 +316,23 @@ def ddpo_table(made: Study, long: Run, reward: str) -> None:
             (s0 + (gain - g0) / (g1 - g0) * (s1 - s0) for (g0, s0), (g1, s1) in pairwise(reached) if g0 < gain <= g1),
             None,
         )
-        time, known = own * row["step"], low > 0 and step is not None
+        time, known = own * evaluation.step, low > 0 and step is not None
         rows.append([
-            str(row["step"]), f"{time:.0f}", estimate(gained, drawn), f"{100 * row['lpips'] / base.lpips.mean():.0f}",
+            str(evaluation.step), f"{time:.0f}", estimate(gained, drawn),
+            f"{100 * one.lpips.mean() / base.lpips.mean():.0f}",
             f"{step * per_step:.0f}" if known else "–", f"{time / (step * per_step):.0f}" if known else "–",
         ])  # fmt: skip
     head = ["step", "seconds", "gain in reward", "LPIPS, % of base", "seconds of DRaFT-1 to that gain", "times longer"]
     table(head, rows)
 
 
-def styles_table(told: Mapping[str, dict[str, Any]]) -> None:
+def styles_table(told: Mapping[str, TargetRow]) -> None:
     """Measures of the last step that training does not take, with their standard errors over images."""
     print("## Styles, of the last step, one seed\n")
     rows = []
     for label, target in told.items():
-        numbers = [target["metrics"][name] for name in STYLES]
-        rows.append([label, *(f"{one['mean']:.3f} ± {one['standard_error']:.3f}" for one in numbers)])
+        numbers = [target.metrics[name] for name in STYLES]
+        rows.append([label, *(f"{one.mean:.3f} ± {one.standard_error:.3f}" for one in numbers)])
     table(["method", *STYLES], rows)
 
 
@@ -332,28 +340,29 @@ def jpeg_table(runs: Sequence[Run]) -> None:
     """The runs of results_jpeg.yaml."""
     print("## JPEG compressibility\n")
     (comparison,) = comparisons(runs)
-    base = runs[0].evaluations[0]
+    base = runs[0].evaluations[0].held_out
     rows = [["base model", *_jpeg_row(base, base)]]
     for group in comparison.groups:
-        for row in group.runs[0].evaluations[1:]:
-            rows.append([f"{group.label}, step {row['step']}", *_jpeg_row(row, base)])
+        for one in group.runs[0].evaluations[1:]:
+            rows.append([f"{group.label}, step {one.step}", *_jpeg_row(one.held_out, base)])
     table(["", "jpeg_compressibility", "gain", "LPIPS, % of base", "emoji_clip, held out"], rows)
 
 
-def _jpeg_row(row: Row, base: Row) -> list[str]:
-    name = "reward/jpeg_compressibility"
+def _jpeg_row(one: HeldOut, base: HeldOut) -> list[str]:
+    reward, before = (row.rewards["jpeg_compressibility"] for row in (one, base))
     return [
-        f"{row[name]:.2f}", f"{row[name] - base[name]:+.2f}", f"{100 * row['lpips'] / base['lpips']:.0f}",
-        f"{row['reward/emoji_clip']:.2f}",
+        f"{reward:.2f}", f"{reward - before:+.2f}", f"{100 * one.lpips / base.lpips:.0f}",
+        f"{one.rewards['emoji_clip']:.2f}",
     ]  # fmt: skip
 
 
-def styles_of(made: Study, output: Path) -> dict[str, dict[str, Any]]:
+def styles_of(made: Study, output: Path) -> dict[str, TargetRow]:
     """`draftplus evaluate` of the last step of each method's first seed."""
     runs = [(label, group.runs[0]) for label, group in made.groups.items()]
     told = draftplus.evaluate([str(run.directory) for _, run in runs], metrics=STYLES, output=output)
-    targets = {target["run"]: target for target in told["targets"]}
-    return {"base model": told["targets"][0], **{label: targets[str(run.directory)] for label, run in runs}}
+    rows = [read_target(target) for target in told["targets"]]
+    targets = {row.run: row for row in rows}
+    return {"base model": rows[0], **{label: targets[str(run.directory)] for label, run in runs}}
 
 
 def main() -> None:

@@ -138,7 +138,11 @@ def test_a_directory_that_cannot_be_written(
 ) -> None:
     (tmp_path / "file").write_text("")
     refused(["train", *settings, f"output_dir={tmp_path / 'file'}"], str(tmp_path / "file"), "output_dir=")
-    refused(["generate", "emoji", "--prompt", "a cat", "-o", tmp_path / "file"], "--output", str(tmp_path / "file"))
+    refused(
+        ["generate", "emoji", "--prompt", "a cat", "-o", tmp_path / "file"],
+        "name another output directory",
+        str(tmp_path / "file"),
+    )
 
     def denied(*_: Any, **__: Any) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
@@ -227,7 +231,7 @@ SWEEP = {
     "out of range": (["objective.kl_coeff=0,-1"], [r"objective\.kl_coeff is -1"]),
     "brackets": (["optim.betas=[0.9,0.99"], [r"optim\.betas: ", "] is missing"]),
     "the same twice": (["seed=1,1"], ["seed=1 is in the sweep twice"]),
-    "name": (["seed=1", "--name", "a/b"], ["--name 'a/b'"]),
+    "name": (["seed=1", "--name", "a/b"], ["name 'a/b': give a plain name"]),
 }
 
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from draftplus.cli.table import shown
+from draftplus.cli.evaluate import shown
+from draftplus.runs.rows import MetricRow
 from tests.support.runs import REWARDS, train_here
 
 SMALL = ["--images-per-prompt", "2", "device=cpu", "sampler.steps=2"]
@@ -49,7 +50,7 @@ def test_what_is_refused(refused: Callable[..., None], small: Path, tmp_path: Pa
     refused(["evaluate", small, "--metric", "lpisp"], "did you mean 'lpips'")
     refused(["evaluate", small, "--reward", "emoji_clap"], "did you mean 'emoji_clip'")
     refused(["evaluate", small, "--images-per-prompt", "1", "device=cpu"], "'lpips' needs at least 2 images")
-    refused(["evaluate", small, "--images-per-prompt", "0"], "--images-per-prompt is 0")
+    refused(["evaluate", small, "--images-per-prompt", "0"], "images per prompt is 0")
     refused(["evaluate", small, "--seeds", "5:2"], "--seeds '5:2'")
     refused(["evaluate", f"{small}@best"], "not a run directory")
     refused(["evaluate", "emojy"], "did you mean 'emoji'")
@@ -59,17 +60,16 @@ def test_what_is_refused(refused: Callable[..., None], small: Path, tmp_path: Pa
     refused(["evaluate", tmp_path / "runs" / "lino"], "no such run, model or adapter; did you mean '.*lion'")
     refused(["evaluate", "emoji", f"model.path={small}"], "is named and model.path=.* is set too")
     refused(["evaluate", small, "--features", small], "no metric here looks at features")
-    refused(["evaluate", small, "--reward", "lpips"], "say --metric lpips")
+    refused(["evaluate", small, "--reward", "lpips"], "that is a metric; name it as one")
     refused(["evaluate", small, "--reward", "dissimilarity"], "scores a training batch")
     refused(["evaluate", "runs/lr=0.1"], "runs/lr=0.1 is no file, and taken for a setting")
     refused(["evaluate", small, "--anneal", "linear"], "no trained weights")
     refused(["evaluate", small, "sampler.stepz=3"], r"sampler\.steps")
     (tmp_path / "file").write_text("")
-    refused(["evaluate", small, "-o", tmp_path / "file"], "--output")
+    refused(["evaluate", small, "-o", tmp_path / "file"], "name another output directory")
 
 
 def test_numbers_in_the_table() -> None:
-    one: dict[str, Any] = {"mean": 1.23456, "standard_error": 0.1}
-    assert shown(one) == "1.235 ± 0.100"
-    assert shown({**one, "standard_error": None}) == "1.235"
-    assert shown({**one, "change": {"mean": -0.5, "standard_error": 0.25}}) == "1.235 ± 0.100 (-0.500 ± 0.250)"
+    assert shown(MetricRow(1.23456, 0.1)) == "1.235 ± 0.100"
+    assert shown(MetricRow(1.23456)) == "1.235"
+    assert shown(MetricRow(1.23456, 0.1, change=MetricRow(-0.5, 0.25))) == "1.235 ± 0.100 (-0.500 ± 0.250)"

@@ -22,6 +22,8 @@ from draftplus.evaluation.pictures import to_pil
 from draftplus.evaluation.targets import files_hash
 from draftplus.metrics.lpips import lpips_per_prompt
 from draftplus.metrics.metric import NEIGHBOURS, Seen
+from draftplus.report.read import read_run
+from draftplus.report.summary import reward_changes
 from draftplus.rewards.clip import EMOJI_CLIP
 from tests.support import rewards
 from tests.support.runs import REWARDS, rows, small_settings, train_here
@@ -71,6 +73,15 @@ def pictures(directory: Path, told: dict[str, Any]) -> numpy.ndarray:
     return numpy.stack([numpy.asarray(Image.open(directory / told["pictures"] / f)) for f in told["per_image"]["file"]])
 
 
+def stopped_at(run: Path, step: int, directory: Path) -> Path:
+    """The evaluations of a run up to a step, as a run of their own."""
+    to = directory / f"until-{step}"
+    to.mkdir(exist_ok=True)
+    kept = [line for line in (run / "eval.jsonl").read_text().splitlines() if json.loads(line)["step"] <= step]
+    (to / "eval.jsonl").write_text("\n".join(kept))
+    return to
+
+
 def test_it_repeats_the_evaluation_of_training(run: Path, tmp_path: Path) -> None:
     """By default the prompts, seeds, rewards and settings are those of the run, so the numbers are too."""
     told = api.evaluate([f"{run}@0", f"{run}@2", str(run)], output=tmp_path)
@@ -82,6 +93,13 @@ def test_it_repeats_the_evaluation_of_training(run: Path, tmp_path: Path) -> Non
             assert ours["metrics"][f"reward/{name}"]["mean"] == pytest.approx(theirs[f"reward/{name}"], abs=2e-3)
         assert ours["metrics"]["lpips"]["mean"] == pytest.approx(theirs["lpips"], abs=1e-4)
         assert ours["per_prompt"]["lpips"] == pytest.approx(theirs["lpips_per_prompt"], abs=1e-4)
+        if step:
+            page = {change.name: change for change in reward_changes(read_run(stopped_at(run, step, tmp_path)))}
+            for name in theirs["per_image"]:
+                change = ours["metrics"][f"reward/{name}"]["change"]
+                assert page[name].gain == pytest.approx(change["mean"], abs=4e-3)
+                assert page[name].error == pytest.approx(change["standard_error"], abs=4e-3)
+                assert change["standard_error"] > 0.01 or name == f"{REWARDS}:by_prompt"
     assert told == json.loads((tmp_path / "eval.json").read_text())
     assert told["seeds"] == list(range(6)) and told["sampler"]["steps"] == 3
     assert [one["step"] for one in told["targets"]] == [None, 0, 2, None]
@@ -302,8 +320,8 @@ def test_styles_are_told_apart() -> None:
         ("{run}", [], {"rewards": ["emoji_clap"]}, "did you mean 'emoji_clip'"),
         ("{run}", [], {"images_per_prompt": 1}, "'lpips' needs at least 2 images of each prompt, got 1"),
         ("{run}", [], {"metrics": ["coverage"], "images_per_prompt": 5}, "at least 6 images"),
-        ("{run}", [], {"images_per_prompt": 0}, "--images-per-prompt is 0"),
-        ("{run}", [], {"images_per_prompt": 3, "seeds": [1, 2]}, "--seeds names 2"),
+        ("{run}", [], {"images_per_prompt": 0}, "images per prompt is 0; give at least 1"),
+        ("{run}", [], {"images_per_prompt": 3, "seeds": [1, 2]}, "but 2 seeds are named"),
         ("{run}", [], {"seeds": [2, 2]}, "each once"),
         ("{run}", [], {"prompts": []}, "no prompt"),
         ("{run}", [], {"anneal": "cubic"}, "anneal 'cubic'"),

@@ -14,6 +14,8 @@ from draftplus.metrics.intervals import (
     leaving_out_of_all,
     mean_over_images,
     mean_over_pairs,
+    paired_gain,
+    paired_gain_over_pairs,
 )
 
 
@@ -42,6 +44,28 @@ def test_prompts_that_differ_widen_nothing() -> None:
     """The interval is about other seeds, not about other prompts."""
     estimate = mean_over_images([torch.full((5,), 1.0), torch.full((5,), 9.0)])
     assert (estimate.mean, estimate.standard_error, estimate.interval) == (5.0, 0.0, (5.0, 5.0))
+
+
+def test_the_error_of_a_paired_gain() -> None:
+    """Gains of known variances, prompts as strata; how the images or the prompts' gains differ is no error."""
+    base = [10 * draws(6, seed=1), 100 + 10 * draws(6, seed=2)]
+    gains = [torch.tensor([0.0, 0.0, 0.0, 2.0, 2.0, 2.0]), torch.tensor([5.0, 5.0, 5.0, 8.0, 8.0, 8.0])]
+    estimate = paired_gain([one + gain for one, gain in zip(base, gains, strict=True)], base)
+    assert (estimate.mean, estimate.per_prompt) == (pytest.approx(3.75), pytest.approx((1.0, 6.5)))
+    # s² of {0, 2} is 6/5, of {5, 8} 27/10: √(6/5/6 + 27/10/6)/2 = √0.65/2
+    assert estimate.standard_error == pytest.approx(math.sqrt(0.65) / 2, rel=0.05)
+    as_one_sample = float(torch.cat(gains).std()) / math.sqrt(12)
+    assert as_one_sample > 1.2 * math.sqrt(0.65) / 2, "another definition would be told apart"
+
+
+def test_a_gain_that_all_images_share_has_no_error() -> None:
+    base = [draws(5), draws(5, seed=1)]
+    estimate = paired_gain([one + 0.5 for one in base], base)
+    assert estimate.mean == pytest.approx(0.5) and estimate.standard_error == pytest.approx(0, abs=1e-12)
+    distances = [squared_differences(one) for one in base]
+    more = [one + 0.1 * (1 - torch.eye(5)) for one in distances]
+    estimate = paired_gain_over_pairs(more, distances)
+    assert estimate.mean == pytest.approx(0.1) and estimate.standard_error == pytest.approx(0, abs=1e-12)
 
 
 def test_the_mean_over_pairs() -> None:

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from draftplus.config import load_config, to_yaml
 from draftplus.errors import UserError
+from draftplus.metrics.intervals import paired_gain
 from draftplus.report import write_report
-from draftplus.report.wording import describe, duration, show, show_gain
+from draftplus.report.wording import duration, method_in_words, show, show_gain
 from tests.report.page import LOADING, Page
 
 PROMPTS = ["an owl", "a crab"]
@@ -105,14 +107,17 @@ def test_references_inside_charts_resolve(run_directory):
 
 def test_numbers_are_those_of_the_evaluations(run_directory):
     first, *_, last = evaluations()
-    gains = np.subtract(last["per_image"]["emoji_clip"], first["per_image"]["emoji_clip"])
-    gain, error = gains.mean(), gains.std(ddof=1) / math.sqrt(len(gains))
+    now, base = (torch.tensor(row["per_image"]["emoji_clip"]).reshape(2, 3) for row in (last, first))
+    gains = paired_gain(list(now), list(base))  # what `draftplus evaluate` tells of the same images
+    gain, error = gains.mean, gains.standard_error
+    assert error == pytest.approx(math.sqrt(float((now - base).var(1).sum()) / 3) / 2, rel=0.05)  # prompts are strata
+    assert abs(error / (float((now - base).std()) / math.sqrt(6)) - 1) > 0.1, "another definition would be told apart"
     text = page_of(run_directory).text
     shown = re.search(r"paired gain \+([\d.]+) ± ([\d.]+) over (\d+) images", text)
     assert shown is not None
     assert float(shown[1]) == pytest.approx(gain, abs=0.01 * error + 10 ** -len(shown[1].partition(".")[2]))
-    assert float(shown[2]) == pytest.approx(error, rel=0.06)
-    assert int(shown[3]) == len(gains)
+    assert shown[2] == f"{error:.2g}"
+    assert int(shown[3]) == gains.images == 6
     assert f"{first['reward/emoji_clip']:.2f} → {last['reward/emoji_clip']:.2f}" in text
     assert "0.4000 → 0.3600" in text and "90% of the base model's" in text
 
@@ -247,7 +252,7 @@ def test_no_run_is_a_users_mistake(tmp_path):
 )
 def test_method_in_words(objective, said):
     config = {"objective": {**objective, "kl_space": "noise"}, "sampler": {"steps": 10}, "model": {"path": "emoji"}}
-    assert said in describe(config)
+    assert said in method_in_words(config)
 
 
 def test_numbers_as_people_write_them():

@@ -122,7 +122,7 @@ def test_as_many_at_a_time_as_asked(tmp_path, stand_in, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert statuses(run_sweep(plan(tmp_path, 0, 5, 6, 7), jobs=3)) == ["finished"] * 4
     assert together(tmp_path, 0, 5, 6, 7) == 3
-    with pytest.raises(UserError, match="--jobs is 0; give at least 1"):
+    with pytest.raises(UserError, match="jobs is 0; give at least 1"):
         run_sweep(plan(tmp_path, 0), jobs=0)
 
 

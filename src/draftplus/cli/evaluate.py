@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from draftplus.cli.shared import Anneal, LoraScale, examples, read_prompts, read_seeds
 from draftplus.errors import UserError
+from draftplus.runs.rows import REWARD, MetricRow, read_target
 
 EXAMPLES = examples(
     "Examples:\n"
@@ -63,7 +64,6 @@ def evaluate(
     first = Path(targets[0].replace("@", "-"))
     directory = output or Path("evaluated") / ((first.name or first.resolve().name) + more)
     from draftplus import api
-    from draftplus.cli.table import print_evaluation
 
     told = api.evaluate(
         targets, settings, chosen, images_per_prompt, numbers, reward or [], metric or [], features, lora_scale,
@@ -71,3 +71,31 @@ def evaluate(
     )  # fmt: skip
     print_evaluation(told)
     print(f"numbers:  {directory / 'eval.json'}\npictures: {directory / 'pictures'}")
+
+
+def print_evaluation(told: dict[str, Any]) -> None:
+    """Every target's metrics with their standard errors, and what changed from the base model."""
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = [read_target(target) for target in told["targets"]]
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    for name in rows[0].metrics:
+        table.add_column(name.removeprefix(REWARD), justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(row.label, *(shown(metric) for metric in row.metrics.values()))
+    # as wide as it must be: a terminal folds a line that is too long, rich would cut the numbers off
+    Console(width=40 + 40 * len(table.columns)).print(table)
+    images, prompts = len(told["seeds"]), len(told["prompts"])
+    print(f"mean ± standard error over {images} images of {prompts} prompts; in brackets the paired change from base")
+
+
+def shown(metric: MetricRow) -> str:
+    """A metric as mean ± standard error, and what changed from the base model, in brackets."""
+
+    def plain(mean: float | None, error: float | None, sign: str = "") -> str:
+        return f"{mean:{sign}.3f}" + ("" if error is None else f" ± {error:.3f}")
+
+    told, change = plain(metric.mean, metric.standard_error), metric.change
+    return f"{told} ({plain(change.mean, change.standard_error, '+')})" if change else told

@@ -26,12 +26,13 @@ from draftplus.evaluation.latents import latents_of
 from draftplus.evaluation.pictures import grid, picture_name, to_pil
 from draftplus.evaluation.scores import score_images
 from draftplus.evaluation.targets import Target, find_targets
-from draftplus.metrics.intervals import Estimate, mean_over_images, mean_over_pairs
+from draftplus.metrics.intervals import Estimate, mean_over_images, paired_gain, paired_gain_over_pairs
 from draftplus.metrics.lpips import pairwise_lpips
 from draftplus.metrics.metric import Seen
 from draftplus.progress import Advance, progress
 from draftplus.runs.files import make_output, whole_directory, write_text
 from draftplus.runs.journal import finite
+from draftplus.runs.rows import MetricRow, TargetRow, reward_key
 
 GRID = 16  # pictures in a row of the grid, and rows
 
@@ -68,7 +69,7 @@ def compare(
                 target, which, tools, base, output, _shifted(advance, number * len(which.jobs()), target)
             )
             base = base or measured
-            rows.append(_row(target, which, tools, measured, base))
+            rows.append(_row(target, which, tools, measured, base).row())
     told = {
         "draftplus": __version__,
         "prompts": which.prompts,
@@ -136,63 +137,52 @@ def pictures_directory(target: Target) -> Path:
     return Path("pictures") / re.sub(r"[^\w.@=,-]+", "-", target.label)
 
 
-def _row(target: Target, which: Images, tools: Instruments, measured: Measured, base: Measured) -> dict[str, Any]:
+def _row(target: Target, which: Images, tools: Instruments, measured: Measured, base: Measured) -> TargetRow:
     """The target's part of eval.json."""
     same = which.same_seeds
-    estimates = {f"reward/{name}": mean_over_images(scores, same) for name, scores in measured.scores.items()}
+    estimates = {reward_key(name): mean_over_images(scores, same) for name, scores in measured.scores.items()}
     estimates |= {name: metric.estimate(measured.seen, same) for name, metric in tools.metrics.items()}
-    numbers = {name: _numbers(estimate) for name, estimate in estimates.items()}
-    if measured is not base:
-        for name, change in _changes(measured, base, same).items():
-            if name in numbers:
-                numbers[name]["change"] = _numbers(change)
+    changes = _changes(measured, base, same) if measured is not base else {}
     jobs = which.jobs()
-    return {
-        "target": target.name,
-        "label": target.label,
-        "run": str(target.run) if target.run else None,
-        "step": target.step,
-        "lora_scale": target.knobs.lora_scale,
-        "anneal": target.knobs.anneal,
-        "hash": target.hash,
-        "model_hash": target.model_hash,
-        "adapter_hash": target.adapter_hash,
-        "metrics": numbers,
-        "per_prompt": {
+    return TargetRow(
+        target=target.name,
+        label=target.label,
+        run=str(target.run) if target.run else None,
+        step=target.step,
+        lora_scale=target.knobs.lora_scale,
+        anneal=target.knobs.anneal,
+        hash=target.hash,
+        model_hash=target.model_hash,
+        adapter_hash=target.adapter_hash,
+        metrics={name: _metric(estimate, changes.get(name)) for name, estimate in estimates.items()},
+        per_prompt={
             name: dict(zip(which.prompts, estimate.per_prompt, strict=True))
             for name, estimate in estimates.items()
             if estimate.per_prompt is not None
         },
-        "per_image": {
+        per_image={
             "prompt": [job.prompt for job in jobs],
             "seed": [job.seed for job in jobs],
             "file": measured.files,
-            **{f"reward/{name}": torch.cat(scores).tolist() for name, scores in measured.scores.items()},
+            **{reward_key(name): torch.cat(scores).tolist() for name, scores in measured.scores.items()},
         },
-        "pictures": str(pictures_directory(target)),
-    }
+        pictures=str(pictures_directory(target)),
+    )
 
 
-def _numbers(estimate: Estimate) -> dict[str, Any]:
-    return {
-        "mean": estimate.mean,
-        "standard_error": estimate.standard_error,
-        "interval": list(estimate.interval) if estimate.interval else None,
-        "images": estimate.images,
-    }
+def _metric(estimate: Estimate, change: Estimate | None = None) -> MetricRow:
+    return MetricRow(
+        estimate.mean, estimate.standard_error, estimate.interval, estimate.images,
+        None if change is None else _metric(change),
+    )  # fmt: skip
 
 
 def _changes(measured: Measured, base: Measured, same: bool) -> dict[str, Estimate]:
-    """What changed from the base model, with the errors of the paired differences: the images share their noise."""
-
-    def less(first: Sequence[Tensor], second: Sequence[Tensor]) -> list[Tensor]:
-        return [a.double() - b.double() for a, b in zip(first, second, strict=True)]
-
+    """What changed from the base model, of whatever has a paired gain: the images share their noise."""
     changes = {
-        f"reward/{name}": mean_over_images(less(scores, base.scores[name]), same)
-        for name, scores in measured.scores.items()
+        reward_key(name): paired_gain(scores, base.scores[name], same) for name, scores in measured.scores.items()
     }
     ours, theirs = ([one.distances for one in which.seen if one.distances is not None] for which in (measured, base))
     if ours:
-        changes["lpips"] = mean_over_pairs(less(ours, theirs), same)
+        changes["lpips"] = paired_gain_over_pairs(ours, theirs, same)
     return changes

@@ -20,6 +20,7 @@ from draftplus.evaluation.pictures import save_pictures
 from draftplus.evaluation.scores import score_images
 from draftplus.progress import progress
 from draftplus.runs.files import make_output, write_text
+from draftplus.runs.rows import reward_key
 from draftplus.runs.weights import find_weights
 
 
@@ -35,7 +36,7 @@ class Gallery:
         """Writes the pictures, grid.png and images.jsonl to a directory. Returns the rows of the latter."""
         prompts, seeds = [job.prompt for job in self.jobs], [job.seed for job in self.jobs]
         paths = save_pictures(self.images, prompts, seeds, directory)
-        scores = {f"reward/{name}": values.tolist() for name, values in self.scores.items()}
+        scores = {reward_key(name): values.tolist() for name, values in self.scores.items()}
         rows = [
             {"file": path.name, "prompt": job.prompt, "seed": job.seed, **{key: scores[key][i] for key in scores}}
             for i, (path, job) in enumerate(zip(paths, self.jobs, strict=True))

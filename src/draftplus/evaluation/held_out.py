@@ -24,6 +24,7 @@ from draftplus.metrics.lpips import lpips_per_prompt
 from draftplus.progress import Advance
 from draftplus.runs.directory import step_name
 from draftplus.runs.files import whole_directory, write_text
+from draftplus.runs.rows import HeldOut, evaluation_row, read_held_out
 from draftplus.types import Model
 
 
@@ -64,7 +65,8 @@ def evaluation_set(config: Config, prompts: PromptSet) -> EvaluationSet:
 
 def same_images(row: Mapping[str, Any], which: EvaluationSet) -> bool:
     """Whether a row of eval.jsonl is of these prompts and as many images, so that numbers compare."""
-    return list(row["lpips_per_prompt"]) == which.prompts and row["images"] == len(which.jobs())
+    measured = read_held_out(row)
+    return measured.prompts == which.prompts and measured.images == len(which.jobs())
 
 
 def variant_knobs(variant: Mapping[str, Any]) -> Knobs:
@@ -108,7 +110,7 @@ def evaluate(
     The pictures go to `run`/samples/step-…; scores are computed on the images before they are rounded to 8 bits.
     """
     pictures = run / "samples" / step_name(step)
-    row = {"step": step, **measure(model, rewards, which, config, pictures, world, advance)}
+    row = evaluation_row(step, measure(model, rewards, which, config, pictures, world, advance))
     if world.is_main:
         write_text(run / "samples" / "prompts.json", json.dumps(which.prompts, ensure_ascii=False, indent=1))
     return row
@@ -118,7 +120,7 @@ def evaluate(
 def measure(
     model: Model, rewards: Rewards, which: EvaluationSet, config: Config, pictures: Path, world: World,
     advance: Advance, knobs: Knobs = TUNED,
-) -> dict[str, Any]:  # fmt: skip
+) -> HeldOut:  # fmt: skip
     """Makes the images of the evaluation set and saves them to `pictures`. Returns what eval.jsonl says of them."""
     began = time.perf_counter()
     jobs = which.jobs(world.rank, world.size)
@@ -133,15 +135,15 @@ def measure(
     per_image = {name: [result.scores[name] for result in results] for name in rewards}
     means = {name: sum(scores) / len(scores) for name, scores in per_image.items()}
     lpips = {result.prompt: result.lpips for result in results}
-    return {
-        "reward": sum(one.weight * means[name] for name, one in config.reward.items()),
-        **{f"reward/{name}": mean for name, mean in means.items()},
-        "lpips": sum(lpips.values()) / len(lpips),
-        "images": len(results),
-        "seconds": round(time.perf_counter() - began, 3),
-        "per_image": per_image,
-        "lpips_per_prompt": lpips,
-    }
+    return HeldOut(
+        reward=sum(one.weight * means[name] for name, one in config.reward.items()),
+        rewards=means,
+        lpips=sum(lpips.values()) / len(lpips),
+        images=len(results),
+        seconds=round(time.perf_counter() - began, 3),
+        per_image=per_image,
+        lpips_per_prompt=lpips,
+    )
 
 
 @dataclass(frozen=True)

@@ -39,12 +39,12 @@ def images_of(
     if not chosen:
         raise UserError("no prompt given; name a file that has some, or leave the prompts to the run")
     if images_per_prompt is not None and images_per_prompt < 1:
-        raise UserError(f"--images-per-prompt is {images_per_prompt}; give at least 1")
+        raise UserError(f"images per prompt is {images_per_prompt}; give at least 1")
     if seeds is not None:
         if images_per_prompt not in (None, len(seeds)):
-            raise UserError(f"--images-per-prompt is {images_per_prompt}, but --seeds names {len(seeds)}; give one")
+            raise UserError(f"images per prompt is {images_per_prompt}, but {len(seeds)} seeds are named; give one")
         if not seeds or len(set(seeds)) < len(seeds):
-            raise UserError("--seeds: give one or more seeds, each once")
+            raise UserError(f"seeds {list(seeds)}: give one or more, each once")
         return Images(chosen, [list(seeds)] * len(chosen))
     n = images_per_prompt or first_run(targets).config.eval.images_per_prompt
     return Images(chosen, [list(range(number * n, number * n + n)) for number in range(len(chosen))])
@@ -58,8 +58,8 @@ def _held_out(targets: Sequence[Target]) -> list[str]:
             others = evaluation_prompts(target.config, load_prompts(target.config.data.prompts))
             if others != chosen:
                 raise UserError(
-                    f"'{first.name}' and '{target.name}' evaluate on different held-out prompts; name one set with "
-                    "--prompts"
+                    f"'{first.name}' and '{target.name}' evaluate on different held-out prompts; name one set of "
+                    "prompts for all"
                 )
     return chosen
 

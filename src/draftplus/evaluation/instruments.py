@@ -61,10 +61,10 @@ def instruments_of(
     known = {name: config for name, config in known.items() if not compares_images([name])}
     for name in [*rewards, *metrics]:
         if compares_images([name]):
-            raise UserError(f"'{name}' scores a training batch and not an image; measure diversity by --metric vendi")
+            raise UserError(f"'{name}' scores a training batch and not an image; measure diversity by the metric vendi")
     for name in rewards:
         if name in METRICS:
-            raise UserError(f"--reward {name}: that is a metric; say --metric {name}")
+            raise UserError(f"reward '{name}': that is a metric; name it as one")
     named = list(metrics) or ["lpips", *(["style_entropy", "style_divergence"] if embedded else [])]
     scorers = dict.fromkeys([*known, *rewards, *(name for name in named if name not in METRICS and is_reward(name))])
     chosen = {name: build_metric(name) for name in dict.fromkeys(named) if name not in scorers}
@@ -76,7 +76,7 @@ def instruments_of(
             )
     needs = frozenset().union(*(metric.needs for metric in chosen.values()))
     if features is not None and "features" not in needs:
-        raise UserError(f"--features {features}: no metric here looks at features; add one, such as --metric vendi")
+        raise UserError(f"features '{features}': no metric here looks at features; add one, such as vendi")
     return Instruments(
         {name: build_reward(name, known.get(name, RewardConfig()), device) for name in scorers},
         chosen,

@@ -14,6 +14,7 @@ from draftplus.evaluation.scores import Rewards
 from draftplus.progress import Advance
 from draftplus.runs import journal
 from draftplus.runs.directory import step_name
+from draftplus.runs.rows import read_held_out, variant_row
 from draftplus.types import Model
 
 Variant = dict[str, Any]
@@ -62,18 +63,18 @@ def add_variants(
         _refuse_other_set(row, which, rewards)
         _refuse_other_set(earlier, which, rewards)
         if "checkpoint" in variant:
-            measured = {key: value for key, value in earlier.items() if key not in ("step", "variants")}
+            measured = read_held_out(earlier)
         else:
             pictures = run / "samples" / step_name(step) / name.replace(":", "-")
             measured = measure(model, rewards, which, config, pictures, world, advance, variant_knobs(variant))
-        done[name] = {"label": name, **variant, **measured}
+        done[name] = variant_row(name, variant, measured)
         row["variants"] = [done[label(one)] for one in config.eval.variants if label(one) in done]
         if world.is_main:
             journal.replace_row(run / "eval.jsonl", row)
 
 
 def _refuse_other_set(row: dict[str, Any], which: EvaluationSet, rewards: Rewards) -> None:
-    if not same_images(row, which) or row["per_image"].keys() != rewards.keys():
+    if not same_images(row, which) or read_held_out(row).per_image.keys() != rewards.keys():
         raise UserError(
             f"eval.variants: step {row['step']} was evaluated with other prompts, images or rewards than eval "
             "says now, so no variant compares with it; set eval back to what it was"

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ def mean_over_images(values: Sequence[Tensor], same_seeds: bool = False) -> Esti
     sizes = [len(group) for group in groups]
     draws = None
     if min(sizes) >= 2:
-        counts = _counts(sizes, same_seeds, least=1)
+        counts = _counts(tuple(sizes), same_seeds, least=1)
         draws = [c @ group / c.sum(1) for c, group in zip(counts, groups, strict=True)]
     return _bootstrapped(per_prompt, draws, sum(sizes))
 
@@ -61,13 +62,32 @@ def mean_over_pairs(distances: Sequence[Tensor], same_seeds: bool = False) -> Es
     per_prompt = [float(group.sum() / (n * (n - 1))) for group, n in zip(groups, sizes, strict=True)]
     draws = None
     if min(sizes) >= 3:
-        counts = _counts(sizes, same_seeds, least=2)
+        counts = _counts(tuple(sizes), same_seeds, least=2)
         # an image drawn c times makes c² - c pairs with itself, whose distance 0 says nothing: they are not counted
         draws = [
             ((c @ group) * c).sum(1) / (c.sum(1).square() - c.square().sum(1))
             for c, group in zip(counts, groups, strict=True)
         ]
     return _bootstrapped(per_prompt, draws, sum(sizes))
+
+
+def paired_gain(now: Sequence[Tensor], base: Sequence[Tensor], same_seeds: bool = False) -> Estimate:
+    """What images gained over the base model's of the same prompts and noise: the mean over prompts of the mean gain.
+
+    now, base: for each prompt (n,), one score per image, in the same order. The error is that of the paired
+    differences, each prompt a stratum of its own. The bootstrap's comes to √(Σ s²/n) over the number of prompts, s² the
+    variance of a prompt's gains.
+    """
+    return mean_over_images(_differences(now, base), same_seeds)
+
+
+def paired_gain_over_pairs(now: Sequence[Tensor], base: Sequence[Tensor], same_seeds: bool = False) -> Estimate:
+    """The same of the mean distance of two images of a prompt; now, base: (n, n), as `mean_over_pairs` takes them."""
+    return mean_over_pairs(_differences(now, base), same_seeds)
+
+
+def _differences(now: Sequence[Tensor], base: Sequence[Tensor]) -> list[Tensor]:
+    return [a.double() - b.double() for a, b in zip(now, base, strict=True)]
 
 
 def leaving_out(
@@ -131,7 +151,8 @@ def _jackknifed(left: Sequence[float]) -> float:
     return (len(left) - 1) * torch.tensor(left).double().var(unbiased=False).item()
 
 
-def _counts(sizes: Sequence[int], same_seeds: bool, least: int) -> list[Tensor]:
+@lru_cache(maxsize=2)  # a run's page asks for the same draws at each of its evaluations
+def _counts(sizes: tuple[int, ...], same_seeds: bool, least: int) -> list[Tensor]:
     """How often each image is drawn: for each prompt (DRAWS, n) float64, with at least `least` different ones.
 
     n - 1 images are drawn of n (Rao and Wu 1988), which makes the standard error of a mean s/√n; drawing n would make

@@ -15,16 +15,17 @@ from urllib.parse import quote
 
 from draftplus import __version__
 from draftplus.report import figures, mosaics, summary, tables
-from draftplus.report.drawing import Drawing, Numbering, slug
+from draftplus.report.drawing import Drawing, Numbering, figure_name
 from draftplus.report.figures import Curve
 from draftplus.report.grouping import Comparison, differing_keys
-from draftplus.report.inputs import Target
+from draftplus.report.inputs import Evaluated
 from draftplus.report.looks import looks_of, spare_look
 from draftplus.report.markup import cards, chips, figure_block, missing_block, problems_block
 from draftplus.report.points import BASE, Point, seeds_told
 from draftplus.report.read import Run
 from draftplus.report.sections import Section, notes, sections_of, summary_line
 from draftplus.report.wording import show
+from draftplus.runs.rows import reward_key, reward_names
 
 MOST_SHEETS = 240  # points with pictures on hover, so that the page of a large sweep stays light
 MOST_VERTICES = 150  # of one curve
@@ -36,7 +37,7 @@ class Report:
     runs, targets, problems: as `read_inputs` gives them. title: the page's heading.
     """
 
-    def __init__(self, runs: Sequence[Run], targets: Sequence[Target], problems: Sequence[str], title: str) -> None:
+    def __init__(self, runs: Sequence[Run], targets: Sequence[Evaluated], problems: Sequence[str], title: str) -> None:
         self.runs, self.targets, self.problems, self.title = list(runs), list(targets), list(problems), title
         self.sections = sections_of(runs, targets)
         names = dict.fromkeys([BASE, *(s.name for section in self.sections for s in section.figures.series)])
@@ -96,7 +97,7 @@ class Report:
         """By quantity: title, unit of the axis, what it means, and the curve of each run that has it."""
         wanted = [("reward", "Training reward", "reward", "the weighted sum that is optimised, smoothed", False)]
         wanted += [
-            (f"reward/{name}", f"Held-out reward, {name}", "reward", "on prompts that training never sees", True)
+            (reward_key(name), f"Held-out reward, {name}", "reward", "on prompts that training never sees", True)
             for name in section.figures.rewards
         ]
         wanted += [
@@ -107,12 +108,13 @@ class Report:
         for key, title, unit, note, held_out in wanted:
             curves = [curve for run in section.comparison.runs if (curve := self._curve(run, key, held_out))]
             if curves and not (key == "kl" and not any(any(curve.values) for curve in curves)):
-                name = slug(f"{'held-out' if held_out and key != 'lpips' else ''} {key}")
+                name = figure_name(f"{'held-out' if held_out and key != 'lpips' else ''} {key}")
                 told[name] = (title, unit, note, curves)
         return told
 
     def _curve(self, run: Run, key: str, held_out: bool) -> Curve | None:
-        steps, values = summary.series(run.evaluations if held_out else run.steps, key)
+        reward = next(iter(reward_names([key])), None)
+        steps, values = summary.held_out_series(run, reward) if held_out else summary.series(run, key)
         if not held_out:
             width = max(5, len(values) // 10)
             values = summary.smooth(values, width) if len(values) >= 2 * width else values

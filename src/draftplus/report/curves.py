@@ -10,6 +10,7 @@ from draftplus.config import flatten
 from draftplus.report import summary
 from draftplus.report.charts import Chart, draw
 from draftplus.report.read import Run
+from draftplus.runs.rows import reward_key, reward_names
 
 
 def curves(run: Run) -> str:
@@ -25,7 +26,7 @@ def curves(run: Run) -> str:
 
 def _curve(run: Run, key: str, title: str, note: str, level: tuple[float, str] | None = None) -> list[Chart]:
     """A per-step quantity, smoothed where it is long enough to need it."""
-    steps, values = summary.series(run.steps, key)
+    steps, values = summary.series(run, key)
     if not any(map(math.isfinite, values)):
         return []
     width = max(5, len(values) // 10)
@@ -41,25 +42,25 @@ def _training_reward(run: Run) -> list[Chart]:
     note = "The weighted sum that is optimised, on the training prompts." if several else "On the training prompts."
     charts = _curve(run, "reward", "Training reward", note)
     if several:
-        for name in summary.reward_names(run.steps):
+        for name in reward_names(key for row in run.steps for key in row):
             charts += _curve(
-                run, f"reward/{name}", f"Training reward, {name}", "One of the rewards, without its weight."
+                run, reward_key(name), f"Training reward, {name}", "One of the rewards, without its weight."
             )
     return charts
 
 
 def _held_out_rewards(run: Run) -> list[Chart]:
     charts = []
-    for name in summary.reward_names(run.evaluations):
-        steps, values = summary.series(run.evaluations, f"reward/{name}")
+    for name in summary.held_out_rewards(one.held_out for one in run.evaluations):
+        steps, values = summary.held_out_series(run, name)
         if not any(map(math.isfinite, values)):
             continue
-        rows = [row for row in run.evaluations if row["step"] in steps]
-        pairs = [summary.paired(rows[0], row, name) for row in rows]
-        errors = [pair[1] for pair in pairs if pair is not None and pair[1] is not None]
-        complete = len(errors) == len(rows) > 1
+        rows = [one.held_out for one in run.evaluations if one.step in steps]
+        gains = [gain for row in rows if (gain := summary.gain_between(rows[0], row, name)) is not None]
+        errors = [math.nan if gain.standard_error is None else gain.standard_error for gain in gains]
+        complete = len(errors) == len(rows) > 1 and any(map(math.isfinite, errors))
         note = "On prompts and seeds that training never sees."
-        note += " Bars are one standard error of the paired gain." if complete else ""
+        note += " Bars are one standard error of the paired gain over images." if complete else ""
         note += _marks(run, steps)
         charts.append(
             Chart(
@@ -86,13 +87,13 @@ def _start(steps: Sequence[int], values: Sequence[float]) -> tuple[float, str]:
 
 
 def _kl(run: Run) -> list[Chart]:
-    if not any(summary.series(run.steps, "kl")[1]):  # without the term it is not evaluated
+    if not any(summary.series(run, "kl")[1]):  # without the term it is not evaluated
         return []
     return _curve(run, "kl", "KL", "Distance from the frozen model's prediction, over the steps that carry gradient.")
 
 
 def _diversity(run: Run) -> list[Chart]:
-    steps, values = summary.series(run.evaluations, "lpips")
+    steps, values = summary.held_out_series(run, None)
     if not any(map(math.isfinite, values)):
         return []
     note = "Mean pairwise LPIPS of one prompt's images; higher is more varied."
@@ -105,7 +106,7 @@ def _diversity(run: Run) -> list[Chart]:
 
 def _gradient(run: Run) -> list[Chart]:
     clip = summary.number(flatten(run.config).get("optim.grad_clip"))
-    _, values = summary.series(run.steps, "grad_norm")
+    _, values = summary.series(run, "grad_norm")
     in_reach = clip is not None and max((v for v in values if math.isfinite(v)), default=0.0) > 0.5 * clip
     level = (clip, "clipped above") if clip is not None and in_reach else None
     note = "Before clipping." if clip is None or in_reach else f"Before clipping, which starts at {clip:g}."

@@ -111,6 +111,6 @@ class Numbering:
         return f"mark-{self.points[id(point)]}-{self.series[point.series]}"
 
 
-def slug(text: str) -> str:
-    """A name for a file."""
+def figure_name(text: str) -> str:
+    """The name of a figure's file."""
     return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower() or "reward"

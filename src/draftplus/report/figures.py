@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from draftplus.report.drawing import DASHES, Drawing, Numbering, slug
+from draftplus.report.drawing import DASHES, Drawing, Numbering, figure_name
 from draftplus.report.grouping import Mean
 from draftplus.report.looks import ON_PAGE, Ink, Look
 from draftplus.report.points import EVALUATED, FINAL, Figures, Point, Series, pareto
@@ -45,7 +45,7 @@ def trade_off(figures: Figures, reward: str, looks: Mapping[str, Look], numbers:
         _name_coefficients(axes, ink, numbers, figures, reward)
 
     legend = {series.name: looks[series.name] for series in figures.series if series.shown}
-    name = "trade-off" if len(figures.rewards) == 1 else f"trade-off-{slug(reward)}"
+    name = "trade-off" if len(figures.rewards) == 1 else f"trade-off-{figure_name(reward)}"
     return Drawing(name, f"Diversity against reward ({reward})", paint, legend, (8.6, 4.7), (4.6, 4.5))
 
 
@@ -161,7 +161,7 @@ def against_kl(figures: Figures, reward: str | None, looks: Mapping[str, Look], 
         axes.margins(0.05, 0.14)
 
     several = len(figures.rewards) > 1 and reward is not None
-    name = "diversity-kl" if reward is None else f"reward-kl-{slug(reward)}" if several else "reward-kl"
+    name = "diversity-kl" if reward is None else f"reward-kl-{figure_name(reward)}" if several else "reward-kl"
     title = (
         "Diversity against the KL coefficient" if reward is None else f"Reward ({reward}) against the KL coefficient"
     )

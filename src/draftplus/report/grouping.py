@@ -79,8 +79,7 @@ def _world(run: Run) -> str:
 
 def evaluated_prompts(run: Run) -> list[str]:
     """The prompts that the run was evaluated on, in their order, which their seeds depend on."""
-    rows = (row["lpips_per_prompt"] for row in run.evaluations if isinstance(row.get("lpips_per_prompt"), dict))
-    return list(next(rows, run.prompts))
+    return next((prompts for one in run.evaluations if (prompts := one.held_out.prompts)), run.prompts)
 
 
 def _title(run: Run, flat: dict[str, Any]) -> str:
@@ -196,7 +195,7 @@ def _order(method: str) -> int:
 
 def last_step(run: Run) -> int:
     """The last evaluated step; -1 where there is none."""
-    return int(run.evaluations[-1]["step"]) if run.evaluations else -1
+    return run.evaluations[-1].step if run.evaluations else -1
 
 
 def finished(run: Run) -> bool:

@@ -6,31 +6,34 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from draftplus.errors import UserError
 from draftplus.report.read import Run, read_run
+from draftplus.runs.rows import MetricRow, read_target
 
 MANIFEST, EVALUATION = "manifest.json", "eval.json"
 
 
 @dataclass(frozen=True)
-class Target:
+class Evaluated:
     """One evaluated model of an eval.json.
 
-    metrics: of each its mean, standard error and interval. model: the base model's keys, as JSON; images: of a prompt.
+    source: the file. metrics: those with a mean. model: the base model's keys, as JSON; images: of a prompt.
     """
 
     label: str
     source: str
-    metrics: Mapping[str, Mapping[str, Any]]
-    run: str | None = None
+    metrics: Mapping[str, MetricRow]
     step: int | None = None
-    lora_scale: float = 1.0
-    anneal: str | None = None
     prompts: tuple[str, ...] = ()
     model: str | None = None
     images: int | None = None
+
+    def mean(self, name: str) -> float:
+        """A metric's mean."""
+        mean = self.metrics[name].mean
+        assert mean is not None
+        return mean
 
 
 @dataclass
@@ -38,7 +41,7 @@ class Inputs:
     """runs: each once, in the order given. problems: what could not be read or did not finish, in words."""
 
     runs: list[Run] = field(default_factory=list)
-    targets: list[Target] = field(default_factory=list)
+    targets: list[Evaluated] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
 
@@ -57,10 +60,10 @@ def read_inputs(paths: Sequence[Path]) -> Inputs:
             _read_sweep(path, found, seen)
         elif (path / EVALUATION).is_file():
             _read_evaluation(path / EVALUATION, found)
-        elif is_run(path):
+        elif has_anything_of_a_run(path):
             _read_run(path, found, seen)
         else:
-            inside = [one for one in sorted(path.iterdir()) if one.is_dir() and is_run(one)]
+            inside = [one for one in sorted(path.iterdir()) if one.is_dir() and has_anything_of_a_run(one)]
             for one in inside:
                 _read_run(one, found, seen)
             if not inside:
@@ -75,8 +78,8 @@ def read_inputs(paths: Sequence[Path]) -> Inputs:
     return found
 
 
-def is_run(path: Path) -> bool:
-    """Whether a directory has anything of a run."""
+def has_anything_of_a_run(path: Path) -> bool:
+    """Whether there is any of the files of a run, though config.yaml, which makes a directory a run, may be gone."""
     return any((path / name).exists() for name in ("config.yaml", "metrics.jsonl", "eval.jsonl", "samples"))
 
 
@@ -103,11 +106,11 @@ def _read_sweep(path: Path, found: Inputs, seen: set[Path]) -> None:
         entries = [(str(run["name"]), str(run["status"]), run.get("error")) for run in told["runs"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         found.problems.append(f"{path / MANIFEST}: not a sweep's manifest; every run in the directory is taken")
-        entries = [(one.name, "finished", None) for one in sorted(path.iterdir()) if is_run(one)]
+        entries = [(one.name, "finished", None) for one in sorted(path.iterdir()) if has_anything_of_a_run(one)]
     for name, status, error in entries:
         if status != "finished":
             found.problems.append(f"{name}: {status}{': ' + str(error) if error else ''}")
-        if is_run(path / name):
+        if has_anything_of_a_run(path / name):
             _read_run(path / name, found, seen)
         elif status == "finished":
             found.problems.append(f"{name}: its run directory is gone")
@@ -119,26 +122,13 @@ def _read_evaluation(path: Path, found: Inputs) -> None:
         prompts = tuple(map(str, told.get("prompts") or ()))
         images = len(told["seeds"]) // len(prompts) if prompts else None
         model = json.dumps(told["model"]) if "model" in told else None
-        targets = [_target(one, str(path), prompts, model, images) for one in told["targets"]]
+        rows = [read_target(one) for one in told["targets"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         found.problems.append(f"{path}: not what draftplus evaluate writes; left out")
         return
-    found.targets += targets
-    for one in told["targets"]:
-        bad = [name for name, value in one["metrics"].items() if value["mean"] is None]
+    for row in rows:
+        known = {name: metric for name, metric in row.metrics.items() if metric.mean is not None}
+        found.targets.append(Evaluated(row.label, str(path), known, row.step, prompts, model, images))
+        bad = [name for name in row.metrics if name not in known]
         if bad:
-            found.problems.append(f"{path}: {one.get('label')}: {', '.join(bad)} not finite")
-
-
-def _target(
-    told: Mapping[str, Any], source: str, prompts: tuple[str, ...], model: str | None, images: int | None
-) -> Target:
-    metrics = {str(name): dict(value) for name, value in told["metrics"].items() if value["mean"] is not None}
-    for value in metrics.values():
-        value["mean"] = float(value["mean"])
-    run, step, scale = told.get("run"), told.get("step"), told.get("lora_scale")
-    return Target(
-        str(told.get("label") or told["target"]), source, metrics, str(run) if run else None,
-        int(step) if step is not None else None, float(scale) if scale is not None else 1.0, told.get("anneal"),
-        prompts, model, images,
-    )  # fmt: skip
+            found.problems.append(f"{path}: {row.label}: {', '.join(bad)} not finite")

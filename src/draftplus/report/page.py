@@ -16,7 +16,7 @@ from draftplus.report import summary
 from draftplus.report.curves import curves
 from draftplus.report.pictures import before_and_after
 from draftplus.report.read import Run
-from draftplus.report.wording import describe, duration, setting, show, show_gain
+from draftplus.report.wording import duration, method_in_words, setting, show, show_gain
 
 
 def render(run: Run) -> str:
@@ -26,7 +26,7 @@ def render(run: Run) -> str:
     return template.substitute(
         style=(files / "report.css").read_text(encoding="utf-8"),
         name=escape(run.name),
-        method=escape(describe(run.config)),
+        method=escape(method_in_words(run.config)),
         progress=escape(_progress(run)),
         missing=_missing(run),
         cards=_cards(run),
@@ -117,7 +117,7 @@ def _arrow(change: summary.Change) -> str:
 def _ratio(change: summary.Change, run: Run) -> str:
     if change.after is None or not change.before or not math.isfinite(change.after / change.before):
         return "one evaluation only" if change.after is None else "no ratio"
-    whose = "the base model's" if run.evaluations[0]["step"] == 0 else "the first evaluation's"
+    whose = "the base model's" if run.evaluations[0].step == 0 else "the first evaluation's"
     return f"{change.after / change.before:.0%} of {whose}"
 
 
@@ -145,7 +145,7 @@ def _rewards(run: Run) -> str:
     return (
         '<div class="scroll"><table><thead><tr><th scope="col">reward</th><th scope="col"></th>'
         '<th scope="col">before</th><th scope="col">after</th>'
-        '<th scope="col">gain ± standard error</th><th scope="col">pairs of images</th></tr></thead>'
+        '<th scope="col">gain ± standard error over images</th><th scope="col">images</th></tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"
     )
 

@@ -82,8 +82,8 @@ def _label(step: int, first: int) -> str:
 
 
 def _variety(run: Run, step: int, prompt: str) -> str:
-    per_prompt = next((row.get("lpips_per_prompt") for row in run.evaluations if row["step"] == step), None) or {}
-    value = per_prompt.get(prompt)
+    per_prompt = (one.held_out.lpips_per_prompt for one in run.evaluations if one.step == step)
+    value = next(per_prompt, {}).get(prompt)
     return f", LPIPS {value:.3f}" if isinstance(value, float) else ""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from draftplus.config import flatten
 from draftplus.report import summary
@@ -19,9 +19,10 @@ from draftplus.report.grouping import (
     seed_of,
     settings_of,
 )
-from draftplus.report.inputs import Target
-from draftplus.report.read import Row, Run
+from draftplus.report.inputs import Evaluated
+from draftplus.report.read import Run
 from draftplus.report.wording import setting
+from draftplus.runs.rows import EvaluationRow, HeldOut, VariantRow, reward_key, reward_names
 
 BASE = "base model"
 FINAL, EARLY, SCALE, ANNEAL, EVALUATED = "final", "early", "scale", "anneal", "evaluated"
@@ -83,11 +84,12 @@ class Figures:
         return [*self.base, *(point for series in self.series if series.shown for point in series.points)]
 
 
-def figures_of(comparison: Comparison, targets: Sequence[Target] = ()) -> Figures:
+def figures_of(comparison: Comparison, targets: Sequence[Evaluated] = ()) -> Figures:
     """All points of a comparison."""
     trained = dict.fromkeys(name for run in comparison.runs for name in run.config.get("reward") or {})
-    measured = dict.fromkeys(name for run in comparison.runs for name in summary.reward_names(run.evaluations))
-    measured.update(dict.fromkeys(n for t in targets for n in _target_rewards(t)))
+    evaluations = (one.held_out for run in comparison.runs for one in run.evaluations)
+    measured = dict.fromkeys(summary.held_out_rewards(evaluations))
+    measured.update(dict.fromkeys(reward_names(name for target in targets for name in target.metrics)))
     names = [*(name for name in trained if name in measured), *(name for name in measured if name not in trained)]
     base = _base(comparison.runs)
     start = base[0] if len(base) == 1 else None
@@ -115,27 +117,26 @@ def pareto(points: Sequence[Point], reward: str) -> list[Point]:
     return front[::-1]
 
 
-def _row_at(run: Run, step: int) -> Row | None:
-    return next((row for row in run.evaluations if row["step"] == step), None)
+def evaluation_at(run: Run, step: int) -> EvaluationRow | None:
+    """The evaluation of a step, where there was one."""
+    return next((one for one in run.evaluations if one.step == step), None)
 
 
-def complete(row: Row) -> bool:
+def complete(row: HeldOut) -> bool:
     """Whether all that an evaluation measured are finite numbers."""
-    values = [row.get("lpips"), *(value for key, value in row.items() if key.startswith("reward/"))]
-    return all((number := summary.number(value)) is not None and math.isfinite(number) for value in values)
+    return all(value is not None and math.isfinite(value) for value in (row.lpips, *row.rewards.values()))
 
 
-def _point(series: str, label: str, rows: Sequence[tuple[Run, Row]], x: float, step: int | None) -> Point | None:
+def _point(series: str, label: str, rows: Sequence[tuple[Run, HeldOut]], x: float, step: int | None) -> Point | None:
     """The mean of the rows, one of each seed; None where no diversity or no reward was measured.
 
     A row with a number that is not finite is left out of all of them, so that all are means over the same seeds.
     """
     rows = [(run, row) for run, row in rows if complete(row)]
-    lpips = mean_over([value for _, row in rows if (value := summary.number(row.get("lpips"))) is not None])
+    lpips = mean_over([row.lpips for _, row in rows if row.lpips is not None])
     rewards = {}
-    for name in summary.reward_names([row for _, row in rows]):
-        values = [value for _, row in rows if (value := summary.number(row.get(f"reward/{name}"))) is not None]
-        mean = mean_over(values)
+    for name in summary.held_out_rewards(row for _, row in rows):
+        mean = mean_over([value for _, row in rows if (value := row.rewards.get(name)) is not None])
         if mean is not None:
             rewards[name] = mean
     if lpips is None or not rewards:
@@ -145,19 +146,19 @@ def _point(series: str, label: str, rows: Sequence[tuple[Run, Row]], x: float, s
 
 def _base(runs: Sequence[Run]) -> list[Point]:
     """The base model at step 0, once for each way in which it was sampled; training's seed plays no part in it."""
-    ways: dict[str, list[tuple[Run, Row]]] = {}
+    ways: dict[str, list[tuple[Run, HeldOut]]] = {}
     for run in runs:
-        row = _row_at(run, 0)
-        if row is not None and complete(row):
+        base = evaluation_at(run, 0)
+        if base is not None and complete(base.held_out):
             sampler = {k: v for k, v in flatten(run.config).items() if k.startswith("sampler.")}
-            ways.setdefault(repr(sampler), []).append((run, row))
+            ways.setdefault(repr(sampler), []).append((run, base.held_out))
     points = []
     for rows in ways.values():
         run, row = rows[0]
         # rewards that only some of the runs measured
-        merged = {k: v for _, other in rows[::-1] for k, v in other.items() if k.startswith("reward/")}
-        point = _point(BASE, _base_label(run, [r for other in ways.values() for r, _ in other[:1]]),
-                       [(run, {**merged, **row})], 0.0, 0)  # fmt: skip
+        merged = {name: mean for _, other in rows[::-1] for name, mean in other.rewards.items()}
+        label = _base_label(run, [r for other in ways.values() for r, _ in other[:1]])
+        point = _point(BASE, label, [(run, replace(row, rewards=merged))], 0.0, 0)
         if point is not None:
             points.append(point)
     return points
@@ -175,7 +176,7 @@ def _final(groups: Sequence[Group], base: Point | None) -> list[Series]:
     of: dict[str, list[Group]] = {}
     for group in groups:
         of.setdefault(group.method, []).append(group)
-        rows = [(run, run.evaluations[-1]) for run in group.runs if run.evaluations and last_step(run) > 0]
+        rows = [(run, run.evaluations[-1].held_out) for run in group.runs if last_step(run) > 0]
         if not rows:
             continue
         point = _point(group.method, group.label, rows, group.kl_coeff, max(last_step(run) for run, _ in rows))
@@ -197,48 +198,48 @@ def _alike(plain: Group, group: Group) -> bool:
 
 def _without_retraining(group: Group, base: Point | None) -> Iterable[Series]:
     """Early stopping of a method without KL, and every variant of the last evaluation, each as a line of its own."""
-    rows = [(run, run.evaluations[-1]) for run in group.runs if run.evaluations]
+    rows = [(run, run.evaluations[-1].held_out) for run in group.runs if run.evaluations]
     final = _point(group.method, group.label, rows, group.kl_coeff, None) if rows else None
     if group.kl_coeff == 0:
         last = max((last_step(run) for run in group.runs), default=0)
-        steps = sorted({int(row["step"]) for run in group.runs for row in run.evaluations if 0 < row["step"] < last})
+        steps = sorted({one.step for run in group.runs for one in run.evaluations if 0 < one.step < last})
         early = Series(f"{group.method}, stopped early", EARLY, group.method, [], base, final)
         for step in steps:
-            at = [(run, row) for run in group.runs if (row := _row_at(run, step)) is not None]
+            at = [(run, one.held_out) for run in group.runs if (one := evaluation_at(run, step)) is not None]
             point = _point(early.name, f"{group.label}, step {step}", at, step, step)
             early.points += [point] if point is not None else []
         yield early
-    yield _variants(group, f"LoRA scale of {group.label}", SCALE, "lora_scale", _scale, base, final)
-    yield _variants(group, f"AIG of {group.label}", ANNEAL, "anneal", _anneal, base, final)
-    yield _variants(group, f"variants of {group.label}", EVALUATED, "label", _other, None, None)
+    yield _variants(group, f"LoRA scale of {group.label}", SCALE, _scale, base, final)
+    yield _variants(group, f"AIG of {group.label}", ANNEAL, _anneal, base, final)
+    yield _variants(group, f"variants of {group.label}", EVALUATED, _other, None, None)
 
 
-def _scale(variant: Row) -> bool:
-    return variant.get("lora_scale") is not None and variant.get("anneal") is None and variant.get("checkpoint") is None
+def _scale(variant: VariantRow) -> bool:
+    return variant.lora_scale is not None and variant.anneal is None and variant.checkpoint is None
 
 
-def _anneal(variant: Row) -> bool:
-    plain = variant.get("lora_scale") in (None, 1, 1.0) and variant.get("checkpoint") is None
-    return variant.get("anneal") is not None and plain
+def _anneal(variant: VariantRow) -> bool:
+    return variant.anneal is not None and variant.lora_scale in (None, 1) and variant.checkpoint is None
 
 
-def _other(variant: Row) -> bool:
+def _other(variant: VariantRow) -> bool:
     return not _scale(variant) and not _anneal(variant)
 
 
 def _variants(
-    group: Group, name: str, kind: str, key: str, wanted: Callable[[Row], bool], base: Point | None, final: Point | None
+    group: Group, name: str, kind: str, wanted: Callable[[VariantRow], bool], base: Point | None, final: Point | None
 ) -> Series:
     """The variants of one kind, averaged over the runs that have them."""
     series = Series(name, kind, group.method)
-    by_label: dict[str, list[tuple[Run, Row]]] = {}
+    by_label: dict[str, list[tuple[Run, VariantRow]]] = {}
     for run in group.runs:
-        for variant in (run.evaluations[-1].get("variants") or []) if run.evaluations else []:
-            if isinstance(variant, dict) and wanted(variant):
-                by_label.setdefault(str(variant.get("label") or variant.get(key)), []).append((run, variant))
-    for label, rows in by_label.items():
-        scale = summary.number(rows[0][1].get(key)) or 0.0
-        point = _point(name, f"{group.label}, {label}", rows, scale, None)
+        for variant in run.evaluations[-1].variants if run.evaluations else ():
+            if wanted(variant):
+                by_label.setdefault(variant.label or "unnamed", []).append((run, variant))
+    for label, members in by_label.items():
+        scale = members[0][1].lora_scale if kind == SCALE else None
+        rows = [(run, variant.held_out) for run, variant in members]
+        point = _point(name, f"{group.label}, {label}", rows, scale or 0.0, None)
         if point is not None:
             series.points.append(point)
     if kind == SCALE:
@@ -250,21 +251,17 @@ def _variants(
     return series
 
 
-def _target_rewards(target: Target) -> list[str]:
-    return [name.removeprefix("reward/") for name in target.metrics if name.startswith("reward/")]
-
-
-def _evaluated(targets: Sequence[Target]) -> list[Series]:
+def _evaluated(targets: Sequence[Evaluated]) -> list[Series]:
     """The targets of eval.json files, a series for each file."""
     told: dict[str, Series] = {}
     for target in targets:
         if "lpips" not in target.metrics:
             continue
-        rewards = {name: Mean(float(target.metrics[f"reward/{name}"]["mean"])) for name in _target_rewards(target)}
+        rewards = {name: Mean(target.mean(reward_key(name))) for name in reward_names(target.metrics)}
         if not rewards:
             continue
         name = f"evaluated ({target.source})"
-        lpips = Mean(float(target.metrics["lpips"]["mean"]))
+        lpips = Mean(target.mean("lpips"))
         series = told.setdefault(target.source, Series(name, EVALUATED, name))
         series.points.append(Point(name, target.label, rewards, lpips, (), target.step, 0.0, target.source))
     return list(told.values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from PIL import Image
 
-from draftplus.config import KNOBS, Config, with_new_names
+from draftplus.config import Config, with_new_names
 from draftplus.errors import UserError
+from draftplus.runs.rows import EvaluationRow, are_numbers, ill_formed, read_evaluation
 
-Row = Mapping[str, Any]
-
-VARIANT_KEYS = ("label", *KNOBS)  # what names a variant
 STEP_DIRECTORY = re.compile(r"step-(\d+)")
 SAMPLE_FILE = re.compile(r"(?P<prompt>\d+)-.*-(?P<seed>\d+)\.png")
 
@@ -28,15 +26,15 @@ SAMPLE_FILE = re.compile(r"(?P<prompt>\d+)-.*-(?P<seed>\d+)\.png")
 class Run:
     """What a run directory holds.
 
-    steps: the rows of metrics.jsonl. evaluations: the rows of eval.jsonl. samples: by step, the picture of each
+    steps: the rows of metrics.jsonl. evaluations: those of eval.jsonl. samples: by step, the picture of each
     (prompt index, seed). best, stopped: best.json, and stopped.json of a run that a guard ended. missing: what was
     not there, in words.
     """
 
     directory: Path
     config: dict[str, Any] = field(default_factory=dict)
-    steps: list[Row] = field(default_factory=list)
-    evaluations: list[Row] = field(default_factory=list)
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[EvaluationRow] = field(default_factory=list)
     samples: dict[int, dict[tuple[int, int], Path]] = field(default_factory=dict)
     grids: dict[int, Path] = field(default_factory=dict)
     prompts: list[str] = field(default_factory=list)
@@ -60,8 +58,9 @@ def read_run(directory: Path) -> Run:
         raise UserError(f"{directory}: no such run directory")
     run = Run(directory)
     run.config = _read_config(run)
-    run.steps = _read_rows(run, "metrics.jsonl", "no training curves")
-    run.evaluations = _read_rows(run, "eval.jsonl", "no held-out numbers")
+    run.steps = _read_rows(run, "metrics.jsonl", "no training curves", _not_numbers)
+    evaluated = _read_rows(run, "eval.jsonl", "no held-out numbers", ill_formed)
+    run.evaluations = [read_evaluation(row) for row in evaluated]
     _read_samples(run)
     run.best = _read_object(run, "best.json")
     run.stopped = _read_object(run, "stopped.json")
@@ -100,10 +99,19 @@ def _read_config(run: Run) -> dict[str, Any]:
     return {str(key): value for key, value in config.items()}
 
 
-def _read_rows(run: Run, name: str, consequence: str) -> list[Row]:
-    """The rows in order of step; a step that was written twice counts as written last."""
+def _not_numbers(row: Mapping[str, Any]) -> list[str]:
+    return [key for key, value in row.items() if not are_numbers([value])]
+
+
+def _read_rows(
+    run: Run, name: str, consequence: str, ill_formed: Callable[[Mapping[str, Any]], Sequence[str]]
+) -> list[dict[str, Any]]:
+    """The rows in order of step; a step that was written twice counts as written last.
+
+    ill_formed: the keys of a row whose values are not what a run writes there; they are named and left out.
+    """
     path = run.directory / name
-    rows: dict[int, Row] = {}
+    rows: dict[int, dict[str, Any]] = {}
     if not path.is_file():
         run.missing.append(f"{name} ({consequence})")
         return []
@@ -114,29 +122,12 @@ def _read_rows(run: Run, name: str, consequence: str) -> list[Row]:
         except (ValueError, TypeError, KeyError, OverflowError):
             run.missing.append(f"{name}, line {number} (not a row with a step)")
             continue
-        bad = [key for key, value in row.items() if not _is_well(key, value)]
+        bad = ill_formed(row)
         run.missing += [f"{name}, line {number}: {key} (not what a run writes there)" for key in bad]
         rows[row["step"]] = {key: value for key, value in row.items() if key not in bad}
     if not rows:
         run.missing.append(f"{name} is empty ({consequence})")
     return [rows[step] for step in sorted(rows)]
-
-
-def _is_well(key: str, value: Any) -> bool:
-    """Whether a field of a row has the shape that a run gives it; null stands for a number that was not finite."""
-    if key == "per_image":
-        return isinstance(value, dict) and all(_are_numbers(one) for one in value.values())
-    if key == "lpips_per_prompt":
-        return isinstance(value, dict) and _are_numbers(list(value.values()))
-    if key == "variants":
-        return isinstance(value, list) and all(
-            isinstance(one, dict) and all(k in VARIANT_KEYS or _is_well(k, v) for k, v in one.items()) for one in value
-        )
-    return _are_numbers([value])
-
-
-def _are_numbers(values: Any) -> bool:
-    return isinstance(values, list) and all(value is None or isinstance(value, (int, float)) for value in values)
 
 
 def _read_samples(run: Run) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from draftplus.config import BASE_MODEL, flatten
 from draftplus.report import mosaics, summary, tables
 from draftplus.report.grouping import Comparison, comparisons, evaluated_prompts, finished, seed_of
-from draftplus.report.inputs import Target
+from draftplus.report.inputs import Evaluated
 from draftplus.report.points import Figures, complete, figures_of
 from draftplus.report.read import Run
 from draftplus.report.wording import duration
@@ -24,14 +24,14 @@ class Section:
     prefix: str
 
 
-def sections_of(runs: Sequence[Run], targets: Sequence[Target]) -> list[Section]:
+def sections_of(runs: Sequence[Run], targets: Sequence[Evaluated]) -> list[Section]:
     """A section for each set of comparable runs; evaluated models join the one that was evaluated on their prompts.
 
     Evaluated models that join none have sections of their own, one for each base model and set of images.
     """
     sets = comparisons(runs)
-    joined: list[list[Target]] = [[] for _ in sets]
-    apart: dict[tuple[object, ...], list[Target]] = {}
+    joined: list[list[Evaluated]] = [[] for _ in sets]
+    apart: dict[tuple[object, ...], list[Evaluated]] = {}
     for target in targets:
         fitting = [i for i, one in enumerate(sets) if _fits(target, one.runs[0])]
         if len(fitting) == 1:
@@ -45,7 +45,7 @@ def sections_of(runs: Sequence[Run], targets: Sequence[Target]) -> list[Section]
     return [Section(one, figures_of(one, members), f"{i}-" if i else "") for i, (one, members) in enumerate(pairs)]
 
 
-def _fits(target: Target, run: Run) -> bool:
+def _fits(target: Evaluated, run: Run) -> bool:
     """Whether both are of one base model, and images of the same prompts, as many of each."""
     flat = flatten(run.config)
     model = [flat.get(key) for key in BASE_MODEL]
@@ -56,7 +56,7 @@ def _fits(target: Target, run: Run) -> bool:
     )
 
 
-def summary_line(runs: Sequence[Run], targets: Sequence[Target], sections: Sequence[Section]) -> str:
+def summary_line(runs: Sequence[Run], targets: Sequence[Evaluated], sections: Sequence[Section]) -> str:
     """How much there is: runs, settings, seeds, time."""
     groups = sum(len(section.comparison.groups) for section in sections)
     seeds = len({str(seed_of(run)) for run in runs})
@@ -89,7 +89,7 @@ def notes(sections: Sequence[Section]) -> list[str]:
             told += [
                 f"{run.name}: its last evaluation has numbers that are not finite; not in the averages"
                 for run in group.runs
-                if run.evaluations and not complete(run.evaluations[-1])
+                if run.evaluations and not complete(run.evaluations[-1].held_out)
             ]
             unfinished = [run for run in group.runs if not finished(run)]
             told += [f"{run.name}: {tables.ended(run)}; shown as far as it got" for run in unfinished]

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 from draftplus.config import flatten
 from draftplus.report import summary
 from draftplus.report.grouping import Comparison, differing_keys, finished, last_step, seed_of, settings_of
-from draftplus.report.inputs import Target
+from draftplus.report.inputs import Evaluated
 from draftplus.report.read import Run
 from draftplus.report.wording import duration, setting, show
+from draftplus.runs.rows import HeldOut, MetricRow
 
 
 def runs_table(
@@ -56,20 +57,19 @@ def search_text(run: Run, keys: Sequence[str]) -> str:
 
 def _cells(run: Run, keys: Sequence[str], seeds: bool, rewards: Sequence[str]) -> str:
     flat = settings_of(run)
-    last: Mapping[str, Any] = run.evaluations[-1] if run.evaluations else {}
-    first = run.evaluations[0] if run.evaluations else {}
-    lpips, base = summary.number(last.get("lpips")), summary.number(first.get("lpips"))
+    last = run.evaluations[-1].held_out if run.evaluations else HeldOut()
+    base = run.evaluations[0].held_out.lpips if run.evaluations and run.evaluations[0].step == 0 else None
     cells = [(setting(flat.get(key)) if key in flat else "–", flat.get(key)) for key in keys]
     cells += [(setting(seed_of(run)), seed_of(run))] if seeds else []
     for name in rewards:
-        value = summary.number(last.get(f"reward/{name}"))
+        value = last.rewards.get(name)
         cells.append((show(value), value))
-    share = lpips / base if lpips is not None and base and first.get("step") == 0 else None
+    share = last.lpips / base if last.lpips is not None and base else None
     training, evaluating = summary.training_seconds(run), summary.evaluation_seconds(run)
     total = (training[0] if training else 0.0) + evaluating
     steps = int(run.steps[-1]["step"]) if run.steps else 0
     cells += [
-        (show(lpips), lpips), (f"{share:.0%}" if share is not None else "–", share), (str(steps), steps),
+        (show(last.lpips), last.lpips), (f"{share:.0%}" if share is not None else "–", share), (str(steps), steps),
         (str(run.best.get("step", "–")), run.best.get("step")), (duration(total), total),
         (f"{evaluating / total:.0%}" if total else "–", evaluating / total if total else None),
         (ended(run), None),
@@ -98,7 +98,7 @@ def ended(run: Run) -> str:
     return f"not finished: evaluated to step {max(0, last_step(run))} of {planned}"
 
 
-def evaluations_table(targets: Sequence[Target]) -> str:
+def evaluations_table(targets: Sequence[Evaluated]) -> str:
     """HTML: the metrics of eval.json files, each with its 95% interval."""
     metrics = list(dict.fromkeys(name for target in targets for name in target.metrics))
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in metrics)
@@ -114,16 +114,12 @@ def evaluations_table(targets: Sequence[Target]) -> str:
     )
 
 
-def _metric(value: Mapping[str, Any] | None) -> str:
-    if value is None:
+def _metric(metric: MetricRow | None) -> str:
+    if metric is None or metric.mean is None:
         return "<td>–</td>"
-    mean, interval = float(value["mean"]), value.get("interval")
-    told = show(mean)
-    if (
-        isinstance(interval, (list, tuple))
-        and len(interval) == 2
-        and all(summary.number(v) is not None for v in interval)
-    ):
-        told += f" [{show(interval[0], mean)}, {show(interval[1], mean)}]"
-    images = f' title="{escape(str(value["images"]))} images"' if value.get("images") else ""
+    mean, told = float(metric.mean), show(metric.mean)
+    if metric.interval is not None:
+        low, high = metric.interval
+        told += f" [{show(low, mean)}, {show(high, mean)}]"
+    images = f' title="{metric.images} images"' if metric.images else ""
     return f'<td data-value="{mean}"{images}>{told}</td>'

@@ -13,7 +13,7 @@ METHODS = {
 }  # fmt: skip
 
 
-def describe(config: dict[str, Any]) -> str:
+def method_in_words(config: dict[str, Any]) -> str:
     """The method in words, such as 'DRaFT+: gradient through the last step of 10, ...'."""
     flat = flatten(config)
     method = str(flat.get("objective.method", ""))

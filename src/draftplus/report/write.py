@@ -8,7 +8,7 @@ from pathlib import Path
 
 from draftplus.errors import UserError
 from draftplus.report import comparison, page
-from draftplus.report.inputs import is_run, read_inputs
+from draftplus.report.inputs import has_anything_of_a_run, read_inputs
 from draftplus.report.read import read_run
 
 FIGURES = "figures"
@@ -29,8 +29,8 @@ def write_report(inputs: Path | Sequence[Path], output: Path | None = None, figu
         raise UserError("nothing to report on; name a run or a sweep")
     at = Path(output) if output is not None else _beside(paths) / "report.html"
     if at.is_dir():
-        raise UserError(f"--output '{at}' is a directory; give the page's file, such as {at / 'report.html'}")
-    single = len(paths) == 1 and is_run(paths[0])
+        raise UserError(f"'{at}' is a directory; name the page's file as output, such as {at / 'report.html'}")
+    single = len(paths) == 1 and has_anything_of_a_run(paths[0])
     if single:
         run = read_run(paths[0])
         text = page.render(run)

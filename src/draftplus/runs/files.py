@@ -42,7 +42,7 @@ def make_output(directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--output '{directory}': it cannot be made: {error.strerror}") from None
+        raise UserError(f"'{directory}' cannot be made: {error.strerror}; name another output directory") from None
 
 
 def write_text(target: Path, text: str) -> None:

@@ -37,7 +37,7 @@ def run_sweep(plan: Plan, jobs: int | None = None) -> Manifest:
     Interrupted, once every run in flight has saved itself, where the process is asked to stop.
     """
     if jobs is not None and jobs < 1:
-        raise UserError(f"--jobs is {jobs}; give at least 1")
+        raise UserError(f"jobs is {jobs}; give at least 1")
     with locked(plan.directory):
         manifest = _continued(plan)
         manifest.save(plan.directory)
@@ -56,7 +56,7 @@ def run_sweep(plan: Plan, jobs: int | None = None) -> Manifest:
 def _continued(plan: Plan) -> Manifest:
     before = read_manifest(plan.directory)
     if before is not None and before.recipe != plan.recipe:
-        raise UserError(f"{plan.directory} is a sweep of {before.recipe}, not of {plan.recipe}; give another --name")
+        raise UserError(f"{plan.directory} is a sweep of {before.recipe}, not of {plan.recipe}; give another name")
     known = {entry.name: entry for entry in before.runs} if before else {}
     entries = []
     for run in plan.runs:

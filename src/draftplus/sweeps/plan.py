@@ -66,7 +66,7 @@ def plan_sweep(
     settings = grid.expand(grid.with_variants(cells), [grid.with_variants(run) for run in file.runs])
     chosen = name or (file.name if not over else None) or f"{Path(recipe).stem}-{_hash(file.recipe, settings)}"
     if "/" in chosen or chosen in (".", "..") or "=" in chosen:
-        raise UserError(f"--name '{chosen}': give a plain name; the sweep is made in {parent / 'NAME'}")
+        raise UserError(f"name '{chosen}': give a plain name; the sweep is made in {parent / 'NAME'}")
     recipe_path(file.recipe)  # an unknown recipe is said once, and not of a run
     directory = parent / chosen
     prompts = cache(load_prompts)
