@@ -58,7 +58,7 @@ def _held_out_rewards(run: Run) -> list[Chart]:
         pairs = [summary.paired(rows[0], row, name) for row in rows]
         errors = [pair[1] for pair in pairs if pair is not None and pair[1] is not None]
         complete = len(errors) == len(rows) > 1
-        note = "On prompts and seeds that training never sees."
+        note = "On prompts and seeds that are never used in training."
         note += " Bars are one standard error of the paired gain." if complete else ""
         note += _marks(run, steps)
         charts.append(
@@ -77,8 +77,8 @@ def _stopped(run: Run, steps: Sequence[int]) -> int | None:
 
 
 def _marks(run: Run, steps: Sequence[int]) -> str:
-    told = " ★ is the best evaluation." if run.best.get("step") in steps else ""
-    return f"{told} × is where a guard ended the run." if run.stopped else told
+    told = " ★ marks the best evaluation." if run.best.get("step") in steps else ""
+    return f"{told} × marks where a guard ended the run." if run.stopped else told
 
 
 def _start(steps: Sequence[int], values: Sequence[float]) -> tuple[float, str]:
@@ -97,8 +97,8 @@ def _diversity(run: Run) -> list[Chart]:
         return []
     note = "Mean pairwise LPIPS of one prompt's images; higher is more varied."
     floor = summary.number(flatten(run.config).get("stop.diversity_floor"))
-    level = _start(steps, values) if floor is None else (values[0] * floor, "floor that ends the run")
-    note += " × is where a guard ended the run." if run.stopped else ""
+    level = _start(steps, values) if floor is None else (values[0] * floor, "floor below which the run ends")
+    note += " × marks where a guard ended the run." if run.stopped else ""
     stopped = _stopped(run, steps)
     return [Chart("Diversity", note, steps, values, level=level, markers=True, from_zero=True, stopped=stopped)]
 

@@ -18,7 +18,7 @@ def describe(config: dict[str, Any]) -> str:
     flat = flatten(config)
     method = str(flat.get("objective.method", ""))
     if not method:
-        return "The method is not known."
+        return "The method is unknown."
     name, steps, k = METHODS.get(method, method), flat.get("sampler.steps"), flat.get("objective.grad_steps")
     coefficient = flat.get("objective.kl_coeff") or 0
     if coefficient > 0:
@@ -27,9 +27,9 @@ def describe(config: dict[str, Any]) -> str:
     through = {
         "draft": f"all {steps} sampling steps" if k in ("all", steps) else f"{last} of {steps} sampling steps",
         "draft_lv": f"the last of {steps} sampling steps and {flat.get('objective.draft_lv.samples')} re-noised copies",
-        "refl": f"one random late step of {steps}",
+        "refl": f"one random late step of {steps} sampling steps",
         "alignprop": f"a random number of the last of {steps} sampling steps",
-        "drtune": f"{k} evenly spaced of {steps} sampling steps",
+        "drtune": f"{k} evenly spaced steps of {steps} sampling steps",
     }.get(method, f"{k} of {steps} sampling steps")
     rewards = config.get("reward")
     parts = [f"policy gradient over {steps} sampling steps" if method == "ddpo" else f"gradient through {through}"]
