@@ -17,10 +17,13 @@ def print_evaluation(told: dict[str, Any]) -> None:
         table.add_column(name.removeprefix("reward/"), justify="right", no_wrap=True)
     for row in rows:
         table.add_row(row["label"], *(shown(number) for number in row["metrics"].values()))
-    # as wide as it must be: a terminal folds a line that is too long, rich would cut the numbers off
+    # as wide as needed: a terminal wraps a line that is too long, whereas rich would cut the numbers off
     Console(width=40 + 40 * len(table.columns)).print(table)
     images, prompts = len(told["seeds"]), len(told["prompts"])
-    print(f"mean ± standard error over {images} images of {prompts} prompts; in brackets the paired change from base")
+    print(
+        f"mean ± standard error over {images} images of {prompts} prompts; "
+        "in brackets, the paired change from the base model"
+    )
 
 
 def shown(number: dict[str, Any]) -> str:

@@ -75,11 +75,11 @@ def restore(directory: Path, state: State) -> bool:
         counted = {name: numbers[name] for name in state.counters}
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(
-            f"{source}: damaged ({error}); remove it to continue from the checkpoint before it, if there is one"
+            f"{source}: damaged ({error}); remove it to continue from the previous checkpoint, if there is one"
         ) from None
     fitting = {name: tuple(p.shape) for name, p in state.parameters.items()}
     if {name: tuple(t.shape) for name, t in weights.items()} != fitting:
-        raise UserError(f"{source}: its weights are not those of this configuration's model")
+        raise UserError(f"{source}: its weights do not fit the model of this configuration")
     with torch.no_grad():
         for name, parameter in state.parameters.items():
             parameter.copy_(weights[name])
