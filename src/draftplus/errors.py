@@ -2,7 +2,7 @@
 
 
 class UserError(Exception):
-    """A mistake that the user can mend. The command line prints its one or two lines and exits with 2."""
+    """A mistake that the user can fix. The command line prints its one or two lines and exits with 2."""
 
 
 class Interrupted(BaseException):

@@ -1,4 +1,4 @@
-"""What a user gets wrong is said in one or two plain lines: the value, the place, the mend. Exit status 2."""
+"""What a user gets wrong is said in one or two plain lines: the value, the place, the remedy. Exit status 2."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ SWEEP = {
     "unknown key": (["optim.lrr=1,2"], [r"optim\.lrr=1", r"did you mean 'optim\.lr'"]),
     "wrong type": (["train.steps=4,many"], [r"train\.steps=many"]),
     "out of range": (["objective.kl_coeff=0,-1"], [r"objective\.kl_coeff is -1"]),
-    "brackets": (["optim.betas=[0.9,0.99"], [r"optim\.betas: ", "] is missing"]),
+    "brackets": (["optim.betas=[0.9,0.99"], [r"optim\.betas: ", "the closing ] is missing"]),
     "the same twice": (["seed=1,1"], ["seed=1 is in the sweep twice"]),
     "name": (["seed=1", "--name", "a/b"], ["name 'a/b': give a plain name"]),
 }
@@ -246,7 +246,7 @@ def test_sweeping(refused: Refused, tmp_path: Path, monkeypatch: Any, case: str)
 
 def test_sweeping_without_a_recipe(refused: Refused, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    refused(["sweep", "seed=0,1"], "seed=0,1", "stands where the recipe does")
+    refused(["sweep", "seed=0,1"], "seed=0,1", "where the recipe should be")
     refused(["sweep", "emojy", "seed=0,1"], "did you mean 'emoji'")
     refused(["sweep", "gone.yaml"], "the grid is empty|gone.yaml")
     (tmp_path / "mine.yaml").write_text("recipe: emoji\ngird: {seed: [0]}\n")

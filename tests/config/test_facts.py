@@ -20,8 +20,9 @@ from draftplus.config import (
 )
 from draftplus.config.facts import Affects, Facts
 from draftplus.config.facts import key as make_field
+from draftplus.diffusion.methods import METHODS
+from draftplus.diffusion.regularisers import SPACES
 from draftplus.errors import UserError
-from draftplus.report.wording import METHODS
 
 KEYS = {key: facts_of(field) for key, field in all_keys()}
 CHOOSING = [key for key, facts in KEYS.items() if facts.choices]
@@ -131,8 +132,12 @@ def test_is_below() -> None:
     assert not is_below("evaluation", ["eval"]) and not is_below("eval", ["eval.every"]) and not is_below("a", [])
 
 
-def test_the_report_has_a_name_for_every_method() -> None:
-    assert tuple(METHODS) == KEYS["objective.method"].choices
+def test_the_help_lists_every_method() -> None:
+    assert KEYS["objective.method"].meaning.split(" | ") == list(METHODS)
+
+
+def test_the_spaces_of_the_kl_term_are_those_that_it_knows() -> None:
+    assert KEYS["objective.kl_space"].choices == tuple(SPACES)
 
 
 def test_a_mistyped_fact_is_refused() -> None:

@@ -1,5 +1,6 @@
 """Batches as a pure function of (seed, step, rank)."""
 
+import re
 from collections import Counter
 
 import pytest
@@ -63,16 +64,22 @@ def test_steps_of_epochs_is_the_fewest_that_suffice(epochs, size, repeats):
     ("sizes", "words"),
     [
         ((8, 8, 3, 1), "train.global_batch_size=8 .*data.images_per_prompt=3"),
-        ((8, 8, 1, 3), "train.global_batch_size=8 .*the number of ranks=3"),
+        ((8, 8, 1, 3), "train.global_batch_size=8 .*by 3 ranks.\nUse train.global_batch_size=9 or [24] ranks"),
         (
             (8, 3, 1, 1),
-            r"train.global_batch_size=8 .*train.micro_batch_size=3.\nMake the first 9, say, or the second [24]",
+            r"train.global_batch_size=8 .*by train.micro_batch_size=3.\nUse train.global_batch_size=9 or "
+            r"train.micro_batch_size=[24], for example",
         ),
-        ((8, 8, 1, 2), "2 ranks, the share of each in train.global_batch_size=4 .*train.micro_batch_size=8"),
+        (
+            (8, 8, 1, 2),
+            "train.global_batch_size=8 gives 4 images on each of 2 ranks, .*train.micro_batch_size=8.\n"
+            "Use train.global_batch_size=16 or train.micro_batch_size=4",
+        ),
         ((8, 1, 1, 1, 3), "train.global_batch_size=8 .*objective.ddpo.updates=3"),
         (
             (8, 4, 1, 2, 2),
-            "2 ranks, the share of each in 2 updates, the share of each in train.global_batch_size=2 .*=4",
+            "train.global_batch_size=8 gives 2 images in each of 2 updates on each of 2 ranks, .*=4.\n"
+            "Use train.global_batch_size=16 or train.micro_batch_size=2",
         ),
         ((0, 1, 1, 1), "train.global_batch_size=0: it must be at least 1"),
         ((8, 0, 1, 1), "train.micro_batch_size=0"),
@@ -82,6 +89,14 @@ def test_steps_of_epochs_is_the_fewest_that_suffice(epochs, size, repeats):
 def test_sizes_that_do_not_divide_are_refused(sizes, words):
     with pytest.raises(UserError, match=words):
         check_batch_sizes(*sizes)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 3, 1), (8, 1, 1, 3), (8, 3, 1, 2), (8, 1, 1, 2, 3), (8, 4, 1, 2, 2)])
+def test_the_batch_that_is_proposed_instead_is_accepted(sizes):
+    with pytest.raises(UserError) as error:
+        check_batch_sizes(*sizes)
+    proposed = int(re.search(r"Use train.global_batch_size=(\d+)", str(error.value))[1])
+    check_batch_sizes(proposed, *sizes[1:])
 
 
 def test_sizes_that_divide_pass():

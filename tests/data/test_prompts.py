@@ -81,17 +81,21 @@ def test_repeated_prompts_are_never_on_both_sides():
         ("blank.txt", b"# only\n\n  \n", "has no prompts"),
         ("latin.txt", b"a cat\na d\xf6g\n", r"not UTF-8 text \(byte 9, line 2\)"),
         ("empty.jsonl", b"\n", "has no prompts"),
-        ("broken.jsonl", b'{"prompt": "a"}\n\n{"prompt": \n', "line 3: not JSON"),
-        ("list.jsonl", b'["a cat"]\n', "line 1: .* is no object"),
-        ("field.jsonl", b'{"prompt": "a"}\n{"promt": "a cat"}\n', "line 2: none of prompt, text, caption .* promt"),
-        ("number.jsonl", b'{"prompt": 3}\n', "line 1: prompt is 3"),
+        ("broken.jsonl", b'{"prompt": "a"}\n\n{"prompt": \n', "line 3: not valid JSON"),
+        ("list.jsonl", b'["a cat"]\n', "line 1: .* is not an object"),
+        (
+            "field.jsonl",
+            b'{"prompt": "a"}\n{"promt": "a cat"}\n',
+            "line 2: none of the fields prompt, text, caption, but only promt",
+        ),
+        ("number.jsonl", b'{"prompt": 3}\n', "line 1: prompt is 3; it must be a string"),
         ("blank.jsonl", b'{"prompt": " "}\n', "line 1: prompt is"),
         ("split.jsonl", b'{"prompt": "a cat", "split": "test"}\n', 'line 1: split is "test".*train or held_out'),
         ("both.jsonl", b'{"text": "A Cat"}\n{"text": "a  cat", "split": "held_out"}\n', "line 1 and line 2"),
-        ("held.jsonl", b'{"text": "a cat", "split": "held_out"}\n', "held-out prompts only"),
+        ("held.jsonl", b'{"text": "a cat", "split": "held_out"}\n', "only held-out prompts"),
         ("other.csv", b"a cat\n", "give a .txt, .jsonl or .tar"),
-        ("no.tar", b"a cat\n", "truncated or no tar"),
-        ("empty.tar", b"", "truncated or no tar"),
+        ("no.tar", b"a cat\n", "truncated or not a tar"),
+        ("empty.tar", b"", "truncated or not a tar"),
     ],
 )
 def test_bad_files_are_named(tmp_path, name, content, words):
@@ -101,7 +105,7 @@ def test_bad_files_are_named(tmp_path, name, content, words):
 
 
 def test_a_tar_without_captions_is_refused(tmp_path):
-    with pytest.raises(UserError, match="at least a txt member"):
+    with pytest.raises(UserError, match=r"at least one \.txt member"):
         load_prompts(write_tar(tmp_path / "shard.tar", {"0.jpg": b"picture"}))
 
 
@@ -124,7 +128,7 @@ def test_a_tar_damaged_inside_is_refused(tmp_path):
     data = bytearray(path.read_bytes())
     data[2048:2560] = b"x" * 512  # a header, where tarfile stops without a word
     path.write_bytes(data)
-    with pytest.raises(UserError, match=r"no member and no end mark at byte 2048"):
+    with pytest.raises(UserError, match=r"neither a member nor the end mark at byte 2048"):
         load_prompts(path)
 
 
@@ -133,5 +137,5 @@ def test_unknown_sets_and_missing_files(tmp_path):
         load_prompts("animal")
     with pytest.raises(UserError, match=r"no prompt file '.*absent\.txt'"):
         load_prompts(tmp_path / "absent.txt")
-    with pytest.raises(UserError, match="are a directory"):
+    with pytest.raises(UserError, match="is a directory"):
         load_prompts(tmp_path)

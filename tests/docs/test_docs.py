@@ -9,9 +9,14 @@ from urllib.parse import unquote
 from xml.etree import ElementTree
 
 import pytest
+import typer
 
-from draftplus.build import METRICS, REWARDS
+from draftplus.build import METRICS, REWARDS, build_metric, is_reward, refuse_unknown_reward
+from draftplus.cli import CommandLineError, app
+from draftplus.cli.shared import read_seeds
 from draftplus.config import all_keys, load_config, recipe_names
+from draftplus.errors import UserError
+from draftplus.sweeps.grid import expand, parse_grid, with_variants
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -62,11 +67,94 @@ def test_recipes_that_are_shown_load(page, tmp_path):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_that_are_shown_parse(page):
-    text = re.sub(r"\\\n\s*", "", page.read_text(encoding="utf-8"))
-    for line in re.findall(r"^ *(?:torchrun \S+ -m )?draftplus train (.*)$", text, re.MULTILINE):
-        recipe, *settings = shlex.split(line, comments=True)
-        if recipe in recipe_names():
-            load_config(recipe, [setting for setting in settings if not setting.startswith("--")])
+    for line in commands_shown(page.read_text(encoding="utf-8")):
+        try:
+            check_command(line)
+        except (UserError, CommandLineError) as error:
+            pytest.fail(f"{page.name}: {line}: {getattr(error, 'message', error)}")
+
+
+def test_every_command_is_shown_and_read():
+    """The reader of code blocks finds the commands in them, also those behind a prompt, torchrun or a broken line."""
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    shown = {shlex.split(line)[0] for line in commands_shown(text)}
+    assert shown == {command.callback.__name__ for command in app.registered_commands}
+    block = """
+    ```console
+    $ draftplus generate emoji --prompt "a cat"
+    draftplus in the output, after a prompt
+    ```
+    ```bash
+    OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 -m draftplus train emoji \\
+        optim.lr=3e-4   # slowly
+    ```
+    draftplus nothing outside of a block
+    """
+    assert commands_shown(block) == ['generate emoji --prompt "a cat"', "train emoji optim.lr=3e-4   # slowly"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "trian demo",
+        "train demo --dryrun",
+        "train demo optim.lrr=1e-3",
+        "train demo optim.lr=fast",
+        "train optim.lrr=1e-3",
+        "train runs/demo train.stepss=120",
+        "generate emoji --promt 'a cat'",
+        "generate emoji --prompt 'a cat' sampler.step=25",
+        "generate emoji --prompt 'a cat' --seeds 0-8",
+        "generate emoji --prompt 'a cat' --reward emoji_clap",
+        "evaluate runs/demo --images-per-promt 50",
+        "evaluate runs/demo --metric lpip",
+        "evaluate runs/demo sampler.step=25",
+        "sweep emoji objective.kl_coef=0,1",
+        "sweep emoji objective.kl_coeff=0,1,",
+        "sweep emoji seed=0,1 --job 2",
+        "report runs/demo --out page.html",
+        "report",
+    ],
+)
+def test_a_misspelt_command_is_found(line):
+    with pytest.raises((UserError, CommandLineError)):
+        check_command(line)
+
+
+def commands_shown(text: str) -> list[str]:
+    """What follows `draftplus` in the command lines of a page's code blocks; output under a `$` prompt is left out."""
+    lines = []
+    for language, block in re.findall(r"^ *```(\w*)\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL):
+        block = re.sub(r"\\\n\s*", "", block)
+        prompt = r"\$ " if language == "console" else ""
+        lines += re.findall(rf"^ *{prompt}(?:\w+=\S* )*(?:torchrun .*-m )?draftplus (.*)$", block, re.MULTILINE)
+    return lines
+
+
+def check_command(line: str) -> None:
+    """Parses a command line as the command would, without running it. line: what follows `draftplus`.
+
+    Raises UserError or CommandLineError for an unknown command, option, key, reward or metric, and for values that the
+    command or the configuration would refuse. Settings of a run or of a file are checked over the default recipe.
+    """
+    root = typer.main.get_command(app)
+    name, command, arguments = root.resolve_command(root.context_class(root), shlex.split(line, comments=True))
+    given = command.make_context(name, arguments).params
+    recipe = given.get("recipe", given.get("target"))
+    recipe = recipe if recipe in recipe_names() else "emoji"
+    texts = [given.get("target"), *(given.get("settings") or []), *given.get("arguments", [])]
+    settings = [text for text in texts if text and "=" in text]
+    if given.get("grid"):
+        for run in expand(with_variants(parse_grid(given["grid"]))):
+            load_config(recipe, [f"{key}={value}" for key, value in run.items()])
+    load_config(recipe, settings)
+    if given.get("seeds"):
+        read_seeds(given["seeds"])
+    for reward in given.get("reward") or []:
+        refuse_unknown_reward(reward)
+    for metric in given.get("metric") or []:
+        if not is_reward(metric):
+            build_metric(metric)
 
 
 def test_every_reward_is_described():

@@ -117,7 +117,7 @@ def test_steps_and_best(small: Path, run: Path) -> None:
 
 @pytest.mark.parametrize(
     ("target", "message"),
-    [("@3", "no adapter of step 3; it has 0, 2, 4"), ("@latest", "a step or best"), ("@", None)],
+    [("@3", "no adapter of step 3; its steps are 0, 2, 4"), ("@latest", "a step or best"), ("@", None)],
 )
 def test_steps_that_are_not_there(run: Path, target: str, message: str | None) -> None:
     if message is None:

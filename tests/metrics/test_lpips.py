@@ -144,5 +144,5 @@ def test_bad_images_and_weights_are_refused(tmp_path):
 
 @pytest.mark.parametrize("images", [torch.zeros(2, 3, 40, 40, dtype=torch.uint8), 255 * torch.ones(2, 3, 40, 40)])
 def test_pictures_of_eight_bits_are_refused(images):
-    with pytest.raises(UserError, match=r"images in \[0, 1\], got .* divide pictures of 8 bits by 255"):
+    with pytest.raises(UserError, match=r"images in \[0, 1\], got .* divide 8-bit images by 255"):
         pairwise_lpips(images)

@@ -228,7 +228,7 @@ def test_a_plain_configuration_is_read_with_diffusers_defaults() -> None:
         ({**SCHEDULER, "clip_sample": True}, {}, "clip_sample: true"),
         ({**SCHEDULER, "thresholding": True}, {}, "thresholding: true"),
         ({**SCHEDULER, "rescale_betas_zero_snr": True}, {}, "zero terminal SNR"),
-        (FLOW, {"solver": "ddim"}, "this flow model takes euler"),
+        (FLOW, {"solver": "ddim"}, "use euler for this flow-matching model"),
         (FLOW, {"spacing": "trailing"}, "does not apply to flow-matching"),
         ({**FLOW, "use_karras_sigmas": True}, {}, "use_karras_sigmas: true"),
         ({**FLOW, "use_dynamic_shifting": True}, {}, "must give mu"),

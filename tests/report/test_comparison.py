@@ -162,7 +162,7 @@ def test_a_copy_of_a_run_is_no_second_seed(tmp_path):
     again = write_run(tmp_path / "again", pictures=False)
     (point,) = series_of(figures(first, again), "DRaFT-1").points
     assert (point.lpips.error, point.lpips.count) == (None, 1)
-    assert "again: settings and seed of another run; not in the averages" in page_of(first, again).text
+    assert "again: same settings and seed as another run; not in the averages" in page_of(first, again).text
 
 
 def test_numbers_that_are_not_finite_leave_a_seed_out_of_all_means(tmp_path):
@@ -226,7 +226,7 @@ def test_many_coefficients_leave_the_other_methods_among_the_pictures(tmp_path):
     (comparison,) = comparisons(read_inputs(runs).runs)
     labels = [column.label for column in mosaics.columns_of(comparison)]
     assert len(labels) == mosaics.MOST_COLUMNS and {"DRaFT-1", "DRaFT+, β = 1", "DRaFT+, β = 17"} <= set(labels)
-    assert "left out of the pictures side by side" in page_of(*runs).text
+    assert "left out of the images side by side" in page_of(*runs).text
     shutil.rmtree(runs[3] / "samples" / "step-000002")
     one = next((runs[2] / "samples" / "step-000002").glob("*.png"))
     for picture in (runs[2] / "samples" / "step-000002").glob("*.png"):
@@ -279,7 +279,7 @@ def test_runs_of_different_models_or_evaluations_are_never_in_one_figure(tmp_pat
     assert [[run.name for run in each.runs] for each in sets] == [["a"], ["b"], ["c"]]
     page = page_of(one, two, three)
     assert (
-        "never in one figure" in page.text
+        "never share a figure" in page.text
         and "Model other/model" in page.text
         and "1 held-out prompt (“a hen”)" in page.text
     )
@@ -313,13 +313,13 @@ def test_unfinished_runs_are_named_and_kept_out_of_the_averages(tmp_path):
         ),
         (lambda run: change_rows(run / "eval.jsonl", lambda row: {**row, "per_image": [1]}), "line 2: per_image"),
         (lambda run: change_rows(run / "eval.jsonl", lambda row: {**row, "variants": 3}), "line 1: variants"),
-        (lambda run: cut(run / "config.yaml", "reward:"), "config.yaml (cut off: it lacks reward"),
+        (lambda run: cut(run / "config.yaml", "reward:"), "config.yaml (incomplete: it lacks reward"),
         (lambda run: change_config(run, kl_coeff="x"), "config.yaml (Value 'x'"),
-        (lambda run: middle(next(run.glob("samples/step-000002/*.png"))), "(not whole PNG files)"),
+        (lambda run: middle(next(run.glob("samples/step-000002/*.png"))), "(incomplete PNG files)"),
         (lambda run: (run / "best.json").write_text('{"step": '), "best.json (not JSON)"),
         (
             lambda run: [p.write_bytes(b"no picture") for p in run.glob("samples/*/*.png")],
-            "and 35 more (not whole PNG files)",
+            "and 35 more (incomplete PNG files)",
         ),
         (lambda run: [p.unlink() for p in run.glob("*.jsonl")], "left out of the comparison"),
     ],
@@ -337,8 +337,8 @@ def test_what_is_missing_is_named_with_what_would_make_it(tmp_path):
     text = page_of(
         write_run(tmp_path / "a", pictures=False), write_run(tmp_path / "b", {"seed": 1}, pictures=False)
     ).text
-    assert "Diversity against the KL coefficient needs one method at two KL coefficients" in text
-    assert "Same-seed grids needs samples/" in text
+    assert "Diversity against the KL coefficient: needs one method at two KL coefficients" in text
+    assert "Same-seed grids: needs samples/" in text
 
 
 def test_guards_and_the_best_step_are_marked(tmp_path):
@@ -373,11 +373,11 @@ def test_evaluations_are_a_table_and_points(tmp_path):
         assert (point.label, point.rewards[REWARD].value, point.lpips.value) == ("a@best", 13.5, 0.31)
     assert "13.50 [13.30, 13.70]" in page_of(run, path).text
     alone = page_of(path, evaluation(tmp_path / "f.json", label="b")).text
-    assert "Evaluated models; 4 prompts" in alone and "apart" not in alone
+    assert "Evaluated models; 4 prompts" in alone and "shown separately" not in alone
     elsewhere = page_of(run, evaluation(tmp_path / "g.json", ["a hen"])).text
-    assert "these are apart: Model emoji" in elsewhere and "Evaluated models; 1 prompt" in elsewhere
+    assert "these are shown separately: Model emoji" in elsewhere and "Evaluated models; 1 prompt" in elsewhere
     other = page_of(run, evaluation(tmp_path / "h.json", model="runwayml/sd15")).text
-    assert "these are apart: Model emoji" in other  # the same prompts, and another model
+    assert "these are shown separately: Model emoji" in other  # the same prompts, and another model
     few = page_of(run, evaluation(tmp_path / "i.json", metrics={"lpips": {"mean": 0.3}, "vendi": {"mean": None}})).text
     assert "i.json: a@best: vendi not finite" in few and "not what draftplus evaluate writes" not in few
     bad = {"lpips": {"mean": 0.3, "images": '"><img src=x>'}}

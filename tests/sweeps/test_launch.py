@@ -89,7 +89,7 @@ def test_a_stop_waits_for_what_is_in_flight_and_can_be_continued(tmp_path, stand
     with pytest.raises(Interrupted):
         run_sweep(plan(tmp_path, 0, 3, 5))
     stopping.join()
-    assert "stopped with 1 of 3 runs finished; the same command continues" in capsys.readouterr().err
+    assert "stopped with 1 of 3 runs finished; repeat the command to continue" in capsys.readouterr().err
     assert (tmp_path / "s" / "seed-3" / "saved").exists()
     assert statuses(read_manifest(tmp_path / "s")) == ["finished", "interrupted", "pending"]
     assert statuses(run_sweep(plan(tmp_path, 0, 3, 5))) == ["finished"] * 3

@@ -105,5 +105,5 @@ def test_a_finished_run_is_not_continued_with_a_changed_key(tmp_path):
 
     (run / "config.yaml").write_text(to_yaml(plan.runs[0].config))
     plan_sweep("emoji", {"seed": ["0", "1"], "optim.lr": ["0.1"]}, "s", tmp_path)
-    with pytest.raises(UserError, match=r"optim\.lr=0\.1, now it is 0\.2"):
+    with pytest.raises(UserError, match=r"optim\.lr=0\.1, but now it is 0\.2"):
         plan_sweep("emoji", {"seed": ["0", "1"], "optim.lr": ["0.2"]}, "s", tmp_path)

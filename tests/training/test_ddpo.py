@@ -198,7 +198,7 @@ def test_at_the_first_step_the_reward_is_named(settings: list[str]) -> None:
 
 
 def test_what_it_refuses(settings: list[str]) -> None:
-    with pytest.raises(UserError, match=r"train\.global_batch_size=4 is not a multiple of objective\.ddpo\.updates=3"):
+    with pytest.raises(UserError, match=r"global_batch_size=4 cannot be divided evenly by objective\.ddpo\.updates=3"):
         train_here(settings, *DDPO, "objective.ddpo.updates=3")
     with pytest.raises(UserError, match=r"reward\.emoji_clip\.args\.dropout is 0\.1, which acts on gradients"):
         train_here(settings, DDPO[0], "reward={emoji_clip: {args: {dropout: 0.1}}}")

@@ -13,7 +13,7 @@ from draftplus.runs.rows import REWARD, MetricRow, read_target
 
 EXAMPLES = examples(
     "Examples:\n"
-    "  draftplus evaluate runs/demo                                  base and result, as during training\n"
+    "  draftplus evaluate runs/demo                                  base model and result, as during training\n"
     "  draftplus evaluate runs/demo@40 runs/demo@best --images-per-prompt 50\n"
     "  draftplus evaluate runs/demo --metric lpips --metric coverage --reward jpeg_compressibility\n"
     "  draftplus evaluate runs/demo --anneal linear --prompts my.txt sampler.steps=25 -o measured"
@@ -23,40 +23,50 @@ EXAMPLES = examples(
 def evaluate(
     arguments: Annotated[
         list[str],
-        typer.Argument(metavar="MODEL|RUN[@step|@best]|ADAPTER ... [KEY=VALUE ...]", help="What to measure; settings."),
+        typer.Argument(
+            metavar="MODEL|RUN[@step|@best]|ADAPTER ... [KEY=VALUE ...]", help="Models or runs to measure; settings."
+        ),
     ],
     prompts: Annotated[
-        str | None, typer.Option("--prompts", help="Built-in set, or .txt, .jsonl or .tar file; else held-out ones.")
+        str | None,
+        typer.Option(
+            "--prompts", help="Built-in prompt set, or .txt, .jsonl or .tar file. Default: the held-out prompts."
+        ),
     ] = None,
     images_per_prompt: Annotated[
-        int | None, typer.Option("--images-per-prompt", help="Images of each prompt; else as the run evaluates.")
+        int | None, typer.Option("--images-per-prompt", help="Images per prompt. Default: as in the run.")
     ] = None,
     seeds: Annotated[
-        str | None, typer.Option("--seeds", help="Seeds for every prompt: 0:16 or 1,5,9; else each image its own.")
+        str | None,
+        typer.Option(
+            "--seeds", help="Seeds to use for every prompt: 0:16 or 1,5,9. Default: a different seed for each image."
+        ),
     ] = None,
     reward: Annotated[
-        list[str] | None, typer.Option("--reward", help="Another reward besides the run's own; may be repeated.")
+        list[str] | None, typer.Option("--reward", help="A reward to measure besides the run's own; may be repeated.")
     ] = None,
     metric: Annotated[
         list[str] | None,
         typer.Option(
             "--metric",
-            help="lpips, vendi, precision, recall, coverage, drift, style_entropy, style_count, style_divergence, or "
-            "any reward; may be repeated.",
+            help="A metric: lpips, vendi, precision, recall, coverage, drift, style_entropy, style_count, "
+            "style_divergence, or any reward; may be repeated.",
         ),
     ] = None,
     features: Annotated[
-        str | None, typer.Option("--features", help="CLIPModel, directory or hub id, whose features metrics use.")
+        str | None, typer.Option("--features", help="CLIPModel whose features the metrics use: a directory or hub id.")
     ] = None,
     lora_scale: LoraScale = 1.0,
     anneal: Anneal = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Where eval.json and pictures go.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Directory for eval.json and the images.")
+    ] = None,
 ) -> None:
-    """Measure reward and diversity of models and runs on the same prompts and seeds, beside the base model."""
+    """Measure reward and diversity of models and runs on the same prompts and seeds, next to the base model."""
     settings = [text for text in arguments if "=" in text and not Path(text.partition("@")[0]).exists()]
     targets = [text for text in arguments if text not in settings]
     if not targets:
-        missing = f"; {settings[0]} is no file, and taken for a setting" if settings else ""
+        missing = f" ({settings[0]} does not exist, so it was read as a setting)" if settings else ""
         raise UserError(f"no target given; name a model or a run, such as runs/demo{missing}")
     numbers = read_seeds(seeds) if seeds is not None else None
     chosen = read_prompts(prompts) if prompts is not None else None
@@ -85,10 +95,13 @@ def print_evaluation(told: dict[str, Any]) -> None:
         table.add_column(name.removeprefix(REWARD), justify="right", no_wrap=True)
     for row in rows:
         table.add_row(row.label, *(shown(metric) for metric in row.metrics.values()))
-    # as wide as it must be: a terminal folds a line that is too long, rich would cut the numbers off
+    # as wide as needed: a terminal wraps a line that is too long, whereas rich would cut the numbers off
     Console(width=40 + 40 * len(table.columns)).print(table)
     images, prompts = len(told["seeds"]), len(told["prompts"])
-    print(f"mean ± standard error over {images} images of {prompts} prompts; in brackets the paired change from base")
+    print(
+        f"mean ± standard error over {images} images of {prompts} prompts; "
+        "in brackets, the paired change from the base model"
+    )
 
 
 def shown(metric: MetricRow) -> str:

@@ -19,27 +19,27 @@ EXAMPLES = examples(
 
 
 def generate(
-    target: Annotated[str, typer.Argument(metavar="MODEL|RUN[@step|@best]", help="What to sample.")],
+    target: Annotated[str, typer.Argument(metavar="MODEL|RUN[@step|@best]", help="Model or run to sample from.")],
     settings: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings, such as sampler.steps=25.")
     ] = None,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="A prompt; may be repeated.")] = None,
     prompts: Annotated[
-        str | None, typer.Option("--prompts", help="Built-in set, or .txt, .jsonl or .tar file.")
+        str | None, typer.Option("--prompts", help="Built-in prompt set, or .txt, .jsonl or .tar file.")
     ] = None,
-    seeds: Annotated[str, typer.Option("--seeds", help="Seeds: 7, 0:16, or 1,5,9.")] = "0:4",
+    seeds: Annotated[str, typer.Option("--seeds", help="Seeds to use for every prompt: 7, 0:16 or 1,5,9.")] = "0:4",
     adapter: Annotated[Path | None, typer.Option("--adapter", help="Directory of trained weights to use.")] = None,
     lora_scale: LoraScale = 1.0,
     anneal: Anneal = None,
     reward: Annotated[
-        list[str] | None, typer.Option("--reward", help="Score with this reward; may be repeated.")
+        list[str] | None, typer.Option("--reward", help="A reward to score the images with; may be repeated.")
     ] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Where the pictures go.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Directory for the images.")] = None,
 ) -> None:
-    """Make pictures, a grid of them, and their rewards if asked."""
+    """Generate images and a grid of them, and score them with any rewards named."""
     chosen = list(dict.fromkeys([*(prompt or []), *read_prompts(prompts)]))
     if not chosen:
-        raise UserError("no prompt given; add --prompt 'a cat', or --prompts FILE")
+        raise UserError("no prompt given; add --prompt 'a cat' or --prompts FILE")
     numbers = read_seeds(seeds)
     directory = output or Path("generated") / Path(target.replace("@", "-")).name
     from draftplus import api

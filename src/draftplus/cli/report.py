@@ -18,12 +18,15 @@ EXAMPLES = examples(
 
 
 def report(
-    inputs: Annotated[list[Path], typer.Argument(metavar="RUN|SWEEP ...", help="Runs, sweeps, and eval.json files.")],
+    inputs: Annotated[list[Path], typer.Argument(metavar="RUN|SWEEP ...", help="Runs, sweeps and eval.json files.")],
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="The page; report.html in the one input, else here.")
+        Path | None,
+        typer.Option(
+            "-o", "--output", help="File to write. Default: report.html in the input, or here if there are several."
+        ),
     ] = None,
 ) -> None:
-    """Write the report of a run, or compare several: one page, and a folder of figures beside it."""
+    """Write a report about one run, or one that compares several: a page, and a folder of figures next to it."""
     from draftplus.report import write_report
 
     print(write_report(inputs, output, figures=True))

@@ -8,8 +8,13 @@ import typer
 
 from draftplus.errors import UserError
 
-LoraScale = Annotated[float, typer.Option("--lora-scale", help="Effect of the adapter: 0 base, 1 tuned.")]
-Anneal = Annotated[str | None, typer.Option("--anneal", help="From base to tuned: linear, power:2 or step:0.6.")]
+LoraScale = Annotated[
+    float, typer.Option("--lora-scale", help="Strength of the adapter: 0 is the base model, 1 the tuned one.")
+]
+Anneal = Annotated[
+    str | None,
+    typer.Option("--anneal", help="Schedule from the base model to the tuned one: linear, power:2 or step:0.6."),
+]
 
 
 def examples(text: str) -> str:
@@ -19,7 +24,7 @@ def examples(text: str) -> str:
 
 
 def read_prompts(source: str | None) -> list[str]:
-    """The prompts of `--prompts`; none where it is not given."""
+    """The prompts of `--prompts`; none if it is not given."""
     if source is None:
         return []
     from draftplus.data import prompts

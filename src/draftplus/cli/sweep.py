@@ -20,19 +20,21 @@ EXAMPLES = examples(
 
 
 def sweep(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE|FILE", help="Recipe, YAML file, or a sweep file.")],
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE|FILE", help="Recipe name, recipe file or sweep file.")],
     grid: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=V1,V2,...", help="Values of a key; all are combined.")
+        list[str] | None, typer.Argument(metavar="KEY=V1,V2,...", help="Values of a key; each combination is one run.")
     ] = None,
-    name: Annotated[str | None, typer.Option("--name", help="Made in sweeps/NAME; the recipe and a hash.")] = None,
+    name: Annotated[
+        str | None, typer.Option("--name", help="The sweep goes to sweeps/NAME. Default: recipe and a hash.")
+    ] = None,
     jobs: Annotated[
-        int | None, typer.Option("--jobs", help="Runs that train at the same time; one on each GPU, or one.")
+        int | None, typer.Option("--jobs", help="Runs to train at the same time. Default: one per GPU, or one.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list the runs, and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list the runs, then stop.")] = False,
 ) -> None:
-    """Train a grid of runs and compare them; the same command again continues an unfinished sweep."""
+    """Train a grid of runs and compare them. Repeat the command to continue an unfinished sweep."""
     if "=" in recipe:
-        raise UserError(f"'{recipe}' stands where the recipe does; such as: draftplus sweep emoji {recipe}")
+        raise UserError(f"'{recipe}' is where the recipe should be; for example: draftplus sweep emoji {recipe}")
     from draftplus.sweeps.grid import parse_grid
     from draftplus.sweeps.plan import plan_sweep
 

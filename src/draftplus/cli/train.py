@@ -14,7 +14,7 @@ EXAMPLES = examples(
     "  draftplus train                                        the embedded model and reward\n"
     "  draftplus train emoji objective.kl_coeff=0.1           DRaFT+\n"
     "  draftplus train emoji reward=my_rewards:redness        your own reward\n"
-    "  draftplus train runs/emoji-1a2b3c4d train.steps=120    continue, and go further\n"
+    "  draftplus train runs/emoji-1a2b3c4d train.steps=120    continue a run and train longer\n"
     "  torchrun --nproc_per_node=2 -m draftplus train emoji   two processes\n\n"
     f"Recipes: {', '.join(recipe_names())}\n\nKeys, with their defaults:\n{describe_keys()}"
 )
@@ -22,12 +22,15 @@ EXAMPLES = examples(
 
 def train(
     target: Annotated[
-        str | None, typer.Argument(metavar="RECIPE|RUN", help="Recipe, YAML file, or a run to continue.")
+        str | None,
+        typer.Argument(metavar="RECIPE|RUN", help="Recipe name, YAML file, or run to continue. Default: emoji."),
     ] = None,
-    settings: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings over the recipe.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and stop.")] = False,
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings that override the recipe.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Take one step, print what to expect, and stop.")] = False,
 ) -> None:
-    """Fine-tune a model on a reward; the same command again continues an unfinished run."""
+    """Fine-tune a model on a reward. Repeat the command to continue an unfinished run."""
     if target and "=" in target:
         settings = [target, *(settings or [])]
         target = None

@@ -52,9 +52,9 @@ def steps_of_epochs(epochs: int, prompts: int, global_batch_size: int, images_pe
 def check_batch_sizes(
     global_batch_size: int, micro_batch_size: int, images_per_prompt: int = 1, world_size: int = 1, updates: int = 1
 ) -> None:
-    """UserError where prompts, ranks, DDPO's updates or micro-batches do not divide the batch.
+    """UserError if the prompts, ranks, DDPO's updates or micro-batches do not divide the batch evenly.
 
-    It names both values and a mend.
+    It names both values and a remedy.
     """
     for key, value in (
         ("train.global_batch_size", global_batch_size),
@@ -63,21 +63,23 @@ def check_batch_sizes(
     ):
         if value < 1:
             raise UserError(f"{key}={value}: it must be at least 1.")
-    _divides("train.global_batch_size", global_batch_size, "data.images_per_prompt", images_per_prompt)
-    _divides("train.global_batch_size", global_batch_size, "the number of ranks", world_size)
-    local = global_batch_size // world_size
-    ranks = "" if world_size == 1 else f"{world_size} ranks, the share of each in "
-    _divides(f"{ranks}train.global_batch_size", local, "objective.ddpo.updates", updates)
-    parts = "" if updates == 1 else f"{updates} updates, the share of each in "
-    _divides(f"{ranks}{parts}train.global_batch_size", local // updates, "train.micro_batch_size", micro_batch_size)
+    _divides(global_batch_size, 1, "", "data.images_per_prompt={}", images_per_prompt)
+    _divides(global_batch_size, 1, "", "{} ranks", world_size)
+    ranks = f" on each of {world_size} ranks" if world_size > 1 else ""
+    _divides(global_batch_size, world_size, ranks, "objective.ddpo.updates={}", updates)
+    each = f" in each of {updates} updates" if updates > 1 else ""
+    _divides(global_batch_size, world_size * updates, f"{each}{ranks}", "train.micro_batch_size={}", micro_batch_size)
 
 
-def _divides(whole: str, size: int, part: str, divisor: int) -> None:
+def _divides(batch: int, shares: int, where: str, part: str, divisor: int) -> None:
+    """UserError if `divisor` does not divide one of `shares` equal shares of the batch. where: the shares, in words."""
+    size = batch // shares
     if size % divisor:
         fitting = [n for n in range(1, size + 1) if size % n == 0]
         near = min(fitting, key=lambda n: abs(n - divisor))
-        larger = math.ceil(size / divisor) * divisor
+        larger = math.ceil(size / divisor) * divisor * shares
+        what = f" gives {size} images{where}, which" if where else ""
         raise UserError(
-            f"{whole}={size} is not a multiple of {part}={divisor}.\n"
-            f"Make the first {larger}, say, or the second {near}."
+            f"train.global_batch_size={batch}{what} cannot be divided evenly by {part.format(divisor)}.\n"
+            f"Use train.global_batch_size={larger} or {part.format(near)}, for example."
         )

@@ -20,7 +20,7 @@ _SPLITS = ("train", "held_out")
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts to train on, and others to evaluate on. The two share none, whatever its case and white space."""
+    """Prompts to train on, and others to evaluate on; no prompt is in both, ignoring case and white space."""
 
     train: list[str]
     held_out: list[str]
@@ -57,9 +57,11 @@ def load_prompts(source: str | Path) -> PromptSet:
     for row in train:
         if normalized(row.prompt) in places:
             both = f"{row.place} and {places[normalized(row.prompt)]}"
-            raise UserError(f"'{source}' has '{row.prompt}' to train on and held out ({both}): keep one of them.")
+            raise UserError(
+                f"'{source}' has '{row.prompt}' both for training and held out ({both}): remove one of them."
+            )
     if not train:
-        raise UserError(f"'{source}' has held-out prompts only: some must be of split train.")
+        raise UserError(f"'{source}' has only held-out prompts: some must have the split train.")
     return PromptSet([row.prompt for row in train], list(dict.fromkeys(row.prompt for row in held_out)))
 
 
@@ -83,7 +85,7 @@ def hold_out(prompts: Sequence[str]) -> PromptSet:
 
 
 def normalized(prompt: str) -> str:
-    """What two prompts have in common if they are the same but for case and white space."""
+    """The prompt without differences in case and white space, to compare it with others."""
     return " ".join(prompt.split()).casefold()
 
 
@@ -92,18 +94,18 @@ def _read(source: str | Path) -> list[_Row]:
     readers: dict[str, Callable[[Path], list[_Row]]] = {".txt": _read_txt, ".jsonl": _read_jsonl, ".tar": _read_tar}
     known = "a .txt, .jsonl or .tar file"
     if path.is_dir():
-        raise UserError(f"prompts '{source}' are a directory: give {known}.")
+        raise UserError(f"prompts '{source}' is a directory: give {known}.")
     if not path.exists():
         if path.suffix:
-            raise UserError(f"no prompt file '{source}': check data.prompts or eval.prompts.")
+            raise UserError(f"no prompt file '{source}': check data.prompts, eval.prompts or --prompts.")
         near = difflib.get_close_matches(str(source), BUILT_IN, n=1, cutoff=0.0)
-        raise UserError(f"no prompt set '{source}': the nearest built-in one is '{near[0]}'; else give {known}.")
+        raise UserError(f"no prompt set '{source}': did you mean the built-in set '{near[0]}'? Otherwise give {known}.")
     if path.suffix.lower() not in readers:
-        raise UserError(f"prompts '{source}' cannot be read: give {known}.")
+        raise UserError(f"cannot read prompts from '{source}': give {known}.")
     rows = readers[path.suffix.lower()](path)
     if not rows:
-        member = "a txt member" if path.suffix.lower() == ".tar" else "a prompt"
-        raise UserError(f"'{source}' has no prompts: it needs at least {member}.")
+        member = ".txt member" if path.suffix.lower() == ".tar" else "prompt"
+        raise UserError(f"'{source}' has no prompts: it needs at least one {member}.")
     return rows
 
 
@@ -123,17 +125,20 @@ def _json_row(line: str, place: str, number: int) -> _Row:
     try:
         value = json.loads(line)
     except ValueError as error:
-        raise UserError(f"{place}: not JSON ({error}); a line is an object such as {example}") from error
+        raise UserError(f"{place}: not valid JSON ({error}); each line must be an object such as {example}") from error
     if not isinstance(value, dict):
-        raise UserError(f"{place}: {line.strip()[:40]} is no object such as {example}")
+        raise UserError(f"{place}: {line.strip()[:40]} is not an object; each line must be an object such as {example}")
     field = next((name for name in _FIELDS if name in value), None)
     if field is None:
-        raise UserError(f"{place}: none of {', '.join(_FIELDS)} is there, only {', '.join(value) or 'nothing'}.")
+        raise UserError(
+            f"{place}: none of the fields {', '.join(_FIELDS)}, but only {', '.join(value) or 'an empty object'}: "
+            "rename the field that holds the prompt."
+        )
     prompt, split = value[field], value.get("split")
     if not isinstance(prompt, str) or not prompt.strip():
-        raise UserError(f"{place}: {field} is {json.dumps(prompt)[:40]}, a text that is not empty is needed.")
+        raise UserError(f"{place}: {field} is {json.dumps(prompt)[:40]}; it must be a string that is not empty.")
     if split is not None and split not in _SPLITS:
-        raise UserError(f"{place}: split is {json.dumps(split)[:40]}, it may be {' or '.join(_SPLITS)}.")
+        raise UserError(f"{place}: split is {json.dumps(split)[:40]}; it must be {' or '.join(_SPLITS)}.")
     return _Row(prompt.strip(), split, f"line {number}")
 
 
@@ -146,14 +151,16 @@ def _read_tar(path: Path) -> list[_Row]:
             files = tar_file_expander([{"url": str(path), "stream": stream}], select_files=lambda n: n.endswith(".txt"))
             texts = [(sample["__key__"], sample["txt"]) for sample in group_by_keys(files) if "txt" in sample]
     except (tarfile.TarError, ValueError) as error:
-        raise UserError(f"'{path}' is truncated or no tar file ({error.args[0]}): fetch or pack it again.") from error
+        raise UserError(
+            f"'{path}' is truncated or not a tar file ({error.args[0]}): download or create it again."
+        ) from error
     prompts = [_text(data, f"{path}, member {key}.txt").strip() for key, data in texts]
     return [_Row(prompt, None, f"member {key}.txt") for prompt, (key, _) in zip(prompts, texts, strict=True) if prompt]
 
 
 def _require_complete(path: Path) -> None:
-    # to tarfile a cut between two members, and a header that makes no sense, are the archive's end like any other:
-    # only the block of zeros where the next header would be tells that nothing is missing
+    # tarfile takes a cut between two members, or a header that makes no sense, for the end of the archive: only the
+    # block of zeros in the place of the next header shows that nothing is missing
     end = 0
     with tarfile.open(path, "r:") as tar:
         for member in tar:
@@ -161,7 +168,7 @@ def _require_complete(path: Path) -> None:
     with path.open("rb") as file:
         file.seek(end)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise tarfile.ReadError(f"no member and no end mark at byte {end}")
+            raise tarfile.ReadError(f"neither a member nor the end mark at byte {end}")
 
 
 def _text(data: bytes, place: str) -> str:

@@ -39,7 +39,8 @@ def _one_pass(objective: ObjectiveConfig) -> int:
 class Method:
     """One way to learn from a reward.
 
-    label: its name in reports. window: (objective, schedule, seed, optimizer step) -> the steps that carry gradient,
+    label: its name in reports. words: what it does, in the report of a run, of {k} steps with gradient, {last} such as
+    "the last of 10", {steps} sampling steps and {copies} of DRaFT-LV. window: (objective, schedule, seed, optimizer step) -> the steps that carry gradient,
     the same on every rank. estimate: from the trajectory to the loss; None: the clipped policy gradient on each step's
     log-probability (`draftplus.diffusion.policy`), which needs no gradient of the reward. copies: passes with gradient
     that an image takes beside its window's steps. repeats: how often each pass with gradient is made. check: (config,
@@ -49,6 +50,7 @@ class Method:
     label: str
     window: Callable[[ObjectiveConfig, Schedule, int, int], Window]
     estimate: Estimator | None = estimators.final_image
+    words: str = "gradient through {k} of {steps} sampling steps"
     copies: Callable[[ObjectiveConfig], int] = _no_copies
     repeats: Callable[[ObjectiveConfig], int] = _one_pass
     check: Callable[[Config, int], None] = _nothing_to_check
@@ -141,14 +143,42 @@ def _check_ddpo(config: Config, total: int) -> None:
 
 
 METHODS: dict[str, Method] = {
-    "draft": Method("DRaFT", _last),
+    "draft": Method("DRaFT", _last, words="gradient through {last} sampling steps"),
     "draft_lv": Method(
-        "DRaFT-LV", _last, estimators.renoised, copies=lambda o: o.draft_lv.samples, check=_check_one_step
+        "DRaFT-LV",
+        _last,
+        estimators.renoised,
+        words="gradient through the last of {steps} sampling steps and {copies} re-noised copies",
+        copies=lambda objective: objective.draft_lv.samples,
+        check=_check_one_step,
     ),
-    "refl": Method("ReFL", _late, estimators.hinged, check=_check_one_step),
-    "alignprop": Method("AlignProp", _random_length, check=_check_alignprop),
-    "drtune": Method("DRTune", _spaced, check=_check_drtune),
-    "ddpo": Method("DDPO", _drawn, None, repeats=lambda o: o.ddpo.inner_epochs, check=_check_ddpo),
+    "refl": Method(
+        "ReFL",
+        _late,
+        estimators.hinged,
+        words="gradient through one random late step of {steps}",
+        check=_check_one_step,
+    ),
+    "alignprop": Method(
+        "AlignProp",
+        _random_length,
+        words="gradient through a random number of the last of {steps} sampling steps",
+        check=_check_alignprop,
+    ),
+    "drtune": Method(
+        "DRTune",
+        _spaced,
+        words="gradient through {k} evenly spaced of {steps} sampling steps",
+        check=_check_drtune,
+    ),
+    "ddpo": Method(
+        "DDPO",
+        _drawn,
+        estimate=None,
+        words="policy gradient over {steps} sampling steps",
+        repeats=lambda objective: objective.ddpo.inner_epochs,
+        check=_check_ddpo,
+    ),
 }
 
 

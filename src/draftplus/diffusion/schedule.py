@@ -100,7 +100,9 @@ def make_schedule(
         raise UserError(f"sampler.steps is {steps}; this model takes 1 to {train_steps}")
     if flow:
         if name != "euler":
-            raise UserError(f"sampler.solver={name} is for variance-preserving models; this flow model takes euler")
+            raise UserError(
+                f"sampler.solver={name} is for variance-preserving models; use euler for this flow-matching model"
+            )
         if spacing is not None:
             raise UserError("sampler.spacing does not apply to flow-matching models; leave it null")
         return _flow(config, steps), name
@@ -130,7 +132,7 @@ def alphas_cumprod(config: Mapping[str, Any]) -> Tensor:
         betas = torch.tensor([min(1 - bar((i + 1) / n) / bar(i / n), 0.999) for i in range(n)], dtype=torch.float64)
     else:
         raise UserError(
-            f"the model's scheduler has beta_schedule '{kind}'; known: linear, scaled_linear, squaredcos_cap_v2"
+            f"the model's scheduler has beta_schedule '{kind}'; supported: linear, scaled_linear, squaredcos_cap_v2"
         )
     cumulative = torch.cumprod(1 - betas, 0)
     if config.get("rescale_betas_zero_snr"):  # Lin et al. 2023, algorithm 1
@@ -144,13 +146,13 @@ def _refuse_unsupported(config: Mapping[str, Any], solver: str) -> None:
     for key in sigmas if solver != "ddim" else ():
         if config.get(key):
             raise UserError(
-                f"the model's scheduler_config.json has {key}: true, which {solver} here does not do; "
-                "set it to false, or take sampler.solver=ddim"
+                f"the model's scheduler_config.json has {key}: true, which {solver} does not support "
+                "here; set it to false, or use sampler.solver=ddim"
             )
     for key in ("clip_sample", "thresholding"):
         if config.get(key):
             raise UserError(
-                f"the model's scheduler_config.json has {key}: true, which clips the latents and is made for "
+                f"the model's scheduler_config.json has {key}: true, which clips the latents and is meant for "
                 f"pixel-space models; set it to false"
             )
 
@@ -161,11 +163,11 @@ def _variance_preserving(config: Mapping[str, Any], steps: int, solver: str, spa
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in ("epsilon", "v_prediction", "sample"):
         raise UserError(
-            f"the model's scheduler has prediction_type '{prediction}'; known: epsilon, v_prediction, sample"
+            f"the model's scheduler has prediction_type '{prediction}'; supported: epsilon, v_prediction, sample"
         )
     if prediction == "epsilon" and float(bars[-1]) < 1e-12:
         raise UserError(
-            "the model's scheduler combines epsilon prediction with zero terminal SNR, where x_0 is undefined"
+            "the model's scheduler combines epsilon prediction with zero terminal SNR, for which x_0 is undefined"
         )
     if solver == "dpmpp_2m" and config.get("rescale_betas_zero_snr"):
         bars[-1] = 2**-24  # as in diffusers: it works with log(alpha / sigma), which must be finite
@@ -203,7 +205,7 @@ def _timesteps(n: int, steps: int, solver: str, spacing: str, offset: int) -> li
         if timesteps[0] >= n:
             raise UserError(
                 f"sampler.steps={steps} with the model's steps_offset={offset} reaches timestep "
-                f"{timesteps[0]} of {n}; take fewer steps or sampler.spacing=trailing"
+                f"{timesteps[0]} of {n}; use fewer steps or sampler.spacing=trailing"
             )
         return timesteps
     raise UserError(f"the model's scheduler has timestep_spacing '{spacing}'; choose {', '.join(SPACINGS)}")
@@ -230,7 +232,9 @@ def _flow(config: Mapping[str, Any], steps: int) -> Schedule:
     if config.get("use_dynamic_shifting"):
         mu = config.get("mu")
         if mu is None:
-            raise UserError("this flow model's shift depends on the image size: its scheduler() must give mu")
+            raise UserError(
+                "the shift of this flow-matching model depends on the image size: its scheduler() must give mu"
+            )
         shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
         sigmas = [shifted(s) for s in torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64).tolist()]
     else:  # diffusers shifts the training sigmas' ends, spaces evenly between them, and shifts again
@@ -239,7 +243,7 @@ def _flow(config: Mapping[str, Any], steps: int) -> Schedule:
     terminal = config.get("shift_terminal")
     if terminal:
         if steps == 1:
-            raise UserError("sampler.steps is 1; the model's scheduler has a shift_terminal, which takes at least 2")
+            raise UserError("sampler.steps is 1; the model's scheduler has a shift_terminal, which needs at least 2")
         stretch = (1 - sigmas[-1]) / (1 - float(terminal))
         sigmas = [1 - (1 - s) / stretch for s in sigmas]
     levels = [*sigmas, 0.0]

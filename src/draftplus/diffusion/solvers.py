@@ -31,10 +31,10 @@ class Solver(Protocol):
 def make_solver(name: str, eta: float = 0.0, key: str = "sampler.eta") -> Solver:
     """The solver of a name that `make_schedule` resolved.
 
-    Raises UserError where eta asks a deterministic solver for noise.
+    Raises UserError if eta is not in [0, 1], or above 0 with a deterministic solver.
     """
     if eta < 0 or eta > 1:
-        raise UserError(f"{key} is {eta}; it lies in [0, 1]")
+        raise UserError(f"{key} is {eta}; it must be between 0 and 1")
     if eta > 0 and name != "ddim":
         raise UserError(f"{key}={eta} needs sampler.solver=ddim; {name} is deterministic")
     if name == "dpmpp_2m":

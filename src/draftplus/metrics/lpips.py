@@ -33,12 +33,12 @@ def pairwise_lpips(images: Tensor, weights: str | Path = WEIGHTS) -> Tensor:
     """
     if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < SMALLEST or len(images) == 0:
         raise UserError(
-            f"LPIPS needs n >= 1 images (n, 3, H, W) of at least {SMALLEST} pixels, got {tuple(images.shape)}."
+            f"LPIPS needs n >= 1 images (n, 3, H, W), sides of at least {SMALLEST} pixels, got {tuple(images.shape)}."
         )
     if not images.is_floating_point() or images.amin() < -0.01 or images.amax() > 1.01:
         raise UserError(
             f"LPIPS needs images in [0, 1], got {images.dtype} from {images.amin().item():g} to "
-            f"{images.amax().item():g}: divide pictures of 8 bits by 255."
+            f"{images.amax().item():g}: divide 8-bit images by 255."
         )
     network = _network(str(weights), images.device)
     distances = torch.zeros(len(images), len(images), dtype=torch.float64)  # (n, n)

@@ -1,4 +1,4 @@
-"""The metrics: what each needs to have been seen of the images, and how that becomes a number with an interval."""
+"""The metrics: what each needs to know about the images, and how that becomes a number with an interval."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def _divergence(styles: Tensor) -> Tensor:
 
 
 def _given(seen: Tensor | None) -> Tensor:
-    assert seen is not None, "a metric was asked for that nobody looked for"
+    assert seen is not None, "a metric needs something that was not computed"
     return seen
 
 

@@ -97,7 +97,7 @@ class Report:
         """By quantity: title, unit of the axis, what it means, and the curve of each run that has it."""
         wanted = [("reward", "Training reward", "reward", "the weighted sum that is optimised, smoothed", False)]
         wanted += [
-            (reward_key(name), f"Held-out reward, {name}", "reward", "on prompts that training never sees", True)
+            (reward_key(name), f"Held-out reward, {name}", "reward", "on prompts that are never used in training", True)
             for name in section.figures.rewards
         ]
         wanted += [
@@ -200,8 +200,8 @@ class Report:
             told.append(figure_block(drawing.element(f"c{prefix}"), caption, "curve", f' data-curves="{prefix}"'))
         if told:
             parts.append(
-                "<section><h2>Training curves</h2><p>A line is a run, coloured by its method. "
-                "★ is the best evaluation where it is not the last, × where a guard ended the run.</p>"
+                "<section><h2>Training curves</h2><p>Each line is a run, coloured by its method. "
+                "★ marks the best evaluation if it is not the last, × where a guard ended the run.</p>"
                 f'<div class="charts">{"".join(told)}</div></section>'
             )
         if not told:
@@ -210,13 +210,13 @@ class Report:
             series_of = {id(run): self.series[self.methods[id(run)]] for run in section.comparison.runs}
             table = tables.runs_table(section.comparison, section.figures.rewards, series_of, self.pages(directory))
             parts.append(
-                "<section><h2>What differs, and what came out</h2><p>A row is a run. A click on a heading sorts.</p>"
+                "<section><h2>Settings and results</h2><p>Each row is a run. Click on a heading to sort.</p>"
                 f"{table}</section>"
             )
         if self.targets and section is self.sections[-1]:
             parts.append(
-                "<section><h2>Evaluated models</h2><p>From <code>draftplus evaluate</code>; brackets are 95% "
-                f"intervals.</p>{tables.evaluations_table(self.targets)}</section>"
+                "<section><h2>Evaluated models</h2><p>From <code>draftplus evaluate</code>; 95% intervals in "
+                f"brackets.</p>{tables.evaluations_table(self.targets)}</section>"
             )
         parts.append(missing_block(missing))
         return "".join(parts)
@@ -230,11 +230,11 @@ class Report:
                 for d in offs
             )
             yield (
-                "<section><h2>The trade-off</h2><p>Up is more varied, right is a higher reward: the best place is the "
-                "upper right. A line is one method; its marks are its settings. Dashed lines need no further training: "
-                "stopping early, scaling the LoRA, or annealing from the base model. Rings are the Pareto front, the "
-                "marks that no other beats in both. Bars are one standard error of the mean over training seeds; a "
-                f"mark without bars is one run.</p>{blocks}</section>"
+                "<section><h2>The trade-off</h2><p>Higher is more diverse and further right is a higher reward, so "
+                "the best place is the upper right. Each line is a method; its marks are its settings. Dashed lines "
+                "need no further training: stopping early, scaling the LoRA, or annealing from the base model. Rings "
+                "are the Pareto front, the marks that no other mark beats in both. Bars are one standard error of the "
+                f"mean over training seeds; a mark without bars is a single run.</p>{blocks}</section>"
             )
         else:
             missing.append(("trade-off", "needs eval.jsonl with a reward and LPIPS of two settings or more"))
@@ -244,7 +244,7 @@ class Report:
                 for d in kls
             )
             yield (
-                "<section><h2>What the KL coefficient does</h2><p>From left to right the model is held nearer to the "
+                "<section><h2>What the KL coefficient does</h2><p>From left to right the model is kept closer to the "
                 "base model, whose value is the dashed line. Bars are one standard error over training seeds.</p>"
                 f'<div class="charts">{blocks}</div></section>'
             )
@@ -257,7 +257,7 @@ class Report:
         common = mosaics.common_pictures(columns)
         if len(columns) < 2 or not common:
             why = "needs samples/ of the same prompts and seeds, at step 0 and after training"
-            missing += [("same-seed grids", why), ("base against tuned", why)]
+            missing += [("same-seed grids", why), ("base model and tuned models", why)]
             return
         shown = list(common)[: mosaics.MOST_PROMPTS]
         options = "".join(
@@ -265,11 +265,12 @@ class Report:
             for n, p in enumerate(shown)
         )
         yield (
-            '<section class="grids"><h2>The same noise, by method</h2><p>A row is one seed: all its pictures start '
-            "from the same noise. Columns: the base model, strong to weak KL terms, the methods without.</p>"
+            '<section class="grids"><h2>The same noise, by method</h2><p>Each row is a seed, and all its images start '
+            "from the same noise. The columns are the base model, the methods with a KL term, from strong to weak, and "
+            "then those without one.</p>"
             f'<p><label>Prompt <select class="prompts">{options}</select></label></p>'
             f"{mosaics.same_seed_grids(columns, prompts, self.series)}</section>"
-            "<section><h2>Base against tuned</h2><p>A column is one prompt and seed, a row one model.</p>"
+            "<section><h2>Base model and tuned models</h2><p>Each column is a prompt and seed, each row a model.</p>"
             f"{mosaics.many_prompts(columns, prompts, self.series)}</section>"
         )
 

@@ -59,7 +59,7 @@ def _held_out_rewards(run: Run) -> list[Chart]:
         gains = [gain for row in rows if (gain := summary.gain_between(rows[0], row, name)) is not None]
         errors = [math.nan if gain.standard_error is None else gain.standard_error for gain in gains]
         complete = len(errors) == len(rows) > 1 and any(map(math.isfinite, errors))
-        note = "On prompts and seeds that training never sees."
+        note = "On prompts and seeds that are never used in training."
         note += " Bars are one standard error of the paired gain over images." if complete else ""
         note += _marks(run, steps)
         charts.append(
@@ -78,8 +78,8 @@ def _stopped(run: Run, steps: Sequence[int]) -> int | None:
 
 
 def _marks(run: Run, steps: Sequence[int]) -> str:
-    told = " ★ is the best evaluation." if run.best.get("step") in steps else ""
-    return f"{told} × is where a guard ended the run." if run.stopped else told
+    told = " ★ marks the best evaluation." if run.best.get("step") in steps else ""
+    return f"{told} × marks where a guard ended the run." if run.stopped else told
 
 
 def _start(steps: Sequence[int], values: Sequence[float]) -> tuple[float, str]:
@@ -98,8 +98,8 @@ def _diversity(run: Run) -> list[Chart]:
         return []
     note = "Mean pairwise LPIPS of one prompt's images; higher is more varied."
     floor = summary.number(flatten(run.config).get("stop.diversity_floor"))
-    level = _start(steps, values) if floor is None else (values[0] * floor, "floor that ends the run")
-    note += " × is where a guard ended the run." if run.stopped else ""
+    level = _start(steps, values) if floor is None else (values[0] * floor, "floor below which the run ends")
+    note += " × marks where a guard ended the run." if run.stopped else ""
     stopped = _stopped(run, steps)
     return [Chart("Diversity", note, steps, values, level=level, markers=True, from_zero=True, stopped=stopped)]
 

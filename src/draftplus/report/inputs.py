@@ -1,4 +1,4 @@
-"""What a report is made of: runs, sweeps and evaluations. What cannot be read is named, and the rest is used."""
+"""What a report is made from: runs, sweeps and evaluations. What cannot be read is listed, and the rest is used."""
 
 from __future__ import annotations
 
@@ -67,7 +67,9 @@ def read_inputs(paths: Sequence[Path]) -> Inputs:
             for one in inside:
                 _read_run(one, found, seen)
             if not inside:
-                found.problems.append(f"{path}: not a run, and none in it; a run has config.yaml and eval.jsonl")
+                found.problems.append(
+                    f"{path}: not a run, and there is none in it; a run has config.yaml and eval.jsonl"
+                )
     names = [run.name for run in found.runs]
     for run in found.runs:
         if names.count(run.directory.resolve().name) > 1:  # such as seed-0 of two sweeps
@@ -94,7 +96,7 @@ def _read_run(path: Path, found: Inputs, seen: set[Path]) -> None:
         return
     found.problems += [f"{run.name}: {item}" for item in run.missing]
     if not run.config or not (run.steps or run.evaluations):
-        found.problems.append(f"{run.name}: left out of the comparison, which needs its configuration and its numbers")
+        found.problems.append(f"{run.name}: left out of the comparison: its configuration or its numbers are missing")
         return
     found.runs.append(run)
 
@@ -105,7 +107,7 @@ def _read_sweep(path: Path, found: Inputs, seen: set[Path]) -> None:
         told = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         entries = [(str(run["name"]), str(run["status"]), run.get("error")) for run in told["runs"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        found.problems.append(f"{path / MANIFEST}: not a sweep's manifest; every run in the directory is taken")
+        found.problems.append(f"{path / MANIFEST}: not a sweep's manifest; every run in the directory is used instead")
         entries = [(one.name, "finished", None) for one in sorted(path.iterdir()) if has_anything_of_a_run(one)]
     for name, status, error in entries:
         if status != "finished":
@@ -113,7 +115,7 @@ def _read_sweep(path: Path, found: Inputs, seen: set[Path]) -> None:
         if has_anything_of_a_run(path / name):
             _read_run(path / name, found, seen)
         elif status == "finished":
-            found.problems.append(f"{name}: its run directory is gone")
+            found.problems.append(f"{name}: its run directory is missing")
 
 
 def _read_evaluation(path: Path, found: Inputs) -> None:

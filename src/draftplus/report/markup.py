@@ -50,12 +50,12 @@ def figure_block(svg: str, caption: str, kind: str, attributes: str = "") -> str
 
 def problems_block(problems: Sequence[str]) -> str:
     """HTML of what could not be read or did not finish; empty without."""
-    return _list("Not complete", problems)
+    return _list("Incomplete", problems)
 
 
 def missing_block(missing: Sequence[tuple[str, str]]) -> str:
     """HTML of the figures that cannot be drawn, each with what would make it; empty without."""
-    return _list("Figures that are missing", [f"{name[0].upper()}{name[1:]} {why}" for name, why in missing])
+    return _list("Missing figures", [f"{name[0].upper()}{name[1:]}: {why}" for name, why in missing])
 
 
 def _list(title: str, items: Sequence[str]) -> str:

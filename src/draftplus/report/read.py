@@ -87,7 +87,7 @@ def _read_config(run: Run) -> dict[str, Any]:
     config = with_new_names(config)
     lacking = [field.name for field in dataclasses.fields(Config) if field.name not in config]
     if lacking:
-        run.missing.append(f"config.yaml (cut off: it lacks {', '.join(lacking)})")
+        run.missing.append(f"config.yaml (incomplete: it lacks {', '.join(lacking)})")
         return {}
     try:
         OmegaConf.merge(OmegaConf.structured(Config), config)
@@ -123,7 +123,7 @@ def _read_rows(
             run.missing.append(f"{name}, line {number} (not a row with a step)")
             continue
         bad = ill_formed(row)
-        run.missing += [f"{name}, line {number}: {key} (not what a run writes there)" for key in bad]
+        run.missing += [f"{name}, line {number}: {key} (not a value that a run writes)" for key in bad]
         rows[row["step"]] = {key: value for key, value in row.items() if key not in bad}
     if not rows:
         run.missing.append(f"{name} is empty ({consequence})")
@@ -147,7 +147,7 @@ def _read_samples(run: Run) -> None:
             run.grids[step] = directory / "grid.png"
     if broken:
         first = broken[0].relative_to(run.directory)
-        run.missing.append(f"{first}{f' and {len(broken) - 1} more' * (len(broken) > 1)} (not whole PNG files)")
+        run.missing.append(f"{first}{f' and {len(broken) - 1} more' * (len(broken) > 1)} (incomplete PNG files)")
     if not run.samples and not run.grids:
         run.missing.append("samples/ (no pictures)")
         return

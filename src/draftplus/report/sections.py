@@ -63,7 +63,7 @@ def summary_line(runs: Sequence[Run], targets: Sequence[Evaluated], sections: Se
     total = sum((summary.training_seconds(run) or (0.0,))[0] + summary.evaluation_seconds(run) for run in runs)
     told = [f"{_count(len(runs), 'run')} of {_count(groups, 'setting')}"] if runs else []
     told += [f"{seeds} training seeds"] if seeds > 1 else []
-    told += [f"{duration(total)} in all"] if total else []
+    told += [f"{duration(total)} in total"] if total else []
     told += [_count(len(targets), "evaluated model")] if targets else []
     where = f" {sections[0].comparison.title}." if len(sections) == 1 else ""
     return f"{', '.join(told)}.{where}"
@@ -78,14 +78,16 @@ def notes(sections: Sequence[Section]) -> list[str]:
     told = []
     if len(sections) > 1:
         names = "; ".join(section.comparison.title for section in sections)
-        told = [f"Different base models or evaluation prompts are never in one figure, so these are apart: {names}"]
+        told = [
+            f"Different base models or evaluation prompts never share a figure, so these are shown separately: {names}"
+        ]
     for section in sections:
         without = mosaics.left_out(section.comparison)
         if without:
-            told.append(f"{', '.join(without)}: left out of the pictures side by side; too few of them, or no place")
+            told.append(f"{', '.join(without)}: left out of the images side by side: too few images, or no room")
         for group in section.comparison.groups:
             told += [f"{run.name}: {tables.ended(run)}; not in the averages over seeds" for run in group.short]
-            told += [f"{run.name}: settings and seed of another run; not in the averages" for run in group.copies]
+            told += [f"{run.name}: same settings and seed as another run; not in the averages" for run in group.copies]
             told += [
                 f"{run.name}: its last evaluation has numbers that are not finite; not in the averages"
                 for run in group.runs

@@ -28,9 +28,9 @@ def runs_table(
     heads = [
         *((key.rpartition(".")[2], key) for key in keys), *([("seed", "seed")] if seeds else []),
         *((f"reward {name}", f"last held-out mean of {name}") for name in rewards),
-        ("LPIPS", "last mean pairwise LPIPS of one prompt's images"), ("of base", "LPIPS over the base model's"),
-        ("steps", "optimizer steps"), ("best step", "as best.json says"), ("time", "training and evaluation"),
-        ("evaluation", "share of the time that evaluation took"), ("ended", "how the run ended"),
+        ("LPIPS", "last mean pairwise LPIPS of one prompt's images"), ("of base", "LPIPS relative to the base model's"),
+        ("steps", "optimizer steps"), ("best step", "from best.json"), ("time", "training and evaluation"),
+        ("evaluation", "share of the time spent on evaluation"), ("ended", "how the run ended"),
     ]  # fmt: skip
     head = "".join(f'<th scope="col" title="{escape(told)}">{escape(text)}</th>' for text, told in heads)
     rows = "".join(

@@ -6,11 +6,12 @@ import math
 from typing import Any
 
 from draftplus.config import flatten
+from draftplus.diffusion.methods import METHODS
 
-METHODS = {
-    "draft": "DRaFT", "draft_lv": "DRaFT-LV", "refl": "ReFL", "alignprop": "AlignProp", "drtune": "DRTune",
-    "ddpo": "DDPO",
-}  # fmt: skip
+
+def label(method: str) -> str:
+    """A method's name as the papers write it; a name that is not known as it is."""
+    return METHODS[method].label if method in METHODS else method
 
 
 def method_in_words(config: dict[str, Any]) -> str:
@@ -18,21 +19,17 @@ def method_in_words(config: dict[str, Any]) -> str:
     flat = flatten(config)
     method = str(flat.get("objective.method", ""))
     if not method:
-        return "The method is not known."
-    name, steps, k = METHODS.get(method, method), flat.get("sampler.steps"), flat.get("objective.grad_steps")
+        return "The method is unknown."
+    name, steps, k = label(method), flat.get("sampler.steps"), flat.get("objective.grad_steps")
     coefficient = flat.get("objective.kl_coeff") or 0
+    differentiates = method not in METHODS or METHODS[method].differentiates
     if coefficient > 0:
-        name = "DRaFT+" if method == "draft" else name if method == "ddpo" else f"{name} with the KL term of DRaFT+"
-    last = "the last" if k == 1 else f"the last {k}"
-    through = {
-        "draft": f"all {steps} sampling steps" if k in ("all", steps) else f"{last} of {steps} sampling steps",
-        "draft_lv": f"the last of {steps} sampling steps and {flat.get('objective.draft_lv.samples')} re-noised copies",
-        "refl": f"one random late step of {steps}",
-        "alignprop": f"a random number of the last of {steps} sampling steps",
-        "drtune": f"{k} evenly spaced of {steps} sampling steps",
-    }.get(method, f"{k} of {steps} sampling steps")
+        name = "DRaFT+" if method == "draft" else f"{name} with the KL term of DRaFT+" if differentiates else name
+    last = f"all {steps}" if k in ("all", steps) else f"the last of {steps}" if k == 1 else f"the last {k} of {steps}"
+    words = METHODS[method].words if method in METHODS else "gradient through {k} of {steps} sampling steps"
+    copies = flat.get("objective.draft_lv.samples")
     rewards = config.get("reward")
-    parts = [f"policy gradient over {steps} sampling steps" if method == "ddpo" else f"gradient through {through}"]
+    parts = [words.format(k=k, steps=steps, last=last, copies=copies)]
     if isinstance(rewards, dict) and rewards:
         parts.append(f"reward {' + '.join(map(str, rewards))}")
     if coefficient > 0:

@@ -29,7 +29,7 @@ def write_report(inputs: Path | Sequence[Path], output: Path | None = None, figu
         raise UserError("nothing to report on; name a run or a sweep")
     at = Path(output) if output is not None else _beside(paths) / "report.html"
     if at.is_dir():
-        raise UserError(f"'{at}' is a directory; name the page's file as output, such as {at / 'report.html'}")
+        raise UserError(f"the output '{at}' is a directory; give a file name, such as {at / 'report.html'}")
     single = len(paths) == 1 and has_anything_of_a_run(paths[0])
     if single:
         run = read_run(paths[0])

@@ -1,4 +1,4 @@
-"""Run directories: where a run lies, whether it may be continued, and which of its weights somebody means."""
+"""Run directories: which steps are saved, who may write, and what is removed when a run starts again."""
 
 from __future__ import annotations
 
@@ -41,9 +41,13 @@ def locked(run: Path) -> Iterator[None]:
         run.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
-        raise UserError(f"{run}: another process is training in it; wait for it, or give another name=") from None
+        raise UserError(
+            f"{run}: another process is training in it; wait for it to finish, or choose another name="
+        ) from None
     except OSError as error:
-        raise UserError(f"{run}: the run directory cannot be written: {error.strerror}; set output_dir=") from None
+        raise UserError(
+            f"{run}: the run directory cannot be written: {error.strerror}; set another output_dir="
+        ) from None
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Writing so that nothing is ever half there: a temporary neighbour first, then one rename."""
+"""Writing so that nothing is ever left incomplete: to a temporary path beside the target first, then one rename."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def make_output(directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"'{directory}' cannot be made: {error.strerror}; name another output directory") from None
+        raise UserError(f"'{directory}' cannot be created: {error.strerror}; name another output directory") from None
 
 
 def write_text(target: Path, text: str) -> None:
@@ -70,8 +70,8 @@ def disk_errors(target: Path) -> Iterator[None]:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         if full or "No space left on device" in str(error):
             raise UserError(
-                f"{target}: no space left on the disk; what was saved before is whole. "
-                "Free some space and give the same command to continue"
+                f"{target}: no space left on the disk; what was saved before is intact. "
+                "Free some space and repeat the command to continue"
             ) from None
         raise
 

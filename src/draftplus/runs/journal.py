@@ -44,7 +44,7 @@ def append_row(path: Path, row: Row) -> None:
 
 
 def finite(value: Any) -> Any:
-    """The value with null in the place of every number in it that is not finite."""
+    """The value, with every number in it that is not finite replaced by null."""
     if isinstance(value, Mapping):
         return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -89,7 +89,9 @@ def _open(name: str, run: Path, config: Mapping[str, Any], step: int) -> Logger:
         try:
             module = importlib.import_module(name)
         except ImportError:
-            raise UserError(f"log.to names {name}, which is not installed: pip install draftplus[{name}]") from None
+            raise UserError(
+                f"log.to names {name}, which is not installed; run: pip install draftplus[{name}]"
+            ) from None
         # wandb continues the run of an id; trackio the one of a name
         identity = {"id": f"{run.name}-{rng.address(0, str(run.resolve())):x}"} if name == "wandb" else {}
         module.init(project="draftplus", name=run.name, config=dict(config), resume="allow", **identity)

@@ -32,7 +32,9 @@ def plan_run(target: Config | str | Path | None, overrides: Sequence[str]) -> tu
     if is_run(run) and saved_steps(run / "checkpoints"):  # without one there is nothing to continue
         _refuse_changes(resolve(load_run_config(run)), config, run)
     elif (run / "adapter").is_dir():  # a run that was killed before its first checkpoint has none, and starts anew
-        raise UserError(f"{run} holds a result but no checkpoint to continue from; give another name=, or remove it")
+        raise UserError(
+            f"{run} holds a result but no checkpoint to continue from; choose another name=, or remove the directory"
+        )
     return config, run
 
 
@@ -52,6 +54,6 @@ def _refuse_changes(before: Config, now: Config, run: Path) -> None:
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
             raise UserError(
-                f"{run} was made with {key}={old.get(key)}, now it is {new.get(key)}: a run continues only with the "
-                f"keys that shaped it. Give it another name=, or {key}={old.get(key)}"
+                f"{run} was started with {key}={old.get(key)}, but now it is {new.get(key)}; this key cannot change "
+                f"when a run is continued. Choose another name= for a new run, or set {key}={old.get(key)}"
             )

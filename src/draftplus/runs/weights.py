@@ -34,7 +34,7 @@ def find_weights(target: str, overrides: Sequence[str] = ()) -> Weights:
         _refuse_missing(target)
         config = load_config(None, [f"model.path={json.dumps(target)}", *overrides])
         if config.model.path != target:
-            raise UserError(f"'{target}' is named and model.path={config.model.path} is set too; name the one you mean")
+            raise UserError(f"'{target}' is given but model.path={config.model.path} is set too; remove one of them")
         return Weights(resolve(config), None, target)
     run = Path(path) if Path(path).name not in ("", "..") else Path(path).resolve()  # "." has no name
     config = resolve(load_run_config(run, overrides))
@@ -48,9 +48,11 @@ def find_weights(target: str, overrides: Sequence[str] = ()) -> Weights:
         return Weights(config, adapter, run.name)
     step = _best(run) if at == "best" else int(at) if at.isdecimal() else None
     if step is None:
-        raise UserError(f"'{target}': after @ comes a step or best")
+        raise UserError(f"'{target}': give a step or best after the @")
     if step not in steps:
-        raise UserError(f"{run} has no adapter of step {step}; it has {', '.join(map(str, steps)) or 'none yet'}")
+        raise UserError(
+            f"{run} has no adapter of step {step}; its steps are {', '.join(map(str, steps)) or 'none yet'}"
+        )
     return Weights(config, run / "adapters" / step_name(step), f"{run.name}@{step}")
 
 
@@ -72,7 +74,7 @@ def _best(run: Path) -> int:
         return int(json.loads((run / "best.json").read_text(encoding="utf-8"))["step"])
     except (OSError, ValueError, KeyError):
         floor = load_run_config(run).stop.diversity_floor
-        why = "it is written at the first evaluation after a step"
+        why = "it is written at the first evaluation after step 0"
         if floor is not None:
-            why += f" whose LPIPS is at least stop.diversity_floor={floor:g} times the base model's"
+            why += f" with an LPIPS of at least stop.diversity_floor={floor:g} times the base model's"
         raise UserError(f"{run} has no best.json; {why}") from None

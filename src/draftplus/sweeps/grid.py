@@ -19,9 +19,9 @@ LONGEST_NAME = 80
 
 Settings = dict[str, str]  # key -> value, as they are written in KEY=VALUE
 
-PLAIN = re.compile(r"[\w./:+-]+")  # text that stands for itself, unless YAML takes it for a number or the like
+PLAIN = re.compile(r"[\w./:+-]+")  # text that needs no quotes, unless YAML reads it as a number or the like
 CLOSES = {"(": ")", "[": "]", "{": "}"}
-OWNED = {"name": "each run is named after what differs", "output_dir": "the runs of a sweep lie in its own directory"}
+OWNED = {"name": "each run is named after its settings", "output_dir": "the runs go to the sweep's own directory"}
 
 
 def split_values(text: str) -> list[str]:
@@ -39,15 +39,15 @@ def split_values(text: str) -> list[str]:
             waiting.append(CLOSES[character])
         elif character in CLOSES.values():
             if not waiting or waiting.pop() != character:
-                raise UserError(f"'{text}': '{character}' closes nothing")
+                raise UserError(f"'{text}': the opening bracket for '{character}' is missing")
         elif character == "," and not waiting:
             values.append(text[start:i].strip())
             start = i + 1
     values.append(text[start:].strip())
     if quote or waiting:
-        raise UserError(f"'{text}': {quote or waiting[-1]} is missing")
+        raise UserError(f"'{text}': the closing {quote or waiting[-1]} is missing")
     if "" in values:
-        raise UserError(f"'{text}': a value is empty; write null or \"\" where that is meant")
+        raise UserError(f"'{text}': a value is empty; write null or \"\" if that is what you mean")
     return values
 
 
@@ -62,7 +62,9 @@ def parse_grid(arguments: Sequence[str]) -> dict[str, list[str]]:
         if not equals or not key or not values.strip():
             raise UserError(f"'{argument}': expected KEY=V1,V2,..., such as objective.kl_coeff=0,1,10")
         if key in grid:
-            raise UserError(f"{key} is given twice ({','.join(grid[key])} and {values}); list all values once")
+            raise UserError(
+                f"{key} is given twice ({','.join(grid[key])} and {values}); give all values in one argument"
+            )
         try:
             grid[key] = split_values(values)
         except UserError as error:
@@ -100,7 +102,7 @@ def with_variants(grid: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     if not knobs:
         return {key: list(values) for key, values in grid.items()}
     if "eval.variants" in grid:
-        raise UserError(f"{min(knobs)} and eval.variants are both in the grid; name all ways to sample in one of them")
+        raise UserError(f"{min(knobs)} and eval.variants are both in the grid; list all ways to sample in one of them")
     given = [f"{key}={value}" for key, values in knobs.items() for value in values]
     try:
         variants = [OmegaConf.to_container(OmegaConf.from_dotlist([text])) for text in given]
@@ -118,15 +120,17 @@ def with_variants(grid: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
 def expand(grid: Mapping[str, Sequence[str]], runs: Sequence[Mapping[str, Sequence[str]]] = ()) -> list[Settings]:
     """The settings of each run: every combination of the grid, with each of `runs`, small grids of their own.
 
-    Raises UserError where there is none, more than 1,000, the same twice, a key that both sides have, or one that
-    the sweep sets itself.
+    Raises UserError if there is no run, there are more than 1,000 or the same one twice, and for a key that is in both
+    the grid and a run, or that the sweep sets itself.
     """
     if not grid and not any(runs):
         raise UserError("the grid is empty; give at least one KEY=V1,V2,..., such as objective.kl_coeff=0,1,10")
     grids = []
     for own in runs or [{}]:
         for key in own.keys() & grid.keys():
-            raise UserError(f"{key} is in the grid ({', '.join(grid[key])}) and in a run ({', '.join(own[key])})")
+            raise UserError(
+                f"{key} is in the grid ({', '.join(grid[key])}) and in a run ({', '.join(own[key])}); remove one"
+            )
         grids.append({**own, **grid})
     for key, why in OWNED.items():
         for one in grids:
@@ -135,7 +139,7 @@ def expand(grid: Mapping[str, Sequence[str]], runs: Sequence[Mapping[str, Sequen
     count = sum(_size(one) for one in grids)
     if count > MOST_RUNS:
         sizes = ", ".join(f"{key}: {len(values)}" for key, values in grids[0].items() if len(values) > 1)
-        raise UserError(f"the grid has {count:,} runs ({sizes}); a sweep has at most {MOST_RUNS:,}")
+        raise UserError(f"the grid has {count:,} runs ({sizes}); a sweep can have at most {MOST_RUNS:,}")
     expanded = [dict(zip(one, values, strict=True)) for one in grids for values in itertools.product(*one.values())]
     for i, settings in enumerate(expanded):
         if settings in expanded[:i]:

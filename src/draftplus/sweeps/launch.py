@@ -47,7 +47,7 @@ def run_sweep(plan: Plan, jobs: int | None = None) -> Manifest:
                 _train(plan, manifest, waiting, jobs)
         except Interrupted:
             done = sum(1 for _ in manifest.with_status("finished"))
-            told = f"stopped with {done} of {len(manifest.runs)} runs finished; the same command continues"
+            told = f"stopped with {done} of {len(manifest.runs)} runs finished; repeat the command to continue"
             print(f"{told}: {plan.directory}", file=sys.stderr)
             raise
     return manifest
@@ -152,9 +152,9 @@ def _finish(plan: Plan, manifest: Manifest, attempt: _Attempt, otherwise: str) -
 def _said(log: Path, code: int) -> str:
     """The last line that a failed run printed, or the signal that ended it."""
     if code < 0:
-        return f"ended by signal {-code}" + (", as when memory runs out" if code == -9 else "") + f"; see {log}"
+        return f"killed by signal {-code}" + (", perhaps for lack of memory" if code == -9 else "") + f"; see {log}"
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return lines[-1].removeprefix("draftplus: ") if lines else f"exit status {code}, and it said nothing"
+    return lines[-1].removeprefix("draftplus: ") if lines else f"exit status {code} without any output"
 
 
 def log_path(directory: Path, name: str) -> Path:

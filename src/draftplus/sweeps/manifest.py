@@ -58,4 +58,4 @@ def read_manifest(directory: Path) -> Manifest | None:
         entries = [Entry(**{key: run[key] for key in Entry.__dataclass_fields__}) for run in told["runs"]]
         return Manifest(told["recipe"], told["grid"], entries)
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is not a sweep's manifest; remove it, and its runs are continued") from None
+        raise UserError(f"{path} is not a sweep's manifest; remove the file to continue the runs") from None

@@ -66,8 +66,8 @@ def plan_sweep(
     settings = grid.expand(grid.with_variants(cells), [grid.with_variants(run) for run in file.runs])
     chosen = name or (file.name if not over else None) or f"{Path(recipe).stem}-{_hash(file.recipe, settings)}"
     if "/" in chosen or chosen in (".", "..") or "=" in chosen:
-        raise UserError(f"name '{chosen}': give a plain name; the sweep is made in {parent / 'NAME'}")
-    recipe_path(file.recipe)  # an unknown recipe is said once, and not of a run
+        raise UserError(f"name '{chosen}': give a plain name without / or =; the sweep goes to {parent / 'NAME'}")
+    recipe_path(file.recipe)  # an unknown recipe is reported once, not for a run
     directory = parent / chosen
     prompts = cache(load_prompts)
     runs = [
@@ -104,22 +104,22 @@ def read_sweep_file(path: str | Path) -> SweepFile:
     for key in _strings(loaded):
         if key not in FILE_KEYS:
             near = nearest(key, FILE_KEYS)
-            raise UserError(f"{path}: unknown key '{key}'; {near or 'it may have ' + ', '.join(FILE_KEYS)}")
+            raise UserError(f"{path}: unknown key '{key}'; {near or 'the keys are ' + ', '.join(FILE_KEYS)}")
     recipe, name = loaded.get("recipe", "emoji"), loaded.get("name")
     for key, value in (("recipe", recipe), ("name", name)):
         if value is not None and not isinstance(value, str):
-            raise UserError(f"{path}: {key} is {value!r}; give a text")
+            raise UserError(f"{path}: {key} is {value!r}; give a string")
     beside = Path(path).parent / str(recipe)
     cells, runs = loaded.get("grid") or {}, loaded.get("runs") or []
     if not isinstance(cells, dict):
         raise UserError(f"{path}: grid is {cells!r}; give a mapping of keys to lists of values")
     if not isinstance(runs, list) or not all(isinstance(run, dict) for run in runs):
-        raise UserError(f"{path}: runs is {runs!r}; give a list of mappings, each the settings of a run")
+        raise UserError(f"{path}: runs is {runs!r}; give a list of mappings, each with the settings of a run")
     return SweepFile(
         str(beside) if beside.is_file() else str(recipe),
         name or Path(path).stem,
         grid.written_grid(_strings(cells), f"{path}: grid"),
-        [grid.written_grid(_strings(run), f"{path}: runs, number {i}") for i, run in enumerate(runs, 1)],
+        [grid.written_grid(_strings(run), f"{path}: runs, entry {i}") for i, run in enumerate(runs, 1)],
     )
 
 
@@ -143,8 +143,8 @@ def _names(directory: Path, recipe: str, settings: Sequence[grid.Settings]) -> l
 
 
 def identity(recipe: str, arguments: Sequence[str]) -> str:
-    """What a run is, however it is written: a key at its default is the same as none. `arguments` that say nothing
-    that can be read are themselves."""
+    """What identifies a run, however it is written: a key at its default is the same as none. Arguments that cannot be
+    read stand for themselves."""
     try:
         config = load_config(recipe, [*arguments])
     except UserError:
@@ -173,9 +173,7 @@ def _refuse_twins(runs: Sequence[PlannedRun]) -> None:
     for run in runs:
         key = json.dumps({**to_dict(run.config), "name": None}, sort_keys=True)
         if key in seen:
-            raise UserError(
-                f"{' '.join(run.settings)} is the same run as {' '.join(seen[key].settings)}; leave one out"
-            )
+            raise UserError(f"{' '.join(run.settings)} is the same run as {' '.join(seen[key].settings)}; remove one")
         seen[key] = run
 
 

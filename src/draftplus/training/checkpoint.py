@@ -51,10 +51,10 @@ def restore(directory: Path, state: State, placement: Placement) -> bool:
         groups = {group: load_file(source / f"{group}.safetensors") for group in tensors_of(state)}
         numbers = json.loads((source / "state.json").read_text(encoding="utf-8"))
         if {name: tuple(tensor.shape) for name, tensor in groups["weights"].items()} != shapes:
-            raise UserError(f"{source}: its weights are not those of this configuration's model")
+            raise UserError(f"{source}: its weights do not fit the model of this configuration")
         put_back(state, groups, numbers, placement.scatter)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(
-            f"{source}: damaged ({error}); remove it to continue from the checkpoint before it, if there is one"
+            f"{source}: damaged ({error}); remove it to continue from the previous checkpoint, if there is one"
         ) from None
     return True

@@ -23,7 +23,7 @@ def stop_reason(rows: Sequence[Row], stop: StopConfig, held_out: Iterable[str]) 
     base, now = rows[0], rows[-1]
     floor = stop.diversity_floor
     if floor is not None and not (_is_number(base["lpips"]) and _is_number(now["lpips"])):
-        return f"LPIPS is not finite, which stop.diversity_floor={floor:g} cannot be compared with"
+        return f"LPIPS is not finite, so it cannot be compared with stop.diversity_floor={floor:g}"
     if floor is not None and now["lpips"] < floor * base["lpips"]:
         return (
             f"LPIPS is {now['lpips']:.4g}, {now['lpips'] / base['lpips']:.0%} of the base model's {base['lpips']:.4g}; "

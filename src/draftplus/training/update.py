@@ -43,5 +43,5 @@ def skip(state: State, means: Mapping[str, float], norm: float) -> None:
     rewards = [name for name in bad if name.startswith("reward/")]
     when = "at the first step" if state.step == 0 else f"in {MOST_SKIPPED_IN_A_ROW} updates in a row"
     what = f"reward '{rewards[0].removeprefix('reward/')}' is" if rewards else f"{', '.join(bad)} is"
-    mend = "look at what it returns for images in [0, 1]" if rewards else "lower optim.lr, or use model.dtype=float32"
-    raise UserError(f"{what} not finite {when} (step {state.step + 1}); {mend}. Nothing of this step was kept")
+    remedy = "check what it returns for images in [0, 1]" if rewards else "lower optim.lr, or use model.dtype=float32"
+    raise UserError(f"{what} not finite {when} (step {state.step + 1}); {remedy}. This step was discarded")
