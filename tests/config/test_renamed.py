@@ -74,7 +74,7 @@ def test_a_run_of_before_continues(tmp_path: Path, unet: str) -> None:
         config, found = plan_run(target, ["train.steps=100"])
         assert found == run and config.train.steps == 100
         assert config.model.denoiser == (None if unet == "null" else unet)
-    with pytest.raises(UserError, match=r"made with model\.denoiser=.*, now it is other"):
+    with pytest.raises(UserError, match=r"started with model\.denoiser=.*, but now it is other"):
         plan_run(run, ["model.denoiser=other"])
 
 

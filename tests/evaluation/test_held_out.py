@@ -195,8 +195,10 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_loaded(
     settings: list[str], tmp_path: Path, most: str
 ) -> None:
     (tmp_path / "few.txt").write_text("a cat\na dog\n")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     with pytest.raises(UserError, match=r"eval\."):
-        train_here(settings, most.format(directory=tmp_path), "model.path=/nowhere")
+        train_here(settings, most.format(directory=tmp_path), f"model.path={tmp_path / 'empty'}")
 
 
 def test_jobs_of_ranks_are_whole_prompts_and_make_up_the_set() -> None:

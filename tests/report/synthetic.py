@@ -55,7 +55,8 @@ def write_run(
 ) -> Path:  # fmt: skip
     """A run directory. done_steps: how far it got; None means to its end."""
     directory.mkdir(parents=True)
-    config = configuration([], {"train.steps": steps, "eval.every": every, **(changes or {})})
+    sampler = {"sampler.steps": 10, "sampler.guidance_scale": 1.75, "sampler.negative_prompt": ""}
+    config = configuration([], {**sampler, "train.steps": steps, "eval.every": every, **(changes or {})})
     (directory / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
     objective, seed = config["objective"], config["seed"]
     law = (objective["method"], objective["grad_steps"], objective["kl_coeff"])

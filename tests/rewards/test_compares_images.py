@@ -111,7 +111,7 @@ def test_the_micro_batch_shapes_the_run(settings: list[str], name: str) -> None:
 def test_a_run_continues_only_with_its_micro_batches(settings: list[str], name: str) -> None:
     reward = f"reward={{{name}: {{}}}}"
     train_here(settings, reward, "train.steps=1")
-    with pytest.raises(UserError, match=r"was made with train\.micro_batch_size=4, now it is 2"):
+    with pytest.raises(UserError, match=r"was started with train\.micro_batch_size=4, but now it is 2"):
         plan_run(settings[0], [reward, "train.micro_batch_size=2"])
 
 
@@ -146,5 +146,5 @@ def test_a_sweep_does_not_continue_a_run_with_other_micro_batches(settings: list
     train_here(
         settings, "train.steps=1", "train.micro_batch_size=4", f"output_dir={tmp_path / 'sizes'}", f"name={first.name}"
     )
-    with pytest.raises(UserError, match=r"train\.micro_batch_size=2: .*was made with train\.micro_batch_size=4"):
+    with pytest.raises(UserError, match=r"train\.micro_batch_size=2: .*was started with train\.micro_batch_size=4"):
         plan_sweep(recipe, {"train.micro_batch_size": ["2", "4"]}, "sizes", tmp_path)

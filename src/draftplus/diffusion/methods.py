@@ -39,12 +39,12 @@ def _one_pass(objective: ObjectiveConfig) -> int:
 class Method:
     """One way to learn from a reward.
 
-    label: its name in reports. words: what it does, in the report of a run, of {k} steps with gradient, {last} such as
-    "the last of 10", {steps} sampling steps and {copies} of DRaFT-LV. window: (objective, schedule, seed, optimizer step) -> the steps that carry gradient,
+    label: its name in reports. window: (objective, schedule, seed, optimizer step) -> the steps that carry gradient,
     the same on every rank. estimate: from the trajectory to the loss; None: the clipped policy gradient on each step's
-    log-probability (`draftplus.diffusion.policy`), which needs no gradient of the reward. copies: passes with gradient
-    that an image takes beside its window's steps. repeats: how often each pass with gradient is made. check: (config,
-    number of sampling steps) -> UserError for settings that do not fit this method.
+    log-probability (`draftplus.diffusion.policy`), which needs no gradient of the reward. words: what the report of a
+    run says of it, with {k} steps with gradient, {last} such as "the last of 10", {steps} sampling steps and {copies}
+    of DRaFT-LV. copies: passes with gradient that an image takes beside its window's steps. repeats: how often each
+    pass with gradient is made. check: (config, number of sampling steps) -> UserError for settings that do not fit.
     """
 
     label: str

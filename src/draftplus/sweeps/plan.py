@@ -18,7 +18,7 @@ from draftplus.data.prompts import PromptSet, load_prompts
 from draftplus.errors import UserError
 from draftplus.evaluation.held_out import evaluation_set
 from draftplus.runs.directory import saved_steps
-from draftplus.runs.plan import plan_run
+from draftplus.runs.plan import plan_run, settled
 from draftplus.sweeps import grid
 from draftplus.sweeps.manifest import read_manifest
 from draftplus.training.fine_tuning import micro_batch_size, total_steps
@@ -146,7 +146,7 @@ def identity(recipe: str, arguments: Sequence[str]) -> str:
     """What identifies a run, however it is written: a key at its default is the same as none. Arguments that cannot be
     read stand for themselves."""
     try:
-        config = load_config(recipe, [*arguments])
+        config = settled(load_config(recipe, [*arguments]))
     except UserError:
         return json.dumps(sorted(arguments))
     return json.dumps({**to_dict(config), "name": None}, sort_keys=True)
@@ -154,7 +154,7 @@ def identity(recipe: str, arguments: Sequence[str]) -> str:
 
 def _plan_run(directory: Path, name: str, recipe: str, settings: list[str], prompts: Any) -> PlannedRun:
     try:
-        config = load_config(recipe, [*settings, f"output_dir={json.dumps(str(directory))}", f"name={name}"])
+        config = settled(load_config(recipe, [*settings, f"output_dir={json.dumps(str(directory))}", f"name={name}"]))
         if saved_steps(directory / name / "checkpoints"):
             plan_run(config, [])  # refuses a key that shaped the run and has changed
         for reward in (*config.reward, *config.eval.rewards):
