@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 _FUNCTIONS = {
     "Config": "draftplus.config",
     "UserError": "draftplus.errors",
+    "describe": "draftplus.api",
     "evaluate": "draftplus.api",
     "generate": "draftplus.api",
     "load_config": "draftplus.config",

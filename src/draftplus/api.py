@@ -20,6 +20,7 @@ from draftplus.runs.plan import plan_run
 from draftplus.sweeps.grid import written_grid
 from draftplus.sweeps.launch import run_sweep
 from draftplus.sweeps.plan import Plan, plan_sweep
+from draftplus.training.dry_run import describe as _describe
 from draftplus.training.train import train as _train
 from draftplus.types import Model, Reward
 
@@ -59,6 +60,16 @@ def train(recipe: Config | str | Path = "emoji", overrides: Sequence[str] = ()) 
     if is_main_process():
         write_report(run)
     return run
+
+
+def describe(recipe: Config | str | Path = "emoji", overrides: Sequence[str] = ()) -> str:
+    """What `train` would do with these arguments: the resolved configuration, the passes of a step, and the time.
+
+    It takes one step, whose result is thrown away.
+
+    Raises UserError for everything that `train` would reject before its first step.
+    """
+    return _describe(*plan_run(recipe, overrides))
 
 
 def generate(

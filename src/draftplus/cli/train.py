@@ -34,19 +34,14 @@ def train(
     if target and "=" in target:
         settings = [target, *(settings or [])]
         target = None
-    from draftplus.distributed import is_main_process
-    from draftplus.runs.plan import plan_run
-
-    config, run = plan_run(target, settings or [])
-    if dry_run:
-        from draftplus.training.dry_run import describe
-
-        told = describe(config, run)
-        if is_main_process():
-            print(told)
-        return
     from draftplus import api
+    from draftplus.distributed import is_main_process
 
-    api.train(config)
+    recipe = target or "emoji"
+    if dry_run:
+        told = api.describe(recipe, settings or [])
+    else:
+        run = api.train(recipe, settings or [])
+        told = f"adapter: {run / 'adapter'}\nreport:  {run / 'report.html'}"
     if is_main_process():
-        print(f"adapter: {run / 'adapter'}\nreport:  {run / 'report.html'}")
+        print(told)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,6 +45,12 @@ class EvaluationSet:
             if number % size == rank
             for i in range(n)
         ]
+
+    def padding(self, rank: int, size: int) -> list[Job]:
+        """Jobs whose images are thrown away, so that all processes make the same number of forward passes."""
+        most = math.ceil(len(self.prompts) / size) * self.images_per_prompt
+        whole = EvaluationSet(self.prompts[:1], self.images_per_prompt).jobs()
+        return whole * ((most - len(self.jobs(rank, size))) // self.images_per_prompt)
 
 
 def evaluation_set(config: Config, prompts: PromptSet) -> EvaluationSet:
@@ -123,12 +130,10 @@ def measure(
 ) -> HeldOut:  # fmt: skip
     """Makes the images of the evaluation set and saves them to `pictures`. Returns what eval.jsonl says of them."""
     began = time.perf_counter()
-    jobs = which.jobs(world.rank, world.size)
+    jobs, padding = which.jobs(world.rank, world.size), which.padding(world.rank, world.size)
     size, decode = config.train.sampling_batch_size or SAMPLING_BATCH, config.train.micro_batch_size
-    mine: list[_Result] = []
-    if jobs:
-        images = generate_images(model, jobs, config.sampler, size, decode, knobs, advance)
-        mine = _measure(images, jobs, rewards, model.device, decode)
+    images = generate_images(model, [*jobs, *padding], config.sampler, size, decode, knobs, advance)
+    mine = _measure(images[: len(jobs)], jobs, rewards, model.device, decode) if jobs else []
     results = sorted((result for part in world.gather(mine) for result in part), key=lambda result: result.seed)
     if world.is_main:
         _save(pictures, results)
