@@ -116,7 +116,6 @@ def family_of(config: ModelConfig) -> Family:
     return family
 
 
-@lru_cache
 def _pipeline_class(path: str, revision: str | None) -> str:
     if is_single_file(path):
         return SINGLE_FILE
@@ -131,17 +130,25 @@ def _pipeline_class(path: str, revision: str | None) -> str:
 
 
 def _model_index(path: str, revision: str | None) -> Path:
-    """The model_index.json of a directory or hub id; of the latter that file alone is fetched."""
     if looks_local(path) or Path(path).is_dir():
         return Path(source(path)) / "model_index.json"
+    return hub_index(path, revision)
+
+
+@lru_cache
+def hub_index(path: str, revision: str | None) -> Path:
+    """The model_index.json of a hub id, the only file that is fetched of it, or found in the hub's cache.
+
+    Raises UserError where there is none.
+    """
     from huggingface_hub import hf_hub_download
 
     try:
         return Path(hf_hub_download(path, "model_index.json", revision=revision))
     except Exception as error:  # the hub's, the network's and the disk's errors have no base class in common
         raise UserError(
-            f"model.path '{path}': no model_index.json: {first_line(error)} (what is not on this disk comes from the "
-            "hub, which needs the network or an earlier download)"
+            f"model.path '{path}': no model_index.json: {first_line(error)} (a model that is not on this disk is read "
+            "from the hub, which needs the network or an earlier download)"
         ) from None
 
 
