@@ -46,7 +46,7 @@ SAMPLING = {"emoji": {"steps": 10, "guidance_scale": 1.75}}
 
 # diffusers pipeline class, as model_index.json names it -> family
 FAMILIES = {"StableDiffusionPipeline": "draftplus.models.stable_diffusion:FAMILY"}
-SINGLE_FILE = "StableDiffusionPipeline"  # the family of single files, which name none
+SINGLE_FILE_FAMILY = "StableDiffusionPipeline"  # the family of single files, which name none
 
 REWARDS = {
     "emoji_clip": "draftplus.rewards.clip:load_emoji_clip",
@@ -118,7 +118,7 @@ def family_of(config: ModelConfig) -> Family:
 
 def _pipeline_class(path: str, revision: str | None) -> str:
     if is_single_file(path):
-        return SINGLE_FILE
+        return SINGLE_FILE_FAMILY
     index = _model_index(path, revision)
     try:
         name = str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])

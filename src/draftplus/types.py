@@ -82,7 +82,7 @@ class Reward(Protocol):
         ...
 
 
-class Tuned(Protocol):
+class TunedWeights(Protocol):
     """The weights of a denoiser that training changes, and the frozen model that they started from."""
 
     def reference(self) -> AbstractContextManager[None]:
@@ -124,7 +124,7 @@ class Model(Protocol):
     device: torch.device
 
     @property
-    def tuned(self) -> Tuned:
+    def tuned(self) -> TunedWeights:
         """The denoiser's trained weights."""
         ...
 

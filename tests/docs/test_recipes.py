@@ -134,7 +134,7 @@ def test_the_way_of_a_prompt(settings: list[str], monkeypatch: pytest.MonkeyPatc
                 entered.append(at)
 
     evaluating: list[int] = []
-    held_out = importlib.import_module("draftplus.training.fine_tuning").evaluate
+    held_out = importlib.import_module("draftplus.training.fine_tuning").evaluate_held_out
 
     def evaluate(*args: Any) -> Any:
         evaluating.append(1)
@@ -145,7 +145,7 @@ def test_the_way_of_a_prompt(settings: list[str], monkeypatch: pytest.MonkeyPatc
 
     from draftplus import cli
 
-    monkeypatch.setattr("draftplus.training.fine_tuning.evaluate", evaluate)
+    monkeypatch.setattr("draftplus.training.fine_tuning.evaluate_held_out", evaluate)
     monkeypatch.setattr("draftplus.api.write_report", lambda run: None)
     more = ["train.steps=1", "objective.kl_coeff=1", "reward=emoji_clip", "device=cpu"]
     monkeypatch.setattr("sys.argv", ["draftplus", "train", *settings, *more])

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from draftplus.cli.shared import Anneal, LoraScale, examples, read_prompts, read_seeds
+from draftplus.cli.shared import Anneal, LoraScale, examples, prompts_of, read_seeds
 from draftplus.errors import UserError
 from draftplus.runs.rows import REWARD, MetricRow, read_target
 
@@ -69,7 +69,7 @@ def evaluate(
         missing = f" ({settings[0]} does not exist, so it was read as a setting)" if settings else ""
         raise UserError(f"no target given; name a model or a run, such as runs/demo{missing}")
     numbers = read_seeds(seeds) if seeds is not None else None
-    chosen = read_prompts(prompts) if prompts is not None else None
+    chosen = prompts_of(prompts) if prompts is not None else None
     more = f"-and-{len(targets) - 1}-more" if len(targets) > 1 else ""
     first = Path(targets[0].replace("@", "-"))
     directory = output or Path("evaluated") / ((first.name or first.resolve().name) + more)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from draftplus.cli.shared import Anneal, LoraScale, examples, read_prompts, read_seeds
+from draftplus.cli.shared import Anneal, LoraScale, examples, prompts_of, read_seeds
 from draftplus.errors import UserError
 
 EXAMPLES = examples(
@@ -37,7 +37,7 @@ def generate(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Directory for the images.")] = None,
 ) -> None:
     """Generate images and a grid of them, and score them with any rewards named."""
-    chosen = list(dict.fromkeys([*(prompt or []), *read_prompts(prompts)]))
+    chosen = list(dict.fromkeys([*(prompt or []), *prompts_of(prompts)]))
     if not chosen:
         raise UserError("no prompt given; add --prompt 'a cat' or --prompts FILE")
     numbers = read_seeds(seeds)

@@ -23,7 +23,7 @@ def examples(text: str) -> str:
     return "\n\n".join("\b\n" + paragraph for paragraph in text.split("\n\n"))
 
 
-def read_prompts(source: str | None) -> list[str]:
+def prompts_of(source: str | None) -> list[str]:
     """The prompts of `--prompts`; none if it is not given."""
     if source is None:
         return []

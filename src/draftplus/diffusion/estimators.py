@@ -8,26 +8,26 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from draftplus.diffusion.problem import Estimate, Noise, Problem
+from draftplus.diffusion.problem import Estimated, Noise, Problem
 from draftplus.diffusion.sampler import Rollout
 from draftplus.diffusion.window import last
 from draftplus.types import Conditioning
 
-Estimator = Callable[[Problem, Rollout, Conditioning, Sequence[str], Noise], Estimate]
+Estimator = Callable[[Problem, Rollout, Conditioning, Sequence[str], Noise], Estimated]
 
 
 def final_image(
     problem: Problem, rollout: Rollout, conditioning: Conditioning, prompts: Sequence[str], noise: Noise
-) -> Estimate:
+) -> Estimated:
     """-mean reward of the images where the trajectory ends (DRaFT, Clark et al. 2023, arXiv 2309.17400)."""
     images = problem.model.decode(rollout.latents)  # (b, 3, H, W) in [0, 1]
     scores = problem.scorer(images, prompts)  # (b,)
-    return Estimate(-scores.total.mean(), scores, images, rollout.visits)
+    return Estimated(-scores.total.mean(), scores, images, rollout.visits)
 
 
 def hinged(
     problem: Problem, rollout: Rollout, conditioning: Conditioning, prompts: Sequence[str], noise: Noise
-) -> Estimate:
+) -> Estimated:
     """Mean of ReLU(hinge - reward), where a hinge is given (ReFL, Xu et al. 2023, arXiv 2304.05977)."""
     found = final_image(problem, rollout, conditioning, prompts, noise)
     hinge = problem.objective.refl.hinge
@@ -36,7 +36,7 @@ def hinged(
 
 def renoised(
     problem: Problem, rollout: Rollout, conditioning: Conditioning, prompts: Sequence[str], noise: Noise
-) -> Estimate:
+) -> Estimated:
     """The final image and its re-noised copies, averaged (DRaFT-LV, Clark et al. 2023, arXiv 2309.17400).
 
     A copy is the result, re-noised to the level before the last step and denoised once more, with a reward of its own.
@@ -52,4 +52,4 @@ def renoised(
         again = sampler.sample(conditioning, start, last(1, end + 1), begin=end, noise=partial(noise, f"solver/{copy}"))
         rewards.append(problem.scorer(problem.model.decode(again.latents), prompts).total)
         visits = visits + again.visits
-    return Estimate(-torch.stack(rewards).mean(0).mean(), found.scores, found.images, visits)
+    return Estimated(-torch.stack(rewards).mean(0).mean(), found.scores, found.images, visits)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from draftplus.config import ObjectiveConfig
 from draftplus.diffusion.methods import METHODS
-from draftplus.diffusion.problem import Noise, Plan, Problem
+from draftplus.diffusion.problem import Noise, Problem, StepPlan
 from draftplus.diffusion.regularisers import REGULARISERS, active, penalties
 from draftplus.diffusion.sampler import Rollout, Visit
 from draftplus.diffusion.schedule import Schedule
@@ -36,15 +36,17 @@ class Loss:
     images: Tensor
 
 
-def plan(objective: ObjectiveConfig, schedule: Schedule, seed: int, step: int) -> Plan:
+def plan(objective: ObjectiveConfig, schedule: Schedule, seed: int, step: int) -> StepPlan:
     """The plan of an optimizer step, the same on every rank."""
     window = METHODS[objective.method].window(objective, schedule, seed, step)
     return plan_around(window, objective, schedule, seed, step)
 
 
-def plan_around(window: Window, objective: ObjectiveConfig, schedule: Schedule, seed: int = 0, step: int = 0) -> Plan:
+def plan_around(
+    window: Window, objective: ObjectiveConfig, schedule: Schedule, seed: int = 0, step: int = 0
+) -> StepPlan:
     """The plan with this window."""
-    return Plan(
+    return StepPlan(
         window,
         {
             name: tuple(one.steps(objective, window, len(schedule), seed, step))
@@ -53,7 +55,7 @@ def plan_around(window: Window, objective: ObjectiveConfig, schedule: Schedule, 
     )
 
 
-def prefix(problem: Problem, conditioning: Conditioning, noise: Noise, plan: Plan) -> Rollout:
+def prefix(problem: Problem, conditioning: Conditioning, noise: Noise, plan: StepPlan) -> Rollout:
     """The gradient-free steps before the window: plain inference, in as large a batch as fits.
 
     conditioning: b rows. Returns where the tail starts.
@@ -66,7 +68,7 @@ def prefix(problem: Problem, conditioning: Conditioning, noise: Noise, plan: Pla
 
 
 def loss(
-    problem: Problem, start: Rollout, plan: Plan, conditioning: Conditioning, prompts: Sequence[str], noise: Noise
+    problem: Problem, start: Rollout, plan: StepPlan, conditioning: Conditioning, prompts: Sequence[str], noise: Noise
 ) -> Loss:
     """The loss of the tail: the steps of the window, decoding, the reward, the regularisers.
 

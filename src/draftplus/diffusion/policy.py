@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from draftplus.config.schema import DdpoConfig
-from draftplus.diffusion.problem import Noise, Plan, Problem
+from draftplus.diffusion.problem import Noise, Problem, StepPlan
 from draftplus.diffusion.regularisers import REGULARISERS, penalties
 from draftplus.diffusion.sampler import Rollout, Visit
 from draftplus.diffusion.schedule import Denoised, Schedule
@@ -85,7 +85,7 @@ def rollout(problem: Problem, conditioning: Conditioning, noise: Noise) -> Traje
 
 
 def step_loss(
-    problem: Problem, plan: Plan, trajectory: Trajectory, index: int, conditioning: Conditioning, advantages: Tensor
+    problem: Problem, plan: StepPlan, trajectory: Trajectory, index: int, conditioning: Conditioning, advantages: Tensor
 ) -> StepLoss:
     """The loss of one step of remembered trajectories, a mean over its b images.
 

@@ -30,7 +30,7 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Plan:
+class StepPlan:
     """What an optimizer step does with the sampling steps, the same on every rank.
 
     window: which carry gradient. looks: where each regulariser looks, by its name.
@@ -45,7 +45,7 @@ class Plan:
         return frozenset(step for steps in self.looks.values() for step in steps) - set(self.window.steps)
 
 
-class Estimate(NamedTuple):
+class Estimated(NamedTuple):
     """A method's loss without regularisers, and what it was made of.
 
     value: (). scores: (b,) each. images: (b, 3, H, W). visits: the steps that carried gradient.

@@ -108,7 +108,7 @@ def evaluation_prompts(config: Config, prompts: PromptSet) -> list[str]:
     return chosen
 
 
-def evaluate(
+def evaluate_held_out(
     model: Model, rewards: Rewards, which: EvaluationSet, config: Config, step: int, run: Path, world: World,
     advance: Advance,
 ) -> dict[str, Any]:  # fmt: skip

@@ -20,7 +20,7 @@ from draftplus.config import (
     to_dict,
 )
 from draftplus.report.read import Run
-from draftplus.report.wording import label, setting
+from draftplus.report.wording import method_label, setting
 
 # keys of how a run is watched and stored, which change nothing of what it becomes
 BESIDE = keys_that_affect("conduct", "record")
@@ -117,7 +117,7 @@ def method_name(flat: dict[str, Any]) -> str:
     """The method's name as the papers write it, such as DRaFT-2 or DRaFT+."""
     method, k = str(flat.get("objective.method")), flat.get("objective.grad_steps")
     steps, with_kl = flat.get("sampler.steps"), (flat.get("objective.kl_coeff") or 0) > 0
-    name = label(method)
+    name = method_label(method)
     if method != "draft":
         name += " with KL" if with_kl else ""
     elif with_kl:

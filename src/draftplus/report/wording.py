@@ -9,7 +9,7 @@ from draftplus.config import flatten
 from draftplus.diffusion.methods import METHODS
 
 
-def label(method: str) -> str:
+def method_label(method: str) -> str:
     """A method's name as the papers write it; a name that is not known as it is."""
     return METHODS[method].label if method in METHODS else method
 
@@ -20,7 +20,7 @@ def method_in_words(config: dict[str, Any]) -> str:
     method = str(flat.get("objective.method", ""))
     if not method:
         return "The method is unknown."
-    name, steps, k = label(method), flat.get("sampler.steps"), flat.get("objective.grad_steps")
+    name, steps, k = method_label(method), flat.get("sampler.steps"), flat.get("objective.grad_steps")
     coefficient = flat.get("objective.kl_coeff") or 0
     differentiates = method not in METHODS or METHODS[method].differentiates
     if coefficient > 0:

@@ -20,8 +20,9 @@ from draftplus.chunks import chunks
 from draftplus.data.batches import Batch
 from draftplus.diffusion.objectives import plan
 from draftplus.diffusion.policy import StepLoss, Trajectory, normalized_advantages, rollout, step_loss
-from draftplus.diffusion.problem import Plan, Problem
+from draftplus.diffusion.problem import Problem, StepPlan
 from draftplus.diffusion.regularisers import REGULARISERS
+from draftplus.runs.rows import reward_key
 from draftplus.training.state import State, whole_or_not
 from draftplus.training.step import Metrics, Setup, saturated
 from draftplus.training.task import Abandonable
@@ -126,7 +127,7 @@ def _score(problem: Problem, latents: Tensor, prompts: Sequence[str], indices: S
     scores = problem.scorer(pictures, prompts)
     columns = {
         "reward": scores.total.tolist(),
-        **{f"reward/{name}": part.tolist() for name, part in scores.parts.items()},
+        **{reward_key(name): part.tolist() for name, part in scores.parts.items()},
         "clipped_fraction": saturated(pictures).tolist(),
     }
     return [
@@ -135,7 +136,7 @@ def _score(problem: Problem, latents: Tensor, prompts: Sequence[str], indices: S
     ]
 
 
-def accumulate_update(setup: Setup, made: Experience, planned: Plan, part: slice, advantages: Tensor) -> Metrics:
+def accumulate_update(setup: Setup, made: Experience, planned: StepPlan, part: slice, advantages: Tensor) -> Metrics:
     """Adds the gradient of this process's share of an update, times the loss scale, to the trained parameters.
 
     part: the rows of `made` that the update is made from. advantages: of all rows. The loss is a mean over the images

@@ -13,7 +13,7 @@ from draftplus.data.prompts import load_prompts
 from draftplus.diffusion.methods import METHODS
 from draftplus.distributed import World
 from draftplus.errors import UserError
-from draftplus.evaluation.held_out import EvaluationSet, evaluate, evaluation_set, same_images
+from draftplus.evaluation.held_out import EvaluationSet, evaluate_held_out, evaluation_set, same_images
 from draftplus.evaluation.scores import Rewards
 from draftplus.evaluation.variants import add_variants, check_checkpoints
 from draftplus.progress import Advance
@@ -56,7 +56,7 @@ class FineTuning:
     def evaluate(self, step: int, advance: Advance) -> Row:
         note = self._evaluating(step, advance)
         note(0, "")
-        return evaluate(
+        return evaluate_held_out(
             self.model, self.rewards, self.held_out, self.setup.config, step, self.run, self.setup.here, note
         )
 

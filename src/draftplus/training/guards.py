@@ -10,6 +10,7 @@ from pathlib import Path
 from draftplus.config import RewardConfig, StopConfig
 from draftplus.runs.files import write_text
 from draftplus.runs.journal import Row
+from draftplus.runs.rows import reward_key
 
 
 def stop_reason(rows: Sequence[Row], stop: StopConfig, held_out: Iterable[str]) -> str | None:
@@ -30,8 +31,8 @@ def stop_reason(rows: Sequence[Row], stop: StopConfig, held_out: Iterable[str]) 
             f"stop.diversity_floor is {floor:g}"
         )
     if stop.held_out_drop is not None:
-        for name in [name for name in held_out if f"reward/{name}" in now]:  # a new one is not measured yet
-            values = {row["step"]: row[key] for row in rows if _is_number(row.get(key := f"reward/{name}"))}
+        for name in [name for name in held_out if reward_key(name) in now]:  # a new one is not measured yet
+            values = {row["step"]: row[key] for row in rows if _is_number(row.get(key := reward_key(name)))}
             best = max(values, key=values.__getitem__, default=0)
             if now["step"] not in values:
                 return f"held-out reward {name} is not finite"

@@ -17,6 +17,7 @@ from draftplus.diffusion.objectives import Loss, loss, plan, prefix
 from draftplus.diffusion.problem import Noise, Problem
 from draftplus.diffusion.sampler import Rollout
 from draftplus.distributed import World
+from draftplus.runs.rows import reward_key
 from draftplus.training.placement import Placement
 from draftplus.training.state import State
 from draftplus.training.task import Abandonable
@@ -145,7 +146,7 @@ def _metrics(part: Loss) -> Metrics:
         {
             "loss": part.value.detach(),
             "reward": part.scores.total.mean(),
-            **{f"reward/{name}": scores.mean() for name, scores in part.scores.parts.items()},
+            **{reward_key(name): scores.mean() for name, scores in part.scores.parts.items()},
             **part.penalties,
             "clipped_fraction": saturated(part.images).mean(),
         }

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from draftplus.config.schema import OptimConfig
 from draftplus.errors import UserError
+from draftplus.runs.rows import reward_names
 from draftplus.training.optim import gradient_norm, learning_rate
 from draftplus.training.state import State
 
@@ -40,8 +41,8 @@ def skip(state: State, means: Mapping[str, float], norm: float) -> None:
     if state.step > 0 and state.skipped_in_a_row < MOST_SKIPPED_IN_A_ROW:
         return
     bad = [name for name, value in {**means, "grad_norm": norm}.items() if not math.isfinite(value)]
-    rewards = [name for name in bad if name.startswith("reward/")]
+    rewards = reward_names(bad)
     when = "at the first step" if state.step == 0 else f"in {MOST_SKIPPED_IN_A_ROW} updates in a row"
-    what = f"reward '{rewards[0].removeprefix('reward/')}' is" if rewards else f"{', '.join(bad)} is"
+    what = f"reward '{rewards[0]}' is" if rewards else f"{', '.join(bad)} is"
     remedy = "check what it returns for images in [0, 1]" if rewards else "lower optim.lr, or use model.dtype=float32"
     raise UserError(f"{what} not finite {when} (step {state.step + 1}); {remedy}. This step was discarded")
