@@ -2,78 +2,23 @@
 
 from __future__ import annotations
 
-import ast
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from layers import BELOW_ALL, LAYERS, MODULES, ROOT, SRC, files, imports, inside, layer, module_of, unit
 
-SRC = Path(__file__).parents[1] / "src"
-ROOT = SRC / "draftplus"
-
-# top-level files and packages, by layer; those of one set never import one another
-LAYERS = [
-    {"types", "errors", "config", "rng", "distributed", "chunks", "progress"},
-    {"diffusion"},
-    {"models", "rewards", "data", "metrics"},
-    {"build"},
-    {"runs"},
-    {"evaluation"},
-    {"training"},
-    {"api", "cli", "sweeps", "report", "__main__"},
-]
 SAME_LAYER = {0, 7}  # files of one vocabulary, and surfaces, may build on one another; without cycles
-BELOW_ALL = {"draftplus"}  # the package itself holds the version and lazy names; anyone may import it
 
 FORBIDDEN = {"torchvision", "lpips"}
 LIGHT = {"config": {"omegaconf"}, "errors": set(), "progress": {"rich"}}  # what the vocabulary may need beside torch
 
-
-def files() -> list[Path]:
-    return sorted(path for path in ROOT.rglob("*.py") if "assets" not in path.relative_to(ROOT).parts)
-
-
-def module_of(path: Path) -> str:
-    parts = path.relative_to(SRC).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-MODULES = {module_of(path): path for path in files()}
-
-
-def imports(path: Path) -> Iterator[str]:
-    """The modules that a file names in its imports, wherever they stand, those for type checkers alone too."""
-    package = module_of(path) if path.name == "__init__.py" else module_of(path).rpartition(".")[0]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                above = package.split(".")
-                base = ".".join(filter(None, [*above[: len(above) - node.level + 1], base]))
-            for alias in node.names:
-                # `from package import module` imports the module
-                yield f"{base}.{alias.name}" if f"{base}.{alias.name}" in MODULES else base
-
-
-def unit(module: str) -> str:
-    """The top-level file or package of ours that a module belongs to."""
-    return module.split(".")[1] if "." in module else module
-
-
-def layer(name: str) -> int:
-    return next(i for i, names in enumerate(LAYERS) if name in names)
-
-
-def inside(module: str) -> bool:
-    return module.split(".")[0] == "draftplus"
+LONGEST = 300  # lines of a file; one that is longer wants to be two
 
 
 def test_every_file_has_a_layer() -> None:
     units = {unit(module_of(path)) for path in files()} - BELOW_ALL
-    assert units <= set().union(*LAYERS), "name the layer of a new top-level file in LAYERS"
+    assert units <= set().union(*LAYERS), "name the layer of a new top-level file in docs/layers.py"
     assert {"types", "diffusion", "models"} <= units
 
 
@@ -129,7 +74,7 @@ def test_the_mathematics_needs_torch_alone() -> None:
     }
     assert outside <= {"torch", *sys.stdlib_module_names} and "torch" in outside
     ours = {unit(target) for path in (ROOT / "diffusion").glob("*.py") for target in imports(path) if inside(target)}
-    assert ours <= LAYERS[0] | {"diffusion"}
+    assert ours <= {*LAYERS[0], "diffusion"}
 
 
 def test_the_vocabulary_needs_little() -> None:
@@ -138,6 +83,11 @@ def test_the_vocabulary_needs_little() -> None:
         if own in LAYERS[0]:
             outside = {target.split(".")[0] for target in imports(path) if not inside(target)}
             assert outside <= {*LIGHT.get(own, {"torch"}), *sys.stdlib_module_names}, path
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_file_is_long(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST
 
 
 def test_the_check_sees_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
