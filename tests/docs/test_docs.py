@@ -1,6 +1,6 @@
 """The documentation agrees with the code and with itself."""
 
-import importlib.util
+import itertools
 import re
 import shlex
 import textwrap
@@ -8,6 +8,8 @@ from pathlib import Path
 from urllib.parse import unquote
 from xml.etree import ElementTree
 
+import make_architecture
+import make_configuration
 import pytest
 import typer
 
@@ -23,17 +25,35 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
-@pytest.fixture(scope="module")
-def generator():
-    spec = importlib.util.spec_from_file_location("make_configuration", ROOT / "docs" / "make_configuration.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def test_configuration_page_is_current():
+    assert make_configuration.PAGE.read_text(encoding="utf-8") == make_configuration.page(), "run: make docs"
 
 
-def test_configuration_page_is_current(generator):
-    assert generator.PAGE.read_text(encoding="utf-8") == generator.page(), "run: make docs"
+def test_drawing_of_the_packages_is_current():
+    assert make_architecture.PICTURE.read_text(encoding="utf-8") == make_architecture.picture(), "run: make docs"
+
+
+def test_drawing_of_the_packages_is_legible():
+    """Boxes stand apart with room for their text, and arrows meet only the two boxes that they join."""
+    edges = make_architecture.reduced(make_architecture.package_imports())
+    boxes = make_architecture.placed(edges)
+    corners = {name: ((box.left, box.top), (box.right, box.bottom)) for name, box in boxes.items()}
+    for box in boxes.values():
+        letters = max(map(len, [make_architecture.shown(box.name), *box.lines]))
+        assert letters * make_architecture.FILE < box.right - box.left - 10, box.name
+    for one, other in itertools.combinations(boxes, 2):
+        assert not make_architecture.meet(corners[one], corners[other], 10), (one, other)
+    arrows = make_architecture.routed(edges, boxes)
+    assert set(arrows) == {(source, target) for source in edges for target in edges[source]}
+    for pair, points in arrows.items():
+        for line in itertools.pairwise(points):
+            met = {name for name in boxes if make_architecture.meet(line, corners[name], 5)}
+            assert met <= set(pair), f"the arrow {pair} crosses {met - set(pair)}: reorder a row of docs/layers.py"
+
+
+def test_reduction_leaves_out_what_a_longer_path_says():
+    edges = {"a": {"b", "c", "d"}, "b": {"c"}, "c": {"d"}, "d": set(), "e": {"b", "d"}}
+    assert make_architecture.reduced(edges) == {"a": {"b"}, "b": {"c"}, "c": {"d"}, "d": set(), "e": {"b"}}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
