@@ -16,13 +16,13 @@ INTRODUCTION = """\
 
 <!-- Written by docs/make_configuration.py from src/draftplus/config/schema.py: `make docs` -->
 
-A run's configuration comes from three places, later ones over earlier ones:
+A run's configuration comes from three places; later ones override earlier ones:
 
 1. the defaults below;
 2. a recipe: a built-in name (`draftplus train demo`) or a YAML file (`draftplus train my.yaml`);
 3. `key=value` on the command line (`draftplus train demo optim.lr=3e-4 train.steps=200`).
 
-A recipe holds only what differs from the defaults, in nested form. It may build on another with `extends`:
+A recipe contains only what differs from the defaults, in nested form. It can build on another recipe with `extends`:
 
 ```yaml
 extends: emoji
@@ -30,9 +30,9 @@ objective: {method: draft, grad_steps: 3, kl_coeff: 0.2}
 train: {steps: 200}
 ```
 
-An unknown key or a value of the wrong type ends the command with one line that names the nearest valid key.
-`draftplus train ... --dry-run` prints the resolved configuration and stops. Every run directory has its complete
-configuration in `config.yaml`; that file is a recipe too, so that
+For an unknown key, the command stops with one line that names the nearest valid key; for a value of the wrong type,
+with one line that names the key. `draftplus train ... --dry-run` prints the resolved configuration and stops. Every run
+directory contains its complete configuration in `config.yaml`. This file is itself a recipe, so
 `draftplus train runs/demo/config.yaml name=again` repeats the run.
 
 `reward` and `eval.rewards` are mappings from a reward's name to its settings. `reward.pickscore.weight=2` changes one
@@ -42,20 +42,21 @@ setting; `reward=pickscore` replaces the whole mapping. `model.lora=null` means 
 CONTINUING = """\
 ## Continuing a run
 
-The same command again, or `draftplus train RUN`, continues an unfinished run. Some keys may change on the way. All
-others shape the trajectory, and a change of one is refused by name. These may change, with all keys below them:
+To continue an unfinished run, repeat the same command or use `draftplus train RUN`. Most keys affect the course of
+training: if one of these has changed, the command stops and names it. Only the following keys, and all keys below them,
+may change when a run continues:
 
 {keys}
 """
 
 NOTES = {
     "model": "See [models](models.md).",
-    "sampler": "How images are made, in training, in evaluation and in `draftplus generate`.",
+    "sampler": "How images are sampled: in training, in evaluation and in `draftplus generate`.",
     "objective": "What is optimised; see [concepts](concepts.md).",
-    "reward": "For each reward, under its name; see [rewards](rewards.md).",
-    "train": "One of `steps` and `epochs` decides the length; `epochs` where both are given.",
-    "eval": "Evaluation on prompts and seeds that training never sees.",
-    "log": "TensorBoard writes to `tensorboard/` in the run directory; the other two need their extra.",
+    "reward": "Settings of each reward, under its name; see [rewards](rewards.md).",
+    "train": "The length of the run is set by `steps` or `epochs`; if both are given, `epochs` counts.",
+    "eval": "Evaluation uses prompts and seeds that are never used in training.",
+    "log": "TensorBoard writes to `tensorboard/` in the run directory; the other two need the extra of the same name.",
 }
 
 

@@ -1,6 +1,6 @@
 """Names to objects: the one place where a configuration's names resolve.
 
-A new reward or model is one file and one line here. A user's own goes in as `package.module:object`.
+A new reward or model is one file and one line here. A user's own is named as `package.module:object`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ ASSETS = Path(str(files("draftplus"))) / "assets"
 # built-in name -> directory
 MODELS = {"emoji": ASSETS / "emoji"}
 
-# built-in name -> what its `sampler` is where a key is null, before that of its family
+# built-in name -> its defaults for `sampler` keys that are null; they come before those of its family
 SAMPLING = {"emoji": {"steps": 10, "guidance_scale": 1.75}}
 
 # diffusers pipeline class, as model_index.json names it -> family
@@ -89,7 +89,7 @@ def _resolve(target: str) -> Any:
 def model_path(config: ModelConfig) -> str:
     """The directory, file or hub id of a model.
 
-    Raises UserError for what is neither a built-in name nor can be any of these.
+    Raises UserError for a path that is neither a built-in name nor can be any of these.
     """
     path = str(MODELS.get(config.path, config.path))
     if "/" not in path and not Path(path).exists():
@@ -109,7 +109,7 @@ def build_model(config: ModelConfig, device: torch.device, seed: int = 0, traina
 def family_of(config: ModelConfig) -> Family:
     """The family of a model: that of the pipeline class which its model_index.json names.
 
-    Raises UserError where it is missing, or draftplus has no such family.
+    Raises UserError if it is missing, or draftplus has no such family.
     """
     path = str(Path(model_path(config)).expanduser())
     family: Family = _resolve(FAMILIES[_pipeline_class(path, config.revision)])
@@ -125,7 +125,7 @@ def _pipeline_class(path: str, revision: str | None) -> str:
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{index}: not a diffusers model index") from None
     if name not in FAMILIES:
-        raise UserError(f"model.path '{path}' is a {name}; draftplus can tune: {', '.join(FAMILIES)}")
+        raise UserError(f"model.path '{path}' is a {name}, which is not supported; supported: {', '.join(FAMILIES)}")
     return name
 
 
@@ -153,7 +153,7 @@ def hub_index(path: str, revision: str | None) -> Path:
 
 
 def resolve(config: Config) -> Config:
-    """The configuration with the nulls of `sampler` filled in that its model decides."""
+    """The configuration with those nulls of `sampler` filled in that the model decides."""
     given = {**family_of(config.model).sampler, **SAMPLING.get(config.model.path, {})}
     absent = {key: value for key, value in given.items() if getattr(config.sampler, key) is None}
     return replace(config, sampler=replace(config.sampler, **absent)) if absent else config
@@ -173,12 +173,12 @@ def build_reward(name: str, config: RewardConfig, device: torch.device, dtype: t
 
 
 def refuse_unknown_reward(name: str) -> None:
-    """UserError for what is neither a built-in reward nor could be a user's own, naming the nearest."""
+    """UserError for a name that is neither a built-in reward nor could be a user's own; it names the nearest."""
     if not is_reward(name):
         near = nearest(name, list(REWARDS))
         raise UserError(
-            f"reward '{name}' is not known; {near or 'built in: ' + ', '.join(REWARDS)} "
-            "Your own is package.module:object"
+            f"unknown reward '{name}'; {near or 'built in: ' + ', '.join(REWARDS) + '.'} "
+            "For your own reward, give package.module:object"
         )
 
 
@@ -195,8 +195,8 @@ def is_reward(name: str) -> bool:
 def compares_images(rewards: Iterable[str]) -> bool:
     """Whether any of the rewards of these names scores an image by the others of its micro-batch.
 
-    No weights load: what makes a reward has the attribute `compares_images`. False for what is no reward, or cannot be
-    imported; building it says so.
+    No weights are loaded: the callable that makes a reward has the attribute `compares_images`. False for a name that
+    is no reward or cannot be imported; building it reports that.
     """
     return any(getattr(_maker(name), "compares_images", False) for name in rewards)
 
@@ -218,7 +218,8 @@ def build_metric(name: str) -> Metric:
     if name not in METRICS:
         near = nearest(name, [*METRICS, *REWARDS])
         raise UserError(
-            f"metric '{name}' is not known; {near + ' ' if near else ''}Metrics: {', '.join(METRICS)}; or any reward"
+            f"unknown metric '{name}'; {near + ' Choose' if near else 'choose'} one of: {', '.join(METRICS)}, or any "
+            "reward"
         )
     metric: Metric = _resolve(METRICS[name])
     return metric
@@ -228,7 +229,7 @@ def build_features(path: str | None, device: torch.device) -> Callable[[Tensor],
     """(b, 3, H, W) images in [0, 1] -> (b, d) features of unit length, of a transformers `CLIPModel` (None: the
     embedded one), preprocessed as its checkpoint says.
 
-    Raises UserError where it is missing or of another architecture.
+    Raises UserError if it is missing or of another architecture.
     """
     clip = load_clip_reward(path or EMOJI_CLIP, device=device)
 
@@ -255,9 +256,9 @@ def build_styles(device: torch.device) -> Callable[[Tensor, str], Tensor]:
 
 
 def build_sampler(model: Model, config: SamplerConfig, ddpo: DdpoConfig | None = None) -> Sampler:
-    """How a configuration samples a model. ddpo: for its rollouts, which have a noise of their own.
+    """How a configuration samples a model. ddpo: for its rollouts, which have a noise setting of their own.
 
-    Raises UserError where the settings do not fit the model.
+    Raises UserError if the settings do not fit the model.
     """
     assert config.steps is not None and config.guidance_scale is not None, "resolve() fills them in"
     config_of = model.scheduler(model.latent_shape(config.height, config.width), config.steps)
@@ -265,11 +266,13 @@ def build_sampler(model: Model, config: SamplerConfig, ddpo: DdpoConfig | None =
     solver, eta = make_solver(name, config.eta), config.eta
     if ddpo is not None:
         if schedule.prediction == "flow":
-            raise UserError("objective.method=ddpo needs a model that DDIM can sample; this is a flow-matching model")
+            raise UserError(
+                "objective.method=ddpo samples with DDIM, but this is a flow-matching model; use another method"
+            )
         solver, eta = make_solver(name, ddpo.eta, "objective.ddpo.eta"), ddpo.eta
         if not random_steps(schedule, eta):
             raise UserError(
-                f"sampler.steps is {config.steps}, none of which draws noise for ddpo to learn from; take more steps"
+                f"sampler.steps is {config.steps}, and none of these steps adds noise, which ddpo needs; use more steps"
             )
     return Sampler(model, schedule, solver, config.guidance_scale, config.negative_prompt, eta)
 
@@ -277,19 +280,19 @@ def build_sampler(model: Model, config: SamplerConfig, ddpo: DdpoConfig | None =
 def build_problem(config: Config, model: Model, rewards: Mapping[str, Reward]) -> Problem:
     """What an optimizer step needs besides prompts and noise. rewards: at least those of `config.reward`, by name.
 
-    Raises UserError where the sampler does not fit the model or the method, or a reward the method.
+    Raises UserError if the sampler does not fit the model or the method, or a reward does not fit the method.
     """
     name, differentiates = config.objective.method, METHODS[config.objective.method].differentiates
     for reward, settings in config.reward.items():
         if differentiates and not rewards[reward].differentiable:
             raise UserError(
-                f"reward '{reward}' carries no gradient (differentiable is False), which objective.method={name} "
-                "needs; objective.method=ddpo does without"
+                f"reward '{reward}' has no gradient (differentiable is False), but objective.method={name} needs one; "
+                "use objective.method=ddpo"
             )
         if not differentiates and reward in REWARDS and settings.args.get("dropout"):
             raise UserError(
-                f"reward.{reward}.args.dropout is {settings.args['dropout']}, which acts on gradients, and method "
-                f"{name} takes none of the reward; remove it"
+                f"reward.{reward}.args.dropout is {settings.args['dropout']}, but method {name} takes no gradient "
+                "of the reward, so dropout has no effect; remove it"
             )
     scorer = Combined({reward: (rewards[reward], settings.weight) for reward, settings in config.reward.items()})
     ddpo = None if differentiates else config.objective.ddpo

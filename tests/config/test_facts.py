@@ -80,7 +80,7 @@ def test_a_rewards_weight_is_finite(where: str) -> None:
 def test_what_is_no_choice_is_refused_by_name(key: str) -> None:
     message = refused(f"{key}={written(KEYS[key], 'no such choice')}")
     assert message.startswith(key) and "'no such choice'" in message
-    assert message.endswith(f"Choose one of: {', '.join(KEYS[key].choices)}")
+    assert message.endswith(f"; choose one of: {', '.join(KEYS[key].choices)}")
 
 
 @pytest.mark.parametrize("key", LISTS)

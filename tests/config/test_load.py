@@ -109,8 +109,8 @@ def test_a_letter_too_many_finds_every_key() -> None:
         ("reward.emoji_clip=3", "reward.emoji_clip: "),
         ("eval.rewards=pickscore", "eval.rewards: "),
         ("eval.every=null", "eval.every: "),
-        ("sampler.steps=[", "sampler.steps=[: the value cannot be read"),
-        ("sampler.negative_prompt=${", "the value cannot be read"),
+        ("sampler.steps=[", "sampler.steps=[: cannot read the value"),
+        ("sampler.negative_prompt=${", "cannot read the value"),
         ("name=${nowhere}", "name: Interpolation key 'nowhere' not found"),
         ("name=${oc.env:NO_SUCH_VARIABLE}", "NO_SUCH_VARIABLE"),
         ("=3", "expected KEY=VALUE"),
@@ -137,7 +137,7 @@ def test_a_wrong_value_names_its_key(override: str, says: str) -> None:
         ("extends: nowhere", "recipe 'nowhere': no such file"),
         ("extends: emojii", "did you mean 'emoji'?"),
         ("extends: [emoji]", "extends is ['emoji']"),
-        ("extends: recipe.yaml", "it extends itself"),
+        ("extends: recipe.yaml", "extends itself"),
     ],
 )
 def test_a_recipe_that_cannot_be_read(recipe: Any, text: str, says: str) -> None:
@@ -173,7 +173,7 @@ def test_extends(recipe: Any) -> None:
 
 def test_recipes_that_extend_each_other(recipe: Any) -> None:
     recipe("extends: recipe.yaml", "other.yaml")
-    assert "it extends itself, by way of" in refused(recipe=recipe("extends: other.yaml"))
+    assert "extends itself through" in refused(recipe=recipe("extends: other.yaml"))
 
 
 def test_built_in_recipes_load() -> None:

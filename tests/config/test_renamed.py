@@ -26,7 +26,7 @@ from draftplus.report.read import read_run
 from draftplus.runs.plan import plan_run
 from draftplus.runs.weights import find_weights
 
-TOLD = "unknown key 'model.unet'; it is called 'model.denoiser' now"
+TOLD = "unknown key 'model.unet'; it is now called 'model.denoiser'"
 
 
 def write_run(run: Path, unet: str = "null", old: bool = True) -> Path:

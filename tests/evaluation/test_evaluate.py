@@ -321,7 +321,7 @@ def test_styles_are_told_apart() -> None:
         ("{run}", [], {"images_per_prompt": 1}, "'lpips' needs at least 2 images of each prompt, got 1"),
         ("{run}", [], {"metrics": ["coverage"], "images_per_prompt": 5}, "at least 6 images"),
         ("{run}", [], {"images_per_prompt": 0}, "images per prompt is 0; give at least 1"),
-        ("{run}", [], {"images_per_prompt": 3, "seeds": [1, 2]}, "but 2 seeds are named"),
+        ("{run}", [], {"images_per_prompt": 3, "seeds": [1, 2]}, "but 2 seeds are given"),
         ("{run}", [], {"seeds": [2, 2]}, "each once"),
         ("{run}", [], {"prompts": []}, "no prompt"),
         ("{run}", [], {"anneal": "cubic"}, "anneal 'cubic'"),
@@ -361,7 +361,7 @@ def test_other_rewards_of_one_name(run: Path, other: Path, tmp_path: Path) -> No
     before = config.read_text()
     config.write_text(before.replace("args: {}", "args: {gain: 2}"))
     try:
-        with pytest.raises(UserError, match=rf"different settings of reward '{RED}'"):
+        with pytest.raises(UserError, match=rf"different settings for reward '{RED}'"):
             api.evaluate([str(run), str(other)], prompts=PROMPTS, output=tmp_path)
     finally:
         config.write_text(before)

@@ -230,7 +230,7 @@ def test_annealing_of_a_full_denoiser(small: Path, full: Path) -> None:
 
 @pytest.mark.slow
 def test_a_full_denoiser_has_no_scale(full: Path) -> None:
-    with pytest.raises(UserError, match="fully tuned"):
+    with pytest.raises(UserError, match="fully fine-tuned"):
         ours(full, lora_scale=0.5)
 
 

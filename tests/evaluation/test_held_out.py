@@ -171,7 +171,7 @@ def test_prompts_are_never_those_of_training(settings: list[str], tmp_path: Path
 def test_an_evaluation_prompt_that_is_trained_on_is_refused(settings: list[str], tmp_path: Path) -> None:
     others = tmp_path / "others.txt"
     others.write_text("a zebra\nA   CAT\n")
-    with pytest.raises(UserError, match="also trained on"):
+    with pytest.raises(UserError, match="also a training prompt"):
         train_here(settings, f"eval.prompts={others}")
     others.write_text("a zebra\na zebra\na newt\n")
     run = train_here(settings, f"eval.prompts={others}")

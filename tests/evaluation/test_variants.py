@@ -75,7 +75,7 @@ def test_a_finished_run_gets_more_of_them(settings: list[str], monkeypatch: pyte
     assert after[-1].pop("variants")[1:] == half and after == before
     with pytest.raises(UserError, match="other prompts, images or rewards"):
         train_here(settings, *EVERY, "eval.images_per_prompt=3", "eval.variants=[{lora_scale: 0.2}]")
-    with pytest.raises(UserError, match="step 1 was not evaluated; this run has 0, 2, 4"):
+    with pytest.raises(UserError, match="step 1 was not evaluated; the evaluated steps of this run are 0, 2, 4"):
         train_here(settings, *EVERY, "eval.every=1", "eval.variants=[{checkpoint: 1}]")
 
 

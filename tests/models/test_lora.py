@@ -184,7 +184,7 @@ def test_adapters_are_drawn_from_the_seed(tiny_path: Path) -> None:
 @pytest.mark.parametrize(
     ("targets", "says"),
     [
-        ("atention", "choose attention, linear, convolution, all"),
+        ("atention", "choose one of attention, linear, convolution, all"),
         (["to_q", "to_z"], "'to_z'"),
         ([], "give a name or a list"),
         (3, "model.lora.targets is 3"),

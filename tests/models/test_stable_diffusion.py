@@ -72,7 +72,7 @@ def test_latent_shape(tiny_path: Path) -> None:
     assert made.latent_shape(32, 24) == (4, 16, 12)
     assert made.latent_shape(width=20) == (4, 8, 10)
     for height, width, says in ((33, None, "sampler.height is 33"), (16, 17, "sampler.width is 17")):
-        with pytest.raises(UserError, match=f"{says}; this model takes multiples of 2"):
+        with pytest.raises(UserError, match=f"{says}; it must be a multiple of 2"):
             made.latent_shape(height, width)
 
 
@@ -268,7 +268,7 @@ def test_a_model_that_is_not_there(tmp_path: Path) -> None:
     refused(tmp_path / "nothing.safetensors", "no such file")
     refused(tmp_path / "nothing.ckpt", "no such file")
     refused(tmp_path, "no model_index.json in it")
-    refused("someone/some-model", "model.path 'someone/some-model': not loaded")
+    refused("someone/some-model", "model.path 'someone/some-model': cannot be loaded")
     refused("someone/some-model", "needs the network or an earlier download")
 
 
@@ -282,7 +282,7 @@ def test_a_home_directory_is_found(tiny_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_part_that_is_not_there(tiny_path: Path, tmp_path: Path, part: str) -> None:
     shutil.copytree(tiny_path, tmp_path / "m")
     shutil.rmtree(tmp_path / "m" / part)
-    refused(tmp_path / "m", f"model.path '{tmp_path / 'm'}': not loaded")
+    refused(tmp_path / "m", f"model.path '{tmp_path / 'm'}': cannot be loaded")
 
 
 def cut(file: Path) -> None:
@@ -310,7 +310,7 @@ def misspell(file: Path) -> None:
 def test_a_damaged_part(tiny_path: Path, tmp_path: Path, file: str, damage: Callable[[Path], None]) -> None:
     shutil.copytree(tiny_path, tmp_path / "m")
     damage(tmp_path / "m" / file)
-    refused(tmp_path / "m", f"model.path '{tmp_path / 'm'}': not loaded")
+    refused(tmp_path / "m", f"model.path '{tmp_path / 'm'}': cannot be loaded")
 
 
 @pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside-an-unrelated-file"])
@@ -324,7 +324,7 @@ def test_a_hostile_pickle_in_a_directory(tiny_path: Path, tmp_path: Path, file: 
         weights.rename(weights.with_name("other.safetensors"))
     else:
         weights.unlink()
-    refused(tmp_path / "m", f"{name}: refused")
+    refused(tmp_path / "m", f"{name}: rejected")
     assert not mark.exists()
 
 
@@ -338,18 +338,18 @@ def test_a_hostile_pickle_that_no_loader_would_read_harms_nobody(tiny_path: Path
 def test_a_hostile_single_file(tiny_path: Path, tmp_path: Path) -> None:
     file, mark = tmp_path / "model.ckpt", tmp_path / "mark"
     torch.save({"state_dict": {"a": Hostile(mark)}}, file)
-    refused(file, "needs to run code")
-    refused(tiny_path, "Convert it to .safetensors where you trust it", denoiser=str(file))
+    refused(file, "loading it would run code")
+    refused(tiny_path, "If you trust it, convert it to .safetensors", denoiser=str(file))
     directory = tmp_path / "unet"
     shutil.copytree(tiny_path / "unet", directory)
     (directory / "diffusion_pytorch_model.safetensors").unlink()
     file.rename(directory / "diffusion_pytorch_model.bin")
-    refused(tiny_path, "refused", denoiser=str(directory))
+    refused(tiny_path, "rejected", denoiser=str(directory))
     assert not mark.exists()
 
 
 def test_a_single_file_of_something_else(tiny_path: Path) -> None:
-    refused(tiny_path / UNET, f"model.path '{tiny_path / UNET}': not loaded")
+    refused(tiny_path / UNET, f"model.path '{tiny_path / UNET}': cannot be loaded")
 
 
 def test_a_replacement_of_something_else(tiny_path: Path, tmp_path: Path) -> None:
@@ -357,10 +357,10 @@ def test_a_replacement_of_something_else(tiny_path: Path, tmp_path: Path) -> Non
         tiny_path, "model.denoiser '/no/such.safetensors': no such file or directory", denoiser="/no/such.safetensors"
     )
     for given in (tiny_path / "vae", tiny_path / VAE):
-        refused(tiny_path, f"model.denoiser '{given}': not loaded", denoiser=str(given))
+        refused(tiny_path, f"model.denoiser '{given}': cannot be loaded", denoiser=str(given))
     file = tmp_path / "u.safetensors"
     file.write_bytes((tiny_path / UNET).read_bytes())
     drop(file)
-    refused(tiny_path, f"model.denoiser '{file}': not loaded", denoiser=str(file))
+    refused(tiny_path, f"model.denoiser '{file}': cannot be loaded", denoiser=str(file))
     cut(file)
-    refused(tiny_path, f"{file}: not a whole safetensors file", denoiser=str(file))
+    refused(tiny_path, f"{file}: damaged or not a safetensors file", denoiser=str(file))

@@ -37,7 +37,7 @@ def test_missing_and_damaged_files(tmp_path: Path) -> None:
     (tmp_path / "short.safetensors").write_bytes(b"abc")
     (tmp_path / "empty.ckpt").write_bytes(b"")
     for name in ("no.safetensors", "no.ckpt", "short.safetensors", "empty.ckpt"):
-        with pytest.raises(UserError, match=f"{name}: not a whole"):
+        with pytest.raises(UserError, match=f"{name}: damaged or not a"):
             read_state_dict(tmp_path / name)
 
 

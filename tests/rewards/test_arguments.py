@@ -61,17 +61,17 @@ def test_what_fits_is_passed_as_it_is(key: str, value: object) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "needed"),
     [
-        ("text", 3, "a text"), ("text", None, "a text"), ("text", True, "a text"), ("number", "0.5", "a number"),
+        ("text", 3, "a string"), ("text", None, "a string"), ("text", True, "a string"), ("number", "0.5", "a number"),
         ("number", True, "a number"), ("number", None, "a number"), ("count", 3.0, "a whole number"),
         ("count", False, "a whole number"), ("flag", 1, "true or false"), ("flag", "yes", "true or false"),
-        ("maybe", 3, "a text or null"), ("either", 0.5, "a whole number or a text or null"),
+        ("maybe", 3, "a string or null"), ("either", 0.5, "a whole number or a string or null"),
         ("implied", "a", "a number"),
     ],
 )  # fmt: skip
 def test_another_type_is_named(key: str, value: object, needed: str) -> None:
     with pytest.raises(UserError) as error:
         bound(typed, **{key: value})
-    assert str(error.value) == f"reward 'r' has {key} {value!r} in args: {needed} is needed."
+    assert str(error.value) == f"reward 'r': args.{key} is {value!r}; it must be {needed}."
 
 
 def test_path_device_and_dtype_where_they_are_named() -> None:
@@ -89,17 +89,21 @@ def test_the_type_of_what_cannot_be_read_is_not_checked() -> None:
 @pytest.mark.parametrize(
     ("target", "given", "said"),
     [
-        (typed, {"cuont": 1}, "reward 'r' has no argument 'cuont' (1 in args): did you mean 'count'?"),
-        (located, {"x": 1}, "reward 'r' has no argument 'x' (1 in args): it takes gain."),
-        (defaulted, {"x": 1, "hint": "So."}, "reward 'r' has no argument 'x' (1 in args): it takes none.\nSo."),
+        (typed, {"cuont": 1}, "reward 'r' has no argument 'cuont' (args.cuont is 1): did you mean 'count'?"),
+        (located, {"x": 1}, "reward 'r' has no argument 'x' (args.x is 1): it takes gain."),
+        (
+            defaulted,
+            {"x": 1, "hint": "So."},
+            "reward 'r' has no argument 'x' (args.x is 1): it takes no arguments.\nSo.",
+        ),
         (open_ended, {}, "reward 'r' needs an argument 'needed': add it to args."),
         (open_ended, {"hint": "So."}, "reward 'r' needs an argument 'needed': add it to args.\nSo."),
-        (typed, {"path": "w"}, "reward 'r' takes no path, yet 'w' is given: remove it."),
-        (open_ended, {"path": "w", "hint": "So."}, "reward 'r' takes no path, yet 'w' is given: remove it.\nSo."),
+        (typed, {"path": "w"}, "reward 'r' takes no path, but path is 'w': remove it."),
+        (open_ended, {"path": "w", "hint": "So."}, "reward 'r' takes no path, but path is 'w': remove it.\nSo."),
         (
             located,
             {"device": "cuda"},
-            "reward 'r' has device 'cuda' in args: it gets the device of the images, remove it there.",
+            "reward 'r': args.device is 'cuda'; remove it, the device is that of the images.",
         ),
     ],
 )
@@ -110,12 +114,12 @@ def test_what_does_not_fit_is_said(target: Callable[..., Any], given: dict[str, 
 
 
 def test_a_path_belongs_beside_args() -> None:
-    with pytest.raises(UserError, match="has path 'w' in args: give it beside args, remove it there"):
+    with pytest.raises(UserError, match=r"args\.path is 'w'; remove it, path belongs next to args"):
         bind("r", parameters_of("r", located), None, {"path": "w"}, CPU, None)
 
 
 def test_what_tells_no_signature_is_refused() -> None:
-    with pytest.raises(UserError, match="'builtins:iter' has no readable signature: wrap it"):
+    with pytest.raises(UserError, match="parameters of reward 'builtins:iter' cannot be inspected: wrap it"):
         build_reward("builtins:iter", RewardConfig(), CPU)
 
 
@@ -123,14 +127,14 @@ def test_what_tells_no_signature_is_refused() -> None:
     ("name", "path", "args", "words"),
     [
         ("emoji_clip", None, {"procesor": "x"}, "'emoji_clip' has no argument 'procesor' .*did you mean 'processor'"),
-        ("pickscore", None, {"revision": 7}, "'pickscore' has revision 7 in args: a text or null is needed"),
-        ("clip_score", None, {"dropout": True}, "'clip_score' has dropout True in args: a number is needed"),
-        ("clip_score", None, {"dropout": 1}, "'clip_score' has dropout 1 in args: a number from 0 to below 1"),
-        ("jpeg_compressibility", "x", {}, "'jpeg_compressibility' takes no path, yet 'x' is given"),
-        ("jpeg_incompressibility", None, {"quality": "high"}, "has quality 'high' in args: a number is needed"),
-        ("jpeg_compressibility", None, {"quality": 0}, "has quality 0 in args: a number from 1 to 100 is needed"),
+        ("pickscore", None, {"revision": 7}, "'pickscore': args.revision is 7; it must be a string or null"),
+        ("clip_score", None, {"dropout": True}, "'clip_score': args.dropout is True; it must be a number"),
+        ("clip_score", None, {"dropout": 1}, "'clip_score': args.dropout is 1; it must be at least 0 and less than 1"),
+        ("jpeg_compressibility", "x", {}, "'jpeg_compressibility' takes no path, but path is 'x'"),
+        ("jpeg_incompressibility", None, {"quality": "high"}, "args.quality is 'high'; it must be a number"),
+        ("jpeg_compressibility", None, {"quality": 0}, "args.quality is 0; it must be a number from 1 to 100"),
         ("dissimilarity", None, {"same_promt": True}, "did you mean 'same_prompt'"),
-        ("dissimilarity", None, {"same_prompt": "yes"}, "has same_prompt 'yes' in args: true or false is needed"),
+        ("dissimilarity", None, {"same_prompt": "yes"}, "args.same_prompt is 'yes'; it must be true or false"),
         ("dissimilarity", None, {"dropout": 0.1}, "has no argument 'dropout' .*same_prompt, processor, revision"),
     ],
 )

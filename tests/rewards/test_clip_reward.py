@@ -232,8 +232,8 @@ def other_crop(path):
     ("spoil", "words"),
     [
         (keep_half, "cannot be loaded"),
-        (drop_projection, "lack 2 tensors, text_projection.weight"),
-        (other_crop, r"crops to \(48, 48\)"),
+        (drop_projection, "2 tensors are missing, for example text_projection.weight"),
+        (other_crop, r"crops images to \(48, 48\)"),
         (lambda path: os.remove(f"{path}/model.safetensors"), "cannot be loaded: .*model.safetensors"),
         (lambda path: os.remove(f"{path}/config.json"), "no config.json"),
         (lambda path: os.remove(f"{path}/tokenizer.json"), "no tokenizer.json"),
@@ -247,13 +247,13 @@ def test_broken_checkpoints_are_refused(copied, spoil, words):
 
 
 def test_missing_weights_name_the_path_and_a_mend(tmp_path, checkpoint):
-    with pytest.raises(UserError, match=r"no directory '.*absent'.*hub id"):
+    with pytest.raises(UserError, match=r"absent': no such directory; .*hub id"):
         load_emoji_clip(str(tmp_path / "absent"))
-    with pytest.raises(UserError, match="are a file"):
+    with pytest.raises(UserError, match="this is a file"):
         load_emoji_clip(f"{checkpoint}/config.json")
 
 
 def test_a_hub_id_that_cannot_be_had_says_so(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"nobody/nothing' on the hub or fetched before"):
+    with pytest.raises(UserError, match=r"'nobody/nothing' has no .* on the hub or in the local cache"):
         load_clip_score("nobody/nothing")

@@ -69,7 +69,7 @@ def test_no_reward_is_refused():
         (lambda x: x.mean(dim=(1, 2, 3))[:1], r"shape \(1,\).*\(3,\)"),
         (lambda x: x.detach().mean(dim=(1, 2, 3)).long(), "torch.int64.*floating"),
         (lambda x: [0.0, 0.0, 0.0], "returned list"),
-        (lambda x: torch.zeros(3, device="meta"), "on meta, the images are on cpu"),
+        (lambda x: torch.zeros(3, device="meta"), "on meta, but the images are on cpu"),
     ],
 )
 def test_wrong_output_is_refused(images, function, words):
@@ -79,7 +79,7 @@ def test_wrong_output_is_refused(images, function, words):
 
 @pytest.mark.parametrize("function", [lambda x: torch.from_numpy(x.detach().numpy()).mean(dim=(1, 2, 3))])
 def test_claimed_gradient_that_is_not_there_is_refused(images, function):
-    with pytest.raises(UserError, match=r"'bad' carries no gradient(.|\n)*differentiable"):
+    with pytest.raises(UserError, match=r"'bad' carry no gradient(.|\n)*differentiable"):
         Combined({"bad": (Fake(function), 1.0)})(images, PROMPTS)
 
 
@@ -87,7 +87,7 @@ def test_gradient_to_the_reward_s_own_weights_does_not_count(images):
     layer = nn.Linear(192, 1).double()
     broken = Fake(lambda x: layer(x.detach().flatten(1))[:, 0])
     assert broken(images, PROMPTS).requires_grad
-    with pytest.raises(UserError, match="carries no gradient"):
+    with pytest.raises(UserError, match="carry no gradient"):
         Combined({"bad": (broken, 1.0)})(images, PROMPTS)
     Combined({"good": (Fake(lambda x: layer(x.flatten(1))[:, 0]), 1.0)})(images, PROMPTS)
 
@@ -96,7 +96,7 @@ def test_images_that_come_out_of_a_decoder_are_found_in_the_graph():
     latents = torch.rand(3, 3, 8, 8, requires_grad=True)
     images = (2 * latents).clamp(0, 1)
     Combined({"good": (Contrast(), 1.0)})(images, PROMPTS)
-    with pytest.raises(UserError, match="carries no gradient"):  # gradient, but around the images
+    with pytest.raises(UserError, match="carry no gradient"):  # gradient, but around the images
         Combined({"bad": (Fake(lambda x: latents.mean(dim=(1, 2, 3))), 1.0)})(images, PROMPTS)
 
 

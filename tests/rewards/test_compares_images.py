@@ -82,7 +82,7 @@ def test_the_reward_says_what_its_maker_says(module: str) -> None:
 
 def test_one_that_says_so_too_late_is_refused(module: str) -> None:
     with pytest.raises(
-        UserError, match=rf"'{module}:late' made one that compares images(.|\n)*set late\.compares_images"
+        UserError, match=rf"'{module}:late' returned a reward that compares images(.|\n)*set late\.compares_images"
     ):
         load_custom(f"{module}:late", None, {}, "cpu", None)
 
@@ -132,7 +132,7 @@ def test_a_share_must_hold_a_micro_batch(name: str) -> None:
 @pytest.mark.parametrize("name", COMPARING)
 def test_it_scores_no_image_by_itself(settings: list[str], tmp_path: Path, name: str) -> None:
     for asked in ({"rewards": [name]}, {"metrics": [name]}):
-        with pytest.raises(UserError, match=f"'{name}' scores a training batch and not an image"):
+        with pytest.raises(UserError, match=f"'{name}' scores a training batch, not an image"):
             api.evaluate("emoji", output=tmp_path / "out", **asked)  # type: ignore[arg-type]
     run = train_here(settings, f"reward={{{REWARDS}:redness: {{}}, {name}: {{}}}}", "train.steps=1")
     told = api.evaluate(str(run), ["device=cpu", "sampler.steps=1"], images_per_prompt=2, output=tmp_path / "out")

@@ -45,12 +45,12 @@ def test_gradient_equals_finite_differences_in_all_images() -> None:
 
 @pytest.mark.parametrize("same_prompt", [False, True])
 def test_one_image_alone(same_prompt: bool) -> None:
-    with pytest.raises(UserError, match=r"was given one; set train\.micro_batch_size to 2 or more"):
+    with pytest.raises(UserError, match=r"has a single image; set train\.micro_batch_size to 2 or more"):
         Dissimilarity(directions, same_prompt)(pointing(0), ["a"])
 
 
 def test_one_image_of_its_prompt() -> None:
-    with pytest.raises(UserError, match=r"one image only of 'b', of 3 images; set data\.images_per_prompt"):
+    with pytest.raises(UserError, match=r"only one image of 'b' in a micro-batch of 3; set data\.images_per_prompt"):
         Dissimilarity(directions, same_prompt=True)(pointing(0, 10, 20), ["a", "b", "a"])
 
 

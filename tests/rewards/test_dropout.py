@@ -112,7 +112,7 @@ def test_it_zeroes_at_its_rate_and_keeps_the_mean() -> None:
 def test_what_is_no_rate_is_refused(checkpoint: str, rate: float) -> None:
     for load in (load_emoji_clip, load_pickscore, load_clip_score):
         name = load.__name__.removeprefix("load_")
-        with pytest.raises(UserError, match=f"'{name}' has dropout {rate} in args: a number from 0 to below 1"):
+        with pytest.raises(UserError, match=f"'{name}': args.dropout is {rate}; it must be at least 0 and less than 1"):
             load(checkpoint, dropout=rate)
 
 

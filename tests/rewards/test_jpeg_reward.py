@@ -92,11 +92,11 @@ def test_flat_images_have_a_finite_gradient(value):
 @pytest.mark.parametrize("load", [compressibility, incompressibility])
 def test_impossible_quality_is_refused(load, quality):
     name = load.__name__.removeprefix("load_")
-    with pytest.raises(UserError, match=f"'{name}' has quality {quality} in args: a number from 1 to 100 is needed"):
+    with pytest.raises(UserError, match=f"'{name}': args.quality is {quality}; it must be a number from 1 to 100"):
         load(quality=quality)
 
 
 def test_missing_library_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "kornia.enhance", None)
-    with pytest.raises(UserError, match=r"pip install draftplus\[jpeg\]"):
+    with pytest.raises(UserError, match=r"pip install 'draftplus\[jpeg\]'"):
         compressibility()

@@ -94,7 +94,7 @@ def read_preprocessing_of(resize: int, crop: int):
     [
         ('{"resample": 0}', "filter 0"),
         ('{"size": {"longest_edge": 224}}', "longest_edge"),
-        ("{", "not JSON"),
+        ("{", "not valid JSON"),
         (None, "args.processor"),
     ],
 )

@@ -87,7 +87,7 @@ def test_a_file_without_a_grid_is_a_recipe(tmp_path):
         ("grid: {}\n", "the grid is empty"),
         ("grid: {seed: [0]\n", "not a YAML file"),
         ("grid: {seed: [0]}\nruns: [{seed: 1}]\n", "seed is in the grid"),
-        ("grid: {reward: ['{emoji_clip: {}}']}\n", "neither a built-in name nor package.module:object"),
+        ("grid: {reward: ['{emoji_clip: {}}']}\n", "neither a built-in reward nor of the form package.module:object"),
         ("grid: {reward: [emoji_clipp]}\n", "did you mean 'emoji_clip'"),
     ],
 )

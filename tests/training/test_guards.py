@@ -102,7 +102,7 @@ def test_a_guarded_run_ends_and_can_go_on(
     assert fingerprint(train_here(settings, "stop.held_out_drop=1e-9")) == before  # again: it has ended already
 
     with pytest.raises(
-        UserError, match=r"stop\.held_out_drop=1 compares with the evaluation of step 0, made with other"
+        UserError, match=r"stop\.held_out_drop=1 compares with the evaluation of step 0, which used other"
     ):
         train_here(settings, "stop.held_out_drop=1", "eval.images_per_prompt=3")
 

@@ -35,7 +35,7 @@ def _version(wanted: bool) -> None:
 )
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Teach a text-to-image diffusion model what people prefer, without losing its variety (DRaFT, DRaFT+)."""

@@ -24,7 +24,9 @@ def evaluate(
     arguments: Annotated[
         list[str],
         typer.Argument(
-            metavar="MODEL|RUN[@step|@best]|ADAPTER ... [KEY=VALUE ...]", help="Models or runs to measure; settings."
+            metavar="MODEL|RUN|ADAPTER|KEY=VALUE",
+            help="Models, runs (also RUN@step, RUN@best) and adapter directories to measure; settings, such as "
+            "sampler.steps=25.",
         ),
     ],
     prompts: Annotated[
@@ -39,11 +41,13 @@ def evaluate(
     seeds: Annotated[
         str | None,
         typer.Option(
-            "--seeds", help="Seeds to use for every prompt: 0:16 or 1,5,9. Default: a different seed for each image."
+            "--seeds",
+            help="Seeds to use for every prompt: 0:16 (0 to 15) or 1,5,9. Default: a different seed for each image.",
         ),
     ] = None,
     reward: Annotated[
-        list[str] | None, typer.Option("--reward", help="A reward to measure besides the run's own; may be repeated.")
+        list[str] | None,
+        typer.Option("--reward", help="A reward to measure in addition to those of the run; may be repeated."),
     ] = None,
     metric: Annotated[
         list[str] | None,
@@ -54,15 +58,16 @@ def evaluate(
         ),
     ] = None,
     features: Annotated[
-        str | None, typer.Option("--features", help="CLIPModel whose features the metrics use: a directory or hub id.")
+        str | None, typer.Option("--features", help="CLIP model whose features the metrics use: a directory or hub id.")
     ] = None,
     lora_scale: LoraScale = 1.0,
     anneal: Anneal = None,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Directory for eval.json and the images.")
+        Path | None,
+        typer.Option("-o", "--output", help="Directory for eval.json and the images. Default: evaluated/NAME."),
     ] = None,
 ) -> None:
-    """Measure reward and diversity of models and runs on the same prompts and seeds, next to the base model."""
+    """Measure reward and diversity of models and runs. All use the same prompts and seeds as the base model."""
     settings = [text for text in arguments if "=" in text and not Path(text.partition("@")[0]).exists()]
     targets = [text for text in arguments if text not in settings]
     if not targets:
@@ -84,7 +89,7 @@ def evaluate(
 
 
 def print_evaluation(told: dict[str, Any]) -> None:
-    """Every target's metrics with their standard errors, and what changed from the base model."""
+    """Prints every target's metrics with their standard errors and their changes from the base model."""
     from rich.console import Console
     from rich.table import Table
 
@@ -105,7 +110,7 @@ def print_evaluation(told: dict[str, Any]) -> None:
 
 
 def shown(metric: MetricRow) -> str:
-    """A metric as mean ± standard error, and what changed from the base model, in brackets."""
+    """A metric as mean ± standard error, with its change from the base model in brackets."""
 
     def plain(mean: float | None, error: float | None, sign: str = "") -> str:
         return f"{mean:{sign}.3f}" + ("" if error is None else f" ± {error:.3f}")

@@ -27,16 +27,22 @@ def generate(
     prompts: Annotated[
         str | None, typer.Option("--prompts", help="Built-in prompt set, or .txt, .jsonl or .tar file.")
     ] = None,
-    seeds: Annotated[str, typer.Option("--seeds", help="Seeds to use for every prompt: 7, 0:16 or 1,5,9.")] = "0:4",
-    adapter: Annotated[Path | None, typer.Option("--adapter", help="Directory of trained weights to use.")] = None,
+    seeds: Annotated[
+        str, typer.Option("--seeds", help="Seeds to use for every prompt: 7, 0:16 (0 to 15) or 1,5,9.")
+    ] = "0:4",
+    adapter: Annotated[
+        Path | None, typer.Option("--adapter", help="Directory of trained weights to use instead of the run's.")
+    ] = None,
     lora_scale: LoraScale = 1.0,
     anneal: Anneal = None,
     reward: Annotated[
         list[str] | None, typer.Option("--reward", help="A reward to score the images with; may be repeated.")
     ] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Directory for the images.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Directory for the images. Default: generated/NAME.")
+    ] = None,
 ) -> None:
-    """Generate images and a grid of them, and score them with any rewards named."""
+    """Generate images from a model or run. With --reward, they are also scored."""
     chosen = list(dict.fromkeys([*(prompt or []), *prompts_of(prompts)]))
     if not chosen:
         raise UserError("no prompt given; add --prompt 'a cat' or --prompts FILE")

@@ -9,7 +9,7 @@ import typer
 from draftplus.errors import UserError
 
 LoraScale = Annotated[
-    float, typer.Option("--lora-scale", help="Strength of the adapter: 0 is the base model, 1 the tuned one.")
+    float, typer.Option("--lora-scale", help="Strength of the LoRA adapter: 0 is the base model, 1 the tuned one.")
 ]
 Anneal = Annotated[
     str | None,

@@ -13,7 +13,7 @@ from draftplus.errors import UserError
 EXAMPLES = examples(
     "Examples:\n"
     "  draftplus sweep emoji objective.kl_coeff=0,1,10 seed=0,1,2       nine runs, then the report\n"
-    "  draftplus sweep emoji lora_scale=0.25,0.5 anneal=linear         knobs that need no training of their own\n"
+    "  draftplus sweep emoji lora_scale=0.25,0.5 anneal=linear          knobs, which need no training of their own\n"
     "  draftplus sweep emoji 'model.lora={rank:4,alpha:4},{rank:8,alpha:8}' optim.betas=[0.9,0.99] --dry-run\n"
     "  draftplus sweep trade-off.yaml                                   recipe, grid and runs from a file"
 )
@@ -25,12 +25,15 @@ def sweep(
         list[str] | None, typer.Argument(metavar="KEY=V1,V2,...", help="Values of a key; each combination is one run.")
     ] = None,
     name: Annotated[
-        str | None, typer.Option("--name", help="The sweep goes to sweeps/NAME. Default: recipe and a hash.")
+        str | None,
+        typer.Option(
+            "--name", help="Directory for the sweep, below sweeps/. Default: RECIPE-HASH, or the sweep file's name."
+        ),
     ] = None,
     jobs: Annotated[
         int | None, typer.Option("--jobs", help="Runs to train at the same time. Default: one per GPU, or one.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list the runs, then stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list the runs, and stop.")] = False,
 ) -> None:
     """Train a grid of runs and compare them. Repeat the command to continue an unfinished sweep."""
     if "=" in recipe:

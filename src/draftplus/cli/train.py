@@ -11,7 +11,7 @@ from draftplus.config import describe_keys, recipe_names
 
 EXAMPLES = examples(
     "Examples:\n"
-    "  draftplus train                                        the embedded model and reward\n"
+    "  draftplus train                                        recipe emoji: the embedded model and reward\n"
     "  draftplus train emoji objective.kl_coeff=0.1           DRaFT+\n"
     "  draftplus train emoji reward=my_rewards:redness        your own reward\n"
     "  draftplus train runs/emoji-1a2b3c4d train.steps=120    continue a run and train longer\n"
@@ -26,9 +26,12 @@ def train(
         typer.Argument(metavar="RECIPE|RUN", help="Recipe name, YAML file, or run to continue. Default: emoji."),
     ] = None,
     settings: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings that override the recipe.")
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Settings that override the recipe; all keys are listed below."),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Take one step, print what to expect, and stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Take one trial step, print what to expect, and stop.")
+    ] = False,
 ) -> None:
     """Fine-tune a model on a reward. Repeat the command to continue an unfinished run."""
     if target and "=" in target:

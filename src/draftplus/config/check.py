@@ -21,7 +21,7 @@ CUSTOM_REWARD = re.compile(r"[^\W\d][\w.]*:[^\W\d][\w.]*")
 def check(config: Config) -> None:
     """Refuses values that are out of range or do not fit together.
 
-    Raises UserError naming the key, its value and what would do.
+    Raises UserError that names the key, its value and a remedy.
     """
     for key, facts, value in values(config):
         _check_value(key, facts, value)
@@ -32,25 +32,25 @@ def check(config: Config) -> None:
     for name in [*config.reward, *config.eval.rewards]:
         if ":" in name and not CUSTOM_REWARD.fullmatch(name):
             raise UserError(
-                f"reward '{name}' is neither a built-in name nor package.module:object; settings of a reward are a "
-                "mapping, such as reward.emoji_clip.weight=2"
+                f"reward '{name}' is neither a built-in reward nor of the form package.module:object; set a "
+                "reward's options like this: reward.emoji_clip.weight=2"
             )
     for name, one in config.eval.rewards.items():
         if name in config.reward:
             raise UserError(
-                f"eval.rewards.{name} is also trained on, and so is measured already; name another reward there"
+                f"eval.rewards.{name} is also trained on, so it is measured already; remove it or name another reward"
             )
         if one.weight != 1:
             raise UserError(
-                f"eval.rewards.{name}.weight is {one.weight}; held-out rewards are not summed, leave it at 1"
+                f"eval.rewards.{name}.weight is {one.weight}, but held-out rewards are not summed; leave it at 1"
             )
         if one.args.get("dropout"):
             raise UserError(
-                f"eval.rewards.{name}.args.dropout is {one.args['dropout']}; it acts on gradients, which a held-out "
-                "reward does not give: remove it"
+                f"eval.rewards.{name}.args.dropout is {one.args['dropout']}, but dropout has no effect on a held-out "
+                "reward; remove it"
             )
     if config.stop.held_out_drop is not None and not config.eval.rewards:
-        raise UserError("stop.held_out_drop needs a reward that is not optimised; name one in eval.rewards")
+        raise UserError("stop.held_out_drop needs a held-out reward; name one in eval.rewards")
     _check_variants(config)
 
 
@@ -59,8 +59,8 @@ def _check_value(key: str, facts: Facts, value: Any) -> None:
         if facts.choices and isinstance(entry, str) and entry not in facts.choices:
             near = nearest(entry, facts.choices)
             raise UserError(
-                f"{key} {'has' if facts.each else 'is'} '{entry}'; {near + ' ' if near else ''}"
-                f"Choose one of: {', '.join(facts.choices)}"
+                f"{key} {'contains' if facts.each else 'is'} '{entry}'; "
+                f"{near + ' Choose' if near else 'choose'} one of: {', '.join(facts.choices)}"
             )
     if not facts.allows(value):
         hint = f", {facts.hint}" if facts.hint else ""
@@ -81,9 +81,9 @@ def _check_variants(config: Config) -> None:
             if key == "anneal" and not isinstance(value, str):
                 raise UserError(f"{where}.anneal is {value!r}; give a schedule, such as {{anneal: 'power:2'}}")
         if "lora_scale" in variant and config.model.lora is None:
-            raise UserError(f"{where}.lora_scale: model.lora is null, and only LoRA has a scale; use anneal")
+            raise UserError(f"{where}.lora_scale needs LoRA, but model.lora is null; use anneal instead")
         if variant in config.eval.variants[:number]:
-            raise UserError(f"{where} is {variant}, as one before it; name each variant once")
+            raise UserError(f"{where} repeats {variant}; list each variant once")
         if "checkpoint" in variant:
             _check_checkpoint(config, variant, where)
 
@@ -94,10 +94,12 @@ def _check_checkpoint(config: Config, variant: Mapping[str, object], where: str)
         raise UserError(f"{where}.checkpoint is {step!r}; give a step, such as {{checkpoint: {every}}}")
     if len(variant) > 1:
         raise UserError(
-            f"{where}: a checkpoint stands alone, since it is not sampled again; "
-            f"for both say: draftplus evaluate RUN@{step} --lora-scale S"
+            f"{where}: a checkpoint cannot be combined with other settings, because it is not sampled again; "
+            f"to combine them, evaluate RUN@{step} after training"
         )
     if config.train.epochs is None and last is not None and step > last:
         raise UserError(f"{where}.checkpoint is {step}, but the run ends at train.steps={last}")
     if step % every and step != last:
-        raise UserError(f"{where}.checkpoint is {step}; it must be evaluated, so a multiple of eval.every={every}")
+        raise UserError(
+            f"{where}.checkpoint is {step}; it must be an evaluated step, that is, a multiple of eval.every={every}"
+        )

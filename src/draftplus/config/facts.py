@@ -1,4 +1,4 @@
-"""What the schema says of a key beside its type and default; all lists of keys and all checks of one key follow."""
+"""What the schema says about a key besides its type and default. Lists of keys and checks of single keys use it."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ Affects = Literal["trajectory", "length", "conduct", "record"]
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """Facts of a key, or of a section of keys, which only has `help` and `affects`.
+    """Facts about a key, or about a section of keys, which has only `help` and `affects`.
 
-    choices: of a text; a value that may be something else too, such as a list of names, is checked elsewhere.
-    above, at_least, at_most, below: of a number. Null is outside of choices and bounds.
-    each: choices and bounds are of each entry of a list, which has `count` entries where that is given.
-    hint: said after the bounds where a value is refused.
-    affects: what another value changes. "trajectory": what is learned, so that a run cannot be continued with it;
-    "length": how long a run goes on; "conduct": where and how it is computed, what it is called, and when it is given
-    up; "record": what is measured and stored on the way. None: as its section says, or else the trajectory.
-    base_model: it says which model is tuned.
-    in_method_name: the report tells it by the method's name, such as DRaFT+.
+    choices: the strings that it may be. Values of other types, such as a list of names, are checked elsewhere.
+    above, at_least, at_most, below: bounds of a number. Null is exempt from choices and bounds.
+    each: choices and bounds apply to each entry of a list. count: how many entries the list must have.
+    hint: added to the message after the bounds.
+    affects: what changes with its value. "trajectory": what is learned, so that a run cannot be continued with another
+    value; "length": how long a run goes on; "conduct": where and how it is computed, what it is called, and when it is
+    given up; "record": what is measured and stored on the way. None: as for its section, or else the trajectory.
+    base_model: whether it determines which model is tuned.
+    in_method_name: whether the report shows it as part of the method's name, such as DRaFT+.
     """
 
     help: str = ""
@@ -45,11 +45,11 @@ class Facts:
         return "; ".join(filter(None, [" | ".join(self.choices), self.help]))
 
     def entries(self, value: Any) -> list[Any]:
-        """What choices and bounds are of."""
+        """The values that choices and bounds apply to."""
         return list(value) if self.each else [value]
 
     def allows(self, value: Any) -> bool:
-        """Whether all numbers are finite and within the bounds, and as many as there must be."""
+        """Whether all numbers are finite and within the bounds, and a list has as many entries as it must."""
         entries = self.entries(value)
         return self.count in (None, len(entries)) and all(map(self._within_bounds, entries))
 
@@ -57,7 +57,7 @@ class Facts:
         if not isinstance(entry, (int, float)) or isinstance(entry, bool):
             return True
         return (
-            (isinstance(entry, int) or math.isfinite(entry))  # isfinite takes no int beyond the floats
+            (isinstance(entry, int) or math.isfinite(entry))  # isfinite fails for an int beyond all floats
             and (self.above is None or entry > self.above)
             and (self.at_least is None or entry >= self.at_least)
             and (self.at_most is None or entry <= self.at_most)
@@ -65,7 +65,7 @@ class Facts:
         )
 
     def demand(self, value: Any) -> str:
-        """What such a value must do, as 'be above 0 and at most 1' or 'have 2 entries, each finite'."""
+        """What a message demands of such a value: 'be above 0 and at most 1' or 'have 2 entries, each finite'."""
         limits = {"above": self.above, "at least": self.at_least, "at most": self.at_most, "below": self.below}
         told = [f"{word} {limit:g}" for word, limit in limits.items() if limit is not None]
         if self.at_most is None and self.below is None and any(isinstance(one, float) for one in self.entries(value)):
@@ -82,7 +82,7 @@ def facts_of(f: dataclasses.Field[Any]) -> Facts:
 
 
 def _with_facts(make: Callable[P, Facts]) -> Callable[Concatenate[Any, P], Any]:
-    # the arguments are those of Facts, so that a type checker sees a mistyped one
+    # the arguments are those of Facts, so that a type checker catches a misspelled one
     def key(default: Any, *args: P.args, **kwargs: P.kwargs) -> Any:
         metadata = {"facts": make(*args, **kwargs)}
         if callable(default):
@@ -94,4 +94,4 @@ def _with_facts(make: Callable[P, Facts]) -> Callable[Concatenate[Any, P], Any]:
     return key
 
 
-key = _with_facts(Facts)  # a field of the schema: its default, its help, and facts by name
+key = _with_facts(Facts)  # a field of the schema: its default, its help, and further facts as keywords

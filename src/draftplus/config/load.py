@@ -19,14 +19,14 @@ from draftplus.errors import UserError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
-RENAMED = {"model.unet": "model.denoiser"}  # a key as runs of before have it: as it is called now, in its section
+RENAMED = {"model.unet": "model.denoiser"}  # a key in runs of earlier versions -> its name now, in the same section
 
 
 def load_config(recipe: str | Path | None = None, overrides: Sequence[str] = (), base: Config | None = None) -> Config:
     """The configuration of a recipe with `key=value` overrides, checked.
 
-    recipe: a built-in name (see `recipe_names`), a YAML file, or None. base: what lies under them, instead of the
-    defaults.
+    recipe: a built-in name (see `recipe_names`), a YAML file, or None. base: the configuration to change, instead of
+    the defaults.
 
     Raises UserError for an unknown recipe or key (naming the nearest), a wrong type, or values that do not fit
     together.
@@ -37,7 +37,7 @@ def load_config(recipe: str | Path | None = None, overrides: Sequence[str] = (),
 def load_run_config(run: Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration that a run was made with, with `key=value` overrides, checked.
 
-    run: a run directory. Its keys may be those of a version before; those of overrides may not.
+    run: a run directory. It may use key names of earlier versions; overrides may not.
 
     Raises UserError as `load_config` does.
     """
@@ -46,7 +46,7 @@ def load_run_config(run: Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def with_new_names(tree: Mapping[Any, Any], prefix: str = "") -> dict[Any, Any]:
-    """A run's nested configuration with its keys as they are called now; where it has both names, both stay."""
+    """A run's nested configuration with today's key names; a key that is there under both names keeps both."""
     told: dict[Any, Any] = {}
     for key, value in tree.items():
         new = RENAMED.get(f"{prefix}{key}", "").rpartition(".")[2]
@@ -67,7 +67,7 @@ def _merged(recipe: Sequence[dict[str, Any]], overrides: Sequence[str], base: Co
         except (OmegaConfBaseException, TypeError) as error:
             raise UserError(_said(error, ", ".join(flatten(layer)))) from None
     try:
-        config = OmegaConf.to_object(merged)  # resolves what a value takes from elsewhere, such as ${oc.env:HOME}
+        config = OmegaConf.to_object(merged)  # resolves references, such as ${oc.env:HOME}
     except OmegaConfBaseException as error:
         raise UserError(_said(error, "configuration")) from None
     assert isinstance(config, Config)
@@ -105,7 +105,7 @@ def recipe_path(recipe: str | Path) -> Path:
 def _recipe_layers(recipe: str | Path, children: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
     path = recipe_path(recipe)
     if path.resolve() in children:
-        raise UserError(f"{path}: it extends itself, by way of {children[-1]}")
+        raise UserError(f"{path} extends itself through {children[-1]}; remove extends from one of the recipes")
     try:
         loaded = OmegaConf.to_container(OmegaConf.load(path))
     except Exception as error:  # yaml's errors share no base class with OmegaConf's
@@ -116,7 +116,7 @@ def _recipe_layers(recipe: str | Path, children: tuple[Path, ...] = ()) -> list[
     if parent is None:
         return [own]
     if not isinstance(parent, str):
-        raise UserError(f"{path}: extends is {parent!r}; give the name or the file of one recipe")
+        raise UserError(f"{path}: extends is {parent!r}; give the name or file of one recipe")
     beside = path.parent / parent
     return [*_recipe_layers(beside if beside.is_file() else parent, (*children, path.resolve())), own]
 
@@ -128,20 +128,22 @@ def _parse_override(text: str) -> dict[str, Any]:
     try:
         parsed = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
     except Exception as error:
-        raise UserError(f"{text}: the value cannot be read: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{text}: cannot read the value: {str(error).splitlines()[0]}") from None
     assert isinstance(parsed, dict)
     return _normalise_reward(parsed, replace=key == "reward")
 
 
 def _normalise_reward(layer: dict[Any, Any], replace: bool) -> dict[str, Any]:
-    """A reward's bare name stands for a mapping of that one; a whole `reward` replaces what was there."""
+    """Makes a mapping of a reward's bare name. replace: whether the rewards of earlier layers are dropped."""
     if "reward" not in layer:
         return layer
     reward = layer["reward"]
     if isinstance(reward, str):
         reward = {reward: {}}
     if not isinstance(reward, dict) or not reward:
-        raise UserError(f"reward: expected a name or a mapping of names, got {reward!r}; such as reward=emoji_clip")
+        raise UserError(
+            f"reward: expected a name or a mapping of names, got {reward!r}; for example, reward=emoji_clip"
+        )
     return {**layer, "reward": {name: value or {} for name, value in reward.items()}, "__replace_reward__": replace}
 
 
@@ -152,7 +154,7 @@ def _check_keys(layer: Mapping[str, Any], node: Any, prefix: str = "") -> None:
             continue
         if key not in known:
             if f"{prefix}{key}" in RENAMED:
-                raise UserError(f"unknown key '{prefix}{key}'; it is called '{RENAMED[f'{prefix}{key}']}' now")
+                raise UserError(f"unknown key '{prefix}{key}'; it is now called '{RENAMED[f'{prefix}{key}']}'")
             near = nearest(f"{prefix}{key}", [*(k for k, _ in all_keys()), *(f"{prefix}{name}" for name in known)])
             raise UserError(f"unknown key '{prefix}{key}'; {near or 'draftplus train --help lists all keys'}")
         child = dataclass_of(known[key])
@@ -178,11 +180,13 @@ def shaping_keys(config: Config, compares_images: bool) -> dict[str, Any]:
 def run_name(config: Config, recipe: str, compares_images: bool) -> str:
     """`name`, or the recipe's name with 8 hexadecimal digits of the hash of the keys that shape the trajectory.
 
-    compares_images: as of `shaping_keys`.
+    compares_images: as for `shaping_keys`.
     """
     if config.name:
         return config.name
-    former = {new: old for old, new in RENAMED.items()}  # by which the same command still finds a run of before
+    former = {
+        new: old for old, new in RENAMED.items()
+    }  # by which the same command still finds a run of an earlier version
     shaping = shaping_keys(config, compares_images).items()
     text = json.dumps({former.get(key, key): value for key, value in shaping}, sort_keys=True)
     return f"{recipe}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

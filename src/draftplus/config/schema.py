@@ -7,13 +7,13 @@ from typing import Any
 
 from draftplus.config.facts import key as _key
 
-KNOBS = ("lora_scale", "anneal", "checkpoint")  # what an entry of eval.variants may have
+KNOBS = ("lora_scale", "anneal", "checkpoint")  # the keys that an entry of eval.variants may have
 
 
 @dataclass
 class LoraConfig:
     rank: int = _key(8, "rank of the adapters", above=0)
-    alpha: float = _key(8.0, "the adapters' effect is scaled by alpha / rank", above=0)
+    alpha: float = _key(8.0, "the effect of the adapters is scaled by alpha / rank", above=0)
     targets: Any = _key(
         "attention", "or a list of module names of the denoiser", choices=("attention", "linear", "convolution", "all")
     )
@@ -24,104 +24,111 @@ class ModelConfig:
     path: str = _key(
         "emoji", "built-in name, diffusers directory, hub id, or single .safetensors/.ckpt file", base_model=True
     )
-    revision: str | None = _key(None, "revision on the hub", base_model=True)
+    revision: str | None = _key(None, "revision of a hub model", base_model=True)
     denoiser: str | None = _key(
-        None, "replacement weights of the denoiser, diffusers or original LDM layout", base_model=True
+        None, "replacement weights for the denoiser, in diffusers or original LDM layout", base_model=True
     )
     vae: str | None = _key(
-        None, "replacement weights of the autoencoder, diffusers or original LDM layout", base_model=True
+        None, "replacement weights for the autoencoder, in diffusers or original LDM layout", base_model=True
     )
     dtype: str = _key(
-        "float32", "of frozen weights, trained ones are float32", choices=("float32", "bfloat16", "float16"),
-        base_model=True,
+        "float32", "precision of frozen weights; trained weights are always float32",
+        choices=("float32", "bfloat16", "float16"), base_model=True,
     )  # fmt: skip
     lora: LoraConfig | None = _key(LoraConfig, "null: full fine-tuning of the denoiser")
     gradient_checkpointing: bool = _key(
-        False, "recompute activations in the backward pass: less memory, more time", affects="conduct"
+        False, "recompute activations in the backward pass, which saves memory and takes more time", affects="conduct"
     )
 
 
 @dataclass
 class SamplerConfig:
     solver: str = _key("auto", "auto: ddim, or euler for flow matching", choices=("auto", "ddim", "euler", "dpmpp_2m"))
-    steps: int | None = _key(None, "denoising steps; null: what the model's stock pipeline takes", above=0)
-    guidance_scale: float | None = _key(None, "null: what the model's stock pipeline takes; at most 1: no guidance")
-    eta: float = _key(0.0, "noise of DDIM, 0 (deterministic) to 1", at_least=0, at_most=1)
-    spacing: str | None = _key(None, "null: the model's own", choices=("leading", "trailing", "linspace"))
-    height: int | None = _key(None, "pixels; null: the model's own", above=0)
-    width: int | None = _key(None, "pixels; null: the model's own", above=0)
-    negative_prompt: str | None = _key(
-        None, "the prompt that guidance moves away from; null: what the model's stock pipeline takes"
+    steps: int | None = _key(None, "number of denoising steps; null: the model's default", above=0)
+    guidance_scale: float | None = _key(
+        None, "classifier-free guidance scale; 1 or less: no guidance; null: the model's default"
     )
+    eta: float = _key(0.0, "DDIM noise, from 0 (deterministic) to 1", at_least=0, at_most=1)
+    spacing: str | None = _key(
+        None, "timestep spacing; null: the model's own", choices=("leading", "trailing", "linspace")
+    )
+    height: int | None = _key(None, "image height in pixels; null: the model's own", above=0)
+    width: int | None = _key(None, "image width in pixels; null: the model's own", above=0)
+    negative_prompt: str | None = _key(None, "prompt that guidance moves away from; null: the model's default")
 
 
 @dataclass
 class DraftLvConfig:
-    samples: int = _key(2, "re-noised copies of x_0 per image", above=0)
+    samples: int = _key(2, "number of re-noised copies of x_0 per image", above=0)
 
 
 @dataclass
 class ReflConfig:
     first: float = _key(
-        0.75, "the trained step is drawn from this fraction of the trajectory onwards", at_least=0, below=1
+        0.75, "the trained step is drawn from this fraction of the trajectory onwards, in [0, 1)", at_least=0, below=1
     )
-    hinge: float | None = _key(None, "loss ReLU(hinge - reward) instead of -reward")
+    hinge: float | None = _key(None, "use the loss ReLU(hinge - reward) instead of -reward; null: no hinge")
 
 
 @dataclass
 class AlignpropConfig:
-    min_steps: int = _key(1, "fewest steps with gradient, K is uniform in [min_steps, max_steps]", above=0)
-    max_steps: int | None = _key(None, "most steps with gradient; null: all", above=0)
+    min_steps: int = _key(1, "fewest steps with gradient; K is drawn uniformly from [min_steps, max_steps]", above=0)
+    max_steps: int | None = _key(None, "most steps with gradient; null: all steps", above=0)
 
 
 @dataclass
 class DrtuneConfig:
-    early_stop: int = _key(0, "up to this many of the last steps are left out, a random number each time", at_least=0)
+    early_stop: int = _key(0, "leave out a random number of the last steps, up to this many", at_least=0)
 
 
 @dataclass
 class DdpoConfig:
     eta: float = _key(
-        1.0, "noise of DDIM in its rollouts, above 0 to 1; sampler.eta is that of pictures", above=0, at_most=1,
-        hint="since at 0 sampling is deterministic and has no probabilities to learn from",
+        1.0, "DDIM noise in the rollouts, above 0 and at most 1; sampler.eta applies to all other images", above=0,
+        at_most=1, hint="because at 0 sampling is deterministic and there are no probabilities to learn from",
     )  # fmt: skip
     inner_epochs: int = _key(1, "passes over each batch of rollouts", above=0)
-    updates: int = _key(1, "optimizer updates in each pass, each on its part of the batch", above=0)
-    clip: float = _key(1e-4, "the ratio of probabilities is clipped to 1 - clip, 1 + clip", above=0)
-    adv_clip: float = _key(5.0, "advantages are clipped to -adv_clip, adv_clip", above=0)
-    history: int | None = _key(16, "latest rewards of a prompt that normalise its advantages; null: only the batch's")
+    updates: int = _key(1, "optimizer updates per pass, each on its own part of the batch", above=0)
+    clip: float = _key(1e-4, "the probability ratio is clipped to [1 - clip, 1 + clip]", above=0)
+    adv_clip: float = _key(5.0, "advantages are clipped to [-adv_clip, adv_clip]", above=0)
+    history: int | None = _key(
+        16, "how many of a prompt's latest rewards normalise its advantages; null: use the batch only"
+    )
     min_history: int = _key(
-        16, "the batch's rewards serve as long as a prompt has fewer than this", at_least=2,
-        hint="since a deviation needs 2 rewards",
+        16, "the batch's rewards are used until a prompt has this many", at_least=2,
+        hint="because a standard deviation needs at least 2 rewards",
     )  # fmt: skip
 
 
 @dataclass
 class ObjectiveConfig:
     method: str = _key("draft", "draft | draft_lv | refl | alignprop | drtune | ddpo", in_method_name=True)
-    grad_steps: Any = _key(1, 'K, the steps that carry gradient, or "all"', in_method_name=True)
-    kl_coeff: float = _key(0.0, "weight of the KL term; above 0 makes it DRaFT+", at_least=0, in_method_name=True)
+    grad_steps: Any = _key(1, 'K, how many steps carry gradient, or "all"', in_method_name=True)
+    kl_coeff: float = _key(0.0, "weight of the KL term; a value above 0 gives DRaFT+", at_least=0, in_method_name=True)
     kl_space: str = _key(
-        "noise", "distance of the predicted noises or clean latents", choices=("noise", "x0"), in_method_name=True
+        "noise",
+        "what the KL term compares: predicted noise or predicted clean latents",
+        choices=("noise", "x0"),
+        in_method_name=True,
     )
-    draft_lv: DraftLvConfig = _key(DraftLvConfig, "of method draft_lv")
-    refl: ReflConfig = _key(ReflConfig, "of method refl")
-    alignprop: AlignpropConfig = _key(AlignpropConfig, "of method alignprop")
-    drtune: DrtuneConfig = _key(DrtuneConfig, "of method drtune")
-    ddpo: DdpoConfig = _key(DdpoConfig, "of method ddpo")
+    draft_lv: DraftLvConfig = _key(DraftLvConfig, "settings of method draft_lv")
+    refl: ReflConfig = _key(ReflConfig, "settings of method refl")
+    alignprop: AlignpropConfig = _key(AlignpropConfig, "settings of method alignprop")
+    drtune: DrtuneConfig = _key(DrtuneConfig, "settings of method drtune")
+    ddpo: DdpoConfig = _key(DdpoConfig, "settings of method ddpo")
 
 
 @dataclass
 class RewardConfig:
-    weight: float = _key(1.0, "factor in the sum that is optimised")
-    path: str | None = _key(None, "weights: directory, hub id or file; null: the reward's own")
-    args: dict[str, Any] = _key({}, "further arguments of the reward")
+    weight: float = _key(1.0, "weight in the sum that is optimised")
+    path: str | None = _key(None, "weights: a directory or hub id; null: the reward's default")
+    args: dict[str, Any] = _key({}, "further arguments for the reward")
 
 
 @dataclass
 class DataConfig:
-    prompts: str = _key("animals", "built-in set, or a .txt, .jsonl or WebDataset .tar file")
-    images_per_prompt: int = _key(1, "images of each prompt in a step, next to one another", above=0)
+    prompts: str = _key("animals", "training prompts: a built-in set, or a .txt, .jsonl or WebDataset .tar file")
+    images_per_prompt: int = _key(1, "images of each prompt in a step; they are adjacent in the batch", above=0)
 
 
 @dataclass
@@ -131,22 +138,24 @@ class OptimConfig:
     betas: list[float] = _key(
         [0.9, 0.999], "betas of AdamW", at_least=0, below=1, each=True, count=2, hint="such as [0.9, 0.999]"
     )
-    warmup_steps: int = _key(0, "steps over which the learning rate rises from 0", at_least=0)
-    grad_clip: float | None = _key(10.0, "largest gradient norm; null: no clipping", above=0)
+    warmup_steps: int = _key(0, "steps over which the learning rate rises linearly to optim.lr", at_least=0)
+    grad_clip: float | None = _key(10.0, "gradients are clipped to this norm; null: no clipping", above=0)
     ema: float | None = _key(
-        None, "decay of the averaged weights, which then are evaluated and exported; null: none", above=0, below=1,
-        hint="such as 0.999",
+        None, "decay of the moving average of the weights, which is then evaluated and exported; null: no average",
+        above=0, below=1, hint="such as 0.999",
     )  # fmt: skip
 
 
 @dataclass
 class TrainConfig:
-    steps: int | None = _key(80, "steps, each on one batch of images; null: as epochs says", above=0, affects="length")
-    epochs: int | None = _key(None, "passes over the prompts, instead of steps", above=0, affects="length")
-    global_batch_size: int = _key(8, "images per step, over all ranks", above=0)
+    steps: int | None = _key(
+        80, "number of training steps, each on one batch of images; null: epochs decides", above=0, affects="length"
+    )
+    epochs: int | None = _key(None, "passes over the prompts; if set, it overrides steps", above=0, affects="length")
+    global_batch_size: int = _key(8, "images per step, summed over all ranks", above=0)
     micro_batch_size: int = _key(8, "images per backward pass on one rank", above=0, affects="conduct")
     sampling_batch_size: int | None = _key(
-        None, "images per gradient-free pass on one rank; null: 16, or micro_batch_size in ddpo's rollouts", above=0,
+        None, "images per pass without gradient on one rank; null: 16, or micro_batch_size in DDPO's rollouts", above=0,
         affects="conduct",
     )  # fmt: skip
 
@@ -154,55 +163,64 @@ class TrainConfig:
 @dataclass
 class EvalConfig:
     every: int = _key(40, "steps between evaluations", above=0)
-    prompts: str | None = _key(None, "null: the prompt set's own held-out part; or a set or file of prompts")
-    max_prompts: int | None = _key(4, "at most this many of them, evenly spaced; null: all", above=0)
-    images_per_prompt: int = _key(12, "images of each prompt", above=0)
-    rewards: dict[str, RewardConfig] = _key({}, "held-out rewards, measured and not optimised")
+    prompts: str | None = _key(
+        None, "prompts to evaluate on: a built-in set or a file; null: the held-out part of data.prompts"
+    )
+    max_prompts: int | None = _key(4, "use at most this many of the prompts, evenly spaced; null: all", above=0)
+    images_per_prompt: int = _key(12, "images per prompt, at least 2", above=0)
+    rewards: dict[str, RewardConfig] = _key({}, "held-out rewards, which are measured but not optimised")
     variants: list[dict[str, Any]] = _key(
-        [], "more ways to sample: {lora_scale: 0.5}, {anneal: 'power:2'}, {checkpoint: 40}"
+        [], "further ways to sample, measured at the end: {lora_scale: 0.5}, {anneal: 'power:2'}, {checkpoint: 40}"
     )
 
 
 @dataclass
 class CheckpointConfig:
     every: int = _key(20, "steps between checkpoints", above=0)
-    keep: int = _key(2, "full training states that are kept; every evaluation's adapter stays", above=0)
+    keep: int = _key(2, "number of checkpoints to keep; the adapter of every evaluation is always kept", above=0)
 
 
 @dataclass
 class StopConfig:
     diversity_floor: float | None = _key(
-        None, "end when LPIPS falls below this fraction of the base model's", above=0, below=1,
+        None, "end the run when LPIPS falls below this fraction of the base model's; null: never", above=0, below=1,
         hint="as a fraction of the base model's LPIPS",
     )  # fmt: skip
-    held_out_drop: float | None = _key(None, "end when a held-out reward falls this far below its best", above=0)
+    held_out_drop: float | None = _key(
+        None, "end the run when a held-out reward falls this far below its best; null: never", above=0
+    )
 
 
 @dataclass
 class ParallelConfig:
-    mode: str = _key("auto", choices=("auto", "replicate", "shard"))
+    mode: str = _key(
+        "auto", "how several processes share the model; shard is not available yet",
+        choices=("auto", "replicate", "shard"),
+    )  # fmt: skip
 
 
 @dataclass
 class LogConfig:
-    to: list[str] = _key(["tensorboard"], "any of them", choices=("tensorboard", "wandb", "trackio"), each=True)
+    to: list[str] = _key(
+        ["tensorboard"], "loggers, any number of these", choices=("tensorboard", "wandb", "trackio"), each=True
+    )
 
 
 @dataclass
 class Config:
-    """A run. The comments in `draftplus train --help` come from here."""
+    """All settings of a run. `draftplus train --help` shows their help texts."""
 
     name: str | None = _key(
-        None, "run directory; null: <recipe>-<hash of the keys that shape the trajectory>", affects="conduct"
+        None, "name of the run directory; null: <recipe>-<hash of the keys that affect training>", affects="conduct"
     )
-    output_dir: str = _key("runs", "where run directories are made", affects="conduct")
-    seed: int = _key(0, "of all randomness")
-    device: str = _key("auto", "auto | cpu | cuda | cuda:1 | mps", affects="conduct")
+    output_dir: str = _key("runs", "directory in which run directories are created", affects="conduct")
+    seed: int = _key(0, "random seed")
+    device: str = _key("auto", "device to run on: auto | cpu | cuda | cuda:1 | mps", affects="conduct")
     model: ModelConfig = _key(ModelConfig)
     sampler: SamplerConfig = _key(SamplerConfig)
     objective: ObjectiveConfig = _key(ObjectiveConfig)
     reward: dict[str, RewardConfig] = _key(
-        lambda: {"emoji_clip": RewardConfig()}, "rewards by name, or package.module:object"
+        lambda: {"emoji_clip": RewardConfig()}, "rewards to optimise, by built-in name or package.module:object"
     )
     data: DataConfig = _key(DataConfig)
     optim: OptimConfig = _key(OptimConfig)

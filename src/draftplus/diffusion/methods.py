@@ -41,10 +41,11 @@ class Method:
 
     label: its name in reports. window: (objective, schedule, seed, optimizer step) -> the steps that carry gradient,
     the same on every rank. estimate: from the trajectory to the loss; None: the clipped policy gradient on each step's
-    log-probability (`draftplus.diffusion.policy`), which needs no gradient of the reward. words: what the report of a
-    run says of it, with {k} steps with gradient, {last} such as "the last of 10", {steps} sampling steps and {copies}
-    of DRaFT-LV. copies: passes with gradient that an image takes beside its window's steps. repeats: how often each
-    pass with gradient is made. check: (config, number of sampling steps) -> UserError for settings that do not fit.
+    log-probability (`draftplus.diffusion.policy`), which needs no gradient of the reward. words: its description in the
+    report of a run, where {k} is the number of steps with gradient, {last} such as "the last of 10", {steps} the number
+    of sampling steps and {copies} that of DRaFT-LV's copies. copies: passes with gradient per image in addition to the
+    steps of its window. repeats: how often each pass with gradient is made. check: (config, number of sampling steps)
+    -> UserError for settings that do not fit.
     """
 
     label: str
@@ -96,22 +97,22 @@ def _drawn(objective: ObjectiveConfig, schedule: Schedule, seed: int, step: int)
 def _check_one_step(config: Config, total: int) -> None:
     if config.objective.grad_steps != 1:
         raise UserError(
-            f"objective.grad_steps is {config.objective.grad_steps} but method {config.objective.method} has one step "
-            "with gradient; set objective.grad_steps=1"
+            f"objective.grad_steps is {config.objective.grad_steps}, but method {config.objective.method} has only one "
+            "step with gradient; set objective.grad_steps=1"
         )
 
 
 def _check_alignprop(config: Config, total: int) -> None:
     if config.objective.grad_steps != 1:
         raise UserError(
-            f"objective.grad_steps is {config.objective.grad_steps} but method alignprop draws the number of steps "
-            "with gradient; set objective.grad_steps=1, and objective.alignprop.min_steps and max_steps"
+            f"objective.grad_steps is {config.objective.grad_steps}, but method alignprop draws the number of steps "
+            "with gradient; set objective.grad_steps=1 and use objective.alignprop.min_steps and max_steps"
         )
     low, high = config.objective.alignprop.min_steps, config.objective.alignprop.max_steps
     if not low <= (high or total) <= total:
         raise UserError(
-            f"objective.alignprop: min_steps {low}, max_steps {high}, sampler.steps {total} must not decrease in this "
-            "order"
+            f"objective.alignprop.min_steps is {low} and max_steps is {'null' if high is None else high}; choose them "
+            f"so that min_steps <= max_steps <= sampler.steps={total}"
         )
 
 
@@ -119,7 +120,7 @@ def _check_drtune(config: Config, total: int) -> None:
     if config.objective.drtune.early_stop >= total:
         raise UserError(
             f"objective.drtune.early_stop is {config.objective.drtune.early_stop}; it must be below sampler.steps, "
-            f"{total}"
+            f"which is {total}"
         )
 
 
@@ -128,17 +129,18 @@ def _check_ddpo(config: Config, total: int) -> None:
     if settings.history is not None and settings.history < settings.min_history:
         better = f"min_history={settings.history}" if settings.history > 1 else f"history={settings.min_history}"
         raise UserError(
-            f"objective.ddpo.history is {settings.history} but min_history is {settings.min_history}, which it would "
-            f"never reach; set objective.ddpo.{better}, or history=null"
+            f"objective.ddpo.history is {settings.history}, but min_history is {settings.min_history}, which it would "
+            f"never reach; set objective.ddpo.{better}, or objective.ddpo.history=null"
         )
     if config.objective.grad_steps not in (1, "all"):
         raise UserError(
-            f"objective.grad_steps is {config.objective.grad_steps} but method ddpo learns from all steps; "
+            f"objective.grad_steps is {config.objective.grad_steps}, but method ddpo learns from all steps; "
             f"set objective.grad_steps=all"
         )
     if config.train.global_batch_size == 1:
         raise UserError(
-            "train.global_batch_size is 1 but method ddpo compares the rewards of a batch; give at least 2, such as 64"
+            "train.global_batch_size is 1, but method ddpo compares rewards within a batch; set it to at least 2, such "
+            "as 64"
         )
 
 
@@ -185,19 +187,19 @@ METHODS: dict[str, Method] = {
 def check_method(config: Config, total: int) -> None:
     """Refuses settings that do not fit the method, or the number of sampling steps.
 
-    Raises UserError naming the key, its value and what would do.
+    Raises UserError that names the key, its value and a remedy.
     """
     k, name = config.objective.grad_steps, config.objective.method
     if name not in METHODS:
         near = nearest(name, list(METHODS))
         raise UserError(
-            f"objective.method is '{name}'; {near + ' ' if near else ''}Choose one of: {', '.join(METHODS)}"
+            f"objective.method is '{name}'; {near + ' Choose' if near else 'choose'} one of: {', '.join(METHODS)}"
         )
     if k != "all" and (not isinstance(k, int) or isinstance(k, bool) or k < 1):
         raise UserError(f"objective.grad_steps is {k!r}; give a number from 1 to {total}, or all")
     if k != "all" and k > total:
         raise UserError(
-            f"objective.grad_steps is {k} but sampler.steps is {total}; set objective.grad_steps to at most {total}, "
+            f"objective.grad_steps is {k}, but sampler.steps is {total}; set objective.grad_steps to at most {total}, "
             "or all"
         )
     METHODS[name].check(config, total)

@@ -1,1 +1,1 @@
-"""Making pictures and measuring them: during training, and by `draftplus generate` and `draftplus evaluate`."""
+"""Making pictures and measuring them, during training and for `draftplus generate` and `draftplus evaluate`."""

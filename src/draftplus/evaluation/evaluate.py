@@ -1,4 +1,4 @@
-"""What `draftplus evaluate` does: the same prompts and seeds for several targets, measured alike, in one table."""
+"""What `draftplus evaluate` does: several targets on the same prompts and seeds, measured alike, in one table."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ GRID = 16  # pictures in a row of the grid, and rows
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of a target. scores: by reward, one (n,) per prompt. seen: one per prompt."""
+    """What was measured for a target. scores: by reward, one (n,) per prompt. seen: one per prompt."""
 
     scores: Mapping[str, list[Tensor]]
     seen: list[Seen]
@@ -53,7 +53,7 @@ def compare(
 ) -> dict[str, Any]:  # fmt: skip
     """Makes and measures images of every target, writes eval.json and pictures to `output`, and returns eval.json.
 
-    What `api.evaluate` says of its arguments holds here.
+    The arguments are those of `api.evaluate`.
     """
     targets = find_targets(names, overrides, knobs)
     which = images_of(targets, prompts, images_per_prompt, seeds)
@@ -178,7 +178,7 @@ def _metric(estimate: Estimate, change: Estimate | None = None) -> MetricRow:
 
 
 def _changes(measured: Measured, base: Measured, same: bool) -> dict[str, Estimate]:
-    """What changed from the base model, of whatever has a paired gain: the images share their noise."""
+    """The changes from the base model for all that has a paired gain: the images share their noise."""
     changes = {
         reward_key(name): paired_gain(scores, base.scores[name], same) for name, scores in measured.scores.items()
     }

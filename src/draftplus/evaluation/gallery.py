@@ -1,4 +1,4 @@
-"""What `draftplus generate` does: images of one model, their scores, and files of both."""
+"""What `draftplus generate` does: images from one model, their scores, and files with both."""
 
 from __future__ import annotations
 
@@ -65,7 +65,9 @@ def make_gallery(
     model = build_model(config.model, device, trainable=False)
     chosen = adapter if adapter is not None else weights.adapter
     if chosen is None and knobs != TUNED:
-        raise UserError(f"'{target}' has no trained weights to scale or anneal; name a run or an adapter's directory")
+        raise UserError(
+            f"'{target}' has no trained weights to scale or anneal; name a run or give an adapter directory"
+        )
     if chosen is not None:
         model.tuned.load(chosen)
     knobs.check()
@@ -82,7 +84,7 @@ def write_gallery(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """`make_gallery`, its files in `output`. Returns the rows of images.jsonl.
 
-    Raises UserError, before any image is made, where `output` cannot be written too.
+    Raises UserError, before any image is made, also if `output` cannot be written.
     """
     make_output(output)
     return make_gallery(target, prompts, seeds, overrides, adapter, knobs, rewards).save(output)

@@ -37,7 +37,7 @@ def jobs_of(prompts: Sequence[str], seeds: Sequence[int]) -> list[Job]:
 
 @dataclass(frozen=True)
 class Knobs:
-    """What trades reward for diversity when images are made, without training.
+    """Settings that trade reward for diversity when images are made, without training.
 
     lora_scale: the adapter's effect, 0 is the base model and 1 the tuned one. anneal: a schedule of annealed importance
     guidance, such as `power:2`; None: the tuned model at every step.
@@ -48,18 +48,18 @@ class Knobs:
 
     @property
     def label(self) -> str:
-        """Such as `lora_scale=0.5`; empty where nothing is turned."""
+        """Such as `lora_scale=0.5`; empty if all knobs have their defaults."""
         scale = [] if self.lora_scale == 1 else [f"lora_scale={self.lora_scale:g}"]
         return ", ".join([*scale, *([] if self.anneal is None else [f"anneal={self.anneal}"])])
 
     def check(self) -> None:
-        """Raises UserError as `weights` does, before any model is at hand."""
+        """Raises UserError as `weights` does, before a model is loaded."""
         self.weights(1)
 
     def weights(self, steps: int) -> list[float]:
         """The tuned model's share at each of the sampling steps.
 
-        Raises UserError for a schedule that is none, or a scale that is not finite.
+        Raises UserError for a schedule that does not exist, or a scale that is not finite.
         """
         if not math.isfinite(self.lora_scale):
             raise UserError(f"lora_scale is {self.lora_scale}; it must be finite: 0 is the base model, 1 the tuned one")
@@ -122,10 +122,10 @@ def sampled_latents(
 
 @contextmanager
 def _prepared(model: Model, knobs: Knobs, weights: Sequence[float]) -> Iterator[None]:
-    """The model as these weights want it, by the same computation whatever asks for it.
+    """The model prepared for these weights, by the same computation whatever knob they come from.
 
     All 0 is the base model with its adapters off, all 1 the tuned one with its adapters folded: bit for bit what is
-    made without any knob. What blends the two evaluates both, so the adapters stay unfolded then.
+    made without any knob. A blend evaluates both models, so the adapters stay unfolded then.
     """
     if knobs.lora_scale != 1:
         model.tuned.set_scale(knobs.lora_scale)
@@ -144,7 +144,7 @@ def _as_weighted(model: Model, weights: Sequence[float]) -> AbstractContextManag
 
 
 def _solver_noise(shape: tuple[int, int, int], seeds: Sequence[int], device: torch.device, index: int) -> Tensor:
-    # stock pipelines go on with each image's generator: noise of step i is its draw number i + 1
+    # stock pipelines continue with each image's generator: the noise of step i is its draw number i + 1
     draws = []
     for seed in seeds:
         generator = torch.Generator("cpu").manual_seed(seed)

@@ -56,8 +56,8 @@ class EvaluationSet:
 def evaluation_set(config: Config, prompts: PromptSet) -> EvaluationSet:
     """The prompts of `evaluation_prompts`, and `eval.images_per_prompt` images of each.
 
-    Raises UserError where there are no prompts to evaluate on, there is one image of each, or a variant has a schedule
-    of annealing that is none.
+    Raises UserError if there are no prompts to evaluate on, there is only one image of each, or a variant has an
+    annealing schedule that does not exist.
     """
     chosen = evaluation_prompts(config, prompts)
     for variant in config.eval.variants:
@@ -66,12 +66,15 @@ def evaluation_set(config: Config, prompts: PromptSet) -> EvaluationSet:
         except UserError as error:
             raise UserError(f"eval.variants: {error}") from None
     if config.eval.images_per_prompt < 2:
-        raise UserError("eval.images_per_prompt is 1; diversity is measured between at least 2 images of a prompt")
+        raise UserError(
+            "eval.images_per_prompt is 1; set it to at least 2, because diversity is measured between images of one "
+            "prompt"
+        )
     return EvaluationSet(chosen, config.eval.images_per_prompt)
 
 
 def same_images(row: Mapping[str, Any], which: EvaluationSet) -> bool:
-    """Whether a row of eval.jsonl is of these prompts and as many images, so that numbers compare."""
+    """Whether a row of eval.jsonl is about these prompts and as many images, so that its numbers are comparable."""
     measured = read_held_out(row)
     return measured.prompts == which.prompts and measured.images == len(which.jobs())
 
@@ -84,14 +87,14 @@ def variant_knobs(variant: Mapping[str, Any]) -> Knobs:
 def evaluation_prompts(config: Config, prompts: PromptSet) -> list[str]:
     """The held-out part of the prompts, or those of `eval.prompts`, thinned evenly to `eval.max_prompts`.
 
-    Raises UserError where none are held out, or one of `eval.prompts` is trained on.
+    Raises UserError if none are held out, or one of `eval.prompts` is trained on.
     """
     if config.eval.prompts is None:
         chosen = prompts.held_out
         if not chosen:
             raise UserError(
                 f"data.prompts '{config.data.prompts}' has too few prompts to hold any out for evaluation; "
-                "name others in eval.prompts"
+                "name some in eval.prompts"
             )
     else:
         chosen = list(dict.fromkeys(read_prompts(config.eval.prompts)))
@@ -99,8 +102,8 @@ def evaluation_prompts(config: Config, prompts: PromptSet) -> list[str]:
         for prompt in chosen:
             if normalized(prompt) in trained:
                 raise UserError(
-                    f"eval.prompts '{config.eval.prompts}': '{prompt}' is also trained on; "
-                    "evaluation needs prompts that training never sees"
+                    f"eval.prompts '{config.eval.prompts}': '{prompt}' is also a training prompt; "
+                    "remove it from one of the two sets"
                 )
     most = config.eval.max_prompts or len(chosen)
     if len(chosen) > most:
@@ -128,7 +131,7 @@ def measure(
     model: Model, rewards: Rewards, which: EvaluationSet, config: Config, pictures: Path, world: World,
     advance: Advance, knobs: Knobs = TUNED,
 ) -> HeldOut:  # fmt: skip
-    """Makes the images of the evaluation set and saves them to `pictures`. Returns what eval.jsonl says of them."""
+    """Makes the images of the evaluation set and saves them to `pictures`. Returns their record in eval.jsonl."""
     began = time.perf_counter()
     jobs, padding = which.jobs(world.rank, world.size), which.padding(world.rank, world.size)
     size, decode = config.train.sampling_batch_size or SAMPLING_BATCH, config.train.micro_batch_size

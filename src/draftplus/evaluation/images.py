@@ -14,7 +14,7 @@ from draftplus.evaluation.targets import Target
 
 @dataclass(frozen=True)
 class Images:
-    """What is made with every target: the images of a prompt next to one another, as many of each."""
+    """What is made with every target: the same number of images for each prompt, adjacent to one another."""
 
     prompts: list[str]
     seeds: list[list[int]]
@@ -34,15 +34,19 @@ class Images:
 def images_of(
     targets: Sequence[Target], prompts: Sequence[str] | None, images_per_prompt: int | None, seeds: Sequence[int] | None
 ) -> Images:
-    """The prompts and seeds: as asked, else those of the first run's evaluation during training."""
+    """The prompts and seeds: those that are given, else those of the first run's evaluation during training."""
     chosen = list(dict.fromkeys(prompts)) if prompts is not None else _held_out(targets)
     if not chosen:
-        raise UserError("no prompt given; name a file that has some, or leave the prompts to the run")
+        raise UserError(
+            "no prompts given; give at least one, or leave prompts out to use the held-out prompts of the run"
+        )
     if images_per_prompt is not None and images_per_prompt < 1:
         raise UserError(f"images per prompt is {images_per_prompt}; give at least 1")
     if seeds is not None:
         if images_per_prompt not in (None, len(seeds)):
-            raise UserError(f"images per prompt is {images_per_prompt}, but {len(seeds)} seeds are named; give one")
+            raise UserError(
+                f"images per prompt is {images_per_prompt}, but {len(seeds)} seeds are given; give only one of the two"
+            )
         if not seeds or len(set(seeds)) < len(seeds):
             raise UserError(f"seeds {list(seeds)}: give one or more, each once")
         return Images(chosen, [list(seeds)] * len(chosen))
@@ -58,8 +62,8 @@ def _held_out(targets: Sequence[Target]) -> list[str]:
             others = evaluation_prompts(target.config, load_prompts(target.config.data.prompts))
             if others != chosen:
                 raise UserError(
-                    f"'{first.name}' and '{target.name}' evaluate on different held-out prompts; name one set of "
-                    "prompts for all"
+                    f"'{first.name}' and '{target.name}' use different held-out prompts; give one set of prompts "
+                    "for all targets"
                 )
     return chosen
 

@@ -1,4 +1,4 @@
-"""What `draftplus evaluate` measures with: rewards, metrics, and the networks that metrics look through."""
+"""What `draftplus evaluate` measures with: rewards, metrics, and the networks that metrics need."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from draftplus.metrics.metric import Metric
 
 @dataclass(frozen=True)
 class Instruments:
-    """What measures images. features, styles: None where no metric asks for them. described: each
-    reward's settings, and whether it was trained on."""
+    """What measures images. features, styles: None if no metric needs them. described: the settings of each reward, and
+    whether it was trained on."""
 
     rewards: Rewards
     metrics: Mapping[str, Metric]
@@ -50,9 +50,9 @@ class Instruments:
 def instruments_of(
     targets: Sequence[Target], which: Images, rewards: Sequence[str], metrics: Sequence[str], features: str | None
 ) -> Instruments:
-    """What `rewards`, `metrics` and `features` name, and without any name the first run's rewards and LPIPS.
+    """The runs' rewards and those named in `rewards`; the metrics, by default LPIPS, and for the embedded model styles.
 
-    Raises UserError for what is not known, or what these images cannot be measured by.
+    Raises UserError for unknown names, and for metrics that cannot measure these images.
     """
     first = first_run(targets)
     device = pick_device(first.config.device)
@@ -61,22 +61,24 @@ def instruments_of(
     known = {name: config for name, config in known.items() if not compares_images([name])}
     for name in [*rewards, *metrics]:
         if compares_images([name]):
-            raise UserError(f"'{name}' scores a training batch and not an image; measure diversity by the metric vendi")
+            raise UserError(
+                f"'{name}' scores a training batch, not an image; to measure diversity, use the metric vendi"
+            )
     for name in rewards:
         if name in METRICS:
-            raise UserError(f"reward '{name}': that is a metric; name it as one")
+            raise UserError(f"reward '{name}': this is a metric; name it among the metrics instead")
     named = list(metrics) or ["lpips", *(["style_entropy", "style_divergence"] if embedded else [])]
     scorers = dict.fromkeys([*known, *rewards, *(name for name in named if name not in METRICS and is_reward(name))])
     chosen = {name: build_metric(name) for name in dict.fromkeys(named) if name not in scorers}
     for name, metric in chosen.items():
         if which.per_prompt < metric.least:
             raise UserError(
-                f"metric '{name}' needs at least {metric.least} images of each prompt, got {which.per_prompt}: give "
-                "more images per prompt, or name other metrics"
+                f"metric '{name}' needs at least {metric.least} images of each prompt, got {which.per_prompt}; use "
+                "more images per prompt, or other metrics"
             )
     needs = frozenset().union(*(metric.needs for metric in chosen.values()))
     if features is not None and "features" not in needs:
-        raise UserError(f"features '{features}': no metric here looks at features; add one, such as vendi")
+        raise UserError(f"features '{features}': no chosen metric uses features; add one, such as vendi")
     return Instruments(
         {name: build_reward(name, known.get(name, RewardConfig()), device) for name in scorers},
         chosen,
@@ -92,16 +94,16 @@ def instruments_of(
 
 
 def _reward_configs(targets: Sequence[Target]) -> dict[str, RewardConfig]:
-    """What the targets train and hold out, by name; their weights do not matter here."""
+    """The rewards that the targets train on and hold out, by name; their weights in the sum do not matter here."""
     known: dict[str, tuple[Target, RewardConfig]] = {}
     for target in targets:
         for name, config in {**target.config.reward, **target.config.eval.rewards}.items():
-            scoring = {key: value for key, value in config.args.items() if key != "dropout"}  # which acts on gradients
+            scoring = {key: value for key, value in config.args.items() if key != "dropout"}  # it acts on gradients
             config = replace(config, args=scoring)
             first, other = known.setdefault(name, (target, config))
             if (config.path, config.args) != (other.path, other.args):
                 raise UserError(
-                    f"'{first.name}' and '{target.name}' have different settings of reward '{name}', so its scores "
-                    "do not compare; evaluate each by itself"
+                    f"'{first.name}' and '{target.name}' have different settings for reward '{name}', so its scores "
+                    "are not comparable; evaluate each one separately"
                 )
     return {name: config for name, (_, config) in known.items()}

@@ -1,7 +1,7 @@
-"""The latents of images that were made, on disk: what was stopped goes on, and nothing is made twice.
+"""The latents of finished images, on disk: an interrupted evaluation continues, and no image is made twice.
 
-A picture file would round to 8 bits, and with it every score. Latents in float32 are what the decoder was given, so
-the images come back bit for bit, at a fiftieth of the images' size.
+A picture file would round images to 8 bits, and change every score. Latents in float32 are what the decoder was given,
+so the images come back bit for bit, at a fiftieth of the images' size.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def latents_of(
 
     directory: of one model with its adapter, settings and knobs. Every batch is written there once it is made.
 
-    Raises UserError where a file there is damaged, or the disk is full.
+    Raises UserError if a file there is damaged, or the disk is full.
     """
     known = _read(directory)
     absent = [job for job in dict.fromkeys(jobs) if job not in known]
@@ -56,7 +56,7 @@ def _read(directory: Path) -> dict[Job, Tensor]:
                 seed, _, prompt = name.partition(" ")
                 found[Job(prompt, int(seed))] = tensor
         except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(f"{file}: damaged ({error}); remove it, and its images are made again") from None
+            raise UserError(f"{file}: damaged ({error}); remove it to generate its images again") from None
     return found
 
 

@@ -22,7 +22,7 @@ def slug(prompt: str) -> str:
 
 
 def picture_name(number: int, prompt: str, seed: int) -> str:
-    """The file name of the picture of the prompt of a number, with a seed."""
+    """The file name of a picture. number: of its prompt."""
     return f"{number:02d}-{slug(prompt)}-{seed}.png"
 
 
@@ -40,7 +40,7 @@ def grid(rows: Sequence[Sequence[Image.Image]], gap: int = 2) -> Image.Image:
 def save_pictures(images: Tensor, prompts: Sequence[str], seeds: Sequence[int], directory: Path) -> list[Path]:
     """Writes `{prompt number}-{prompt}-{seed}.png` for each image, and grid.png, a row for each prompt.
 
-    images: (n, 3, H, W) in [0, 1]; prompts and seeds: n each, images of one prompt next to one another.
+    images: (n, 3, H, W) in [0, 1]; prompts and seeds: n each, images of one prompt adjacent to one another.
     """
     directory.mkdir(parents=True, exist_ok=True)
     order = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}

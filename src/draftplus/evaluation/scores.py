@@ -1,4 +1,4 @@
-"""Rewards of images that were made."""
+"""Scores of finished images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def score_images(
 ) -> dict[str, Tensor]:
     """Each reward's scores of n images (n, 3, H, W) in [0, 1] against their n prompts, (n,) float32 on the CPU.
 
-    Raises UserError for a reward that returns something else.
+    Raises UserError for a reward that returns anything else.
     """
     if not rewards:
         return {}

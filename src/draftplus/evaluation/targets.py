@@ -1,4 +1,4 @@
-"""What `evaluate` compares: models, runs and their steps, told apart by hashes of their files."""
+"""What `evaluate` compares: models, runs and their steps, distinguished by hashes of their files."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ BASE = "base"
 class Target:
     """Something to make images with, as the user named it.
 
-    run, step: where it is from; None for a model, and for a step that is not known. adapter: its trained weights, None:
-    the base model. model_hash, adapter_hash: of the files.
+    run, step: where it is from; None for a model, and for an unknown step. adapter: its trained weights; None: the base
+    model. model_hash, adapter_hash: of the files.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Target:
 
     @property
     def hash(self) -> str:
-        """Of everything that decides its images of a prompt and a seed, but for the last bits that a device decides."""
+        """Of everything that decides its image of a prompt and a seed, except the last bits, which a device decides."""
         told = {
             "model": self.model_hash, "dtype": self.config.model.dtype, "adapter": self.adapter_hash,
             "sampler": asdict(self.config.sampler), **asdict(self.knobs), "version": __version__,
@@ -50,10 +50,10 @@ class Target:
 
 
 def find_targets(names: Sequence[str], overrides: Sequence[str], knobs: Knobs) -> list[Target]:
-    """The targets by name, in order and each once, after the base model where that is none of them.
+    """The targets by name, in order and each once; the base model is added first if it is not among them.
 
-    overrides: `key=value`, over every run's own configuration. The knobs act on what has trained weights. A model or an
-    adapter by itself has no settings, and is sampled as the first run is.
+    overrides: `key=value`, over every run's own configuration. The knobs act on targets with trained weights. A model
+    or an adapter by itself has no settings, and is sampled as the first run is.
 
     Raises UserError for targets that do not exist, cannot be compared (other base models, other sampler settings), or
     have nothing that a knob could act on.
@@ -67,14 +67,14 @@ def find_targets(names: Sequence[str], overrides: Sequence[str], knobs: Knobs) -
     targets = [_find(name, overrides, knobs, settings) for name in distinct]
     first = next((target for target in targets if target.name in runs), targets[0])
     if knobs != TUNED and all(target.adapter is None for target in targets):
-        raise UserError(f"'{targets[0].name}' has no trained weights to scale or anneal; give a run")
+        raise UserError(f"'{targets[0].name}' has no trained weights to scale or anneal; name a run")
     knobs.check()
     for target in targets:
         _refuse_other(target, first)
     if all(target.adapter is not None for target in targets):
         model = first.config.model.path
         targets.insert(0, Target(model, BASE, first.config, None, None, None, TUNED, first.model_hash, None))
-    labels = [target.label for target in targets]  # pictures are filed by label, so no two may be the same
+    labels = [target.label for target in targets]  # labels name the directories of pictures, so no two may be the same
     return [replace(t, label=t.name) if labels.count(t.label) > 1 else t for t in targets]
 
 
@@ -97,7 +97,7 @@ def _find(name: str, overrides: Sequence[str], knobs: Knobs, settings: Config | 
         config = find_weights(_inside_run(name), overrides).config
     if run is not None and config.model.lora is None and knobs.lora_scale != 1:
         raise UserError(
-            f"'{name}' is a fully tuned denoiser, which has no lora_scale; blend it by anneal, such as linear"
+            f"'{name}' is a fully fine-tuned denoiser, which has no LoRA scale; use anneal instead, such as linear"
         )
     step = adapter.name.removeprefix("step-") if run is not None else ""
     return Target(
@@ -107,7 +107,7 @@ def _find(name: str, overrides: Sequence[str], knobs: Knobs, settings: Config | 
 
 
 def _run_of(name: str) -> Path | None:
-    """The run that a target is, or is a step or an adapter directory of."""
+    """The run of a target that is a run, one of its steps, or one of its adapter directories."""
     if is_run(name.partition("@")[0]):
         return Path(name.partition("@")[0])
     path = Path(name)
@@ -128,15 +128,15 @@ def _refuse_other(target: Target, first: Target) -> None:
     if target.model_hash != first.model_hash or target.config.model.dtype != first.config.model.dtype:
         both = [f"{one.config.model.path} in {one.config.model.dtype}" for one in (first, target)]
         raise UserError(
-            f"'{first.name}' and '{target.name}' have different base models ({' and '.join(both)}), whose numbers do "
-            "not compare; evaluate each by itself"
+            f"'{first.name}' and '{target.name}' have different base models ({' and '.join(both)}), so their "
+            "numbers are not comparable; evaluate each one separately"
         )
     mine, theirs = asdict(target.config.sampler), asdict(first.config.sampler)
     for key in mine:
         if mine[key] != theirs[key]:
             raise UserError(
-                f"'{first.name}' samples with sampler.{key}={theirs[key]}, '{target.name}' with {mine[key]}; "
-                f"name one for all, such as sampler.{key}={theirs[key]}"
+                f"'{first.name}' samples with sampler.{key}={theirs[key]}, but '{target.name}' with {mine[key]}; "
+                f"set one value for all, such as sampler.{key}={theirs[key]}"
             )
 
 
@@ -159,7 +159,7 @@ def files_hash(path: Path) -> str:
 
 
 def _visible_files(directory: Path, above: frozenset[Path]) -> Iterator[Path]:
-    """The files below, through links too; a link to a directory that it lies in is not followed."""
+    """The files below, also through links; a link to a directory that contains it is not followed."""
     above |= {directory.resolve()}
     for path in directory.iterdir():
         if path.is_dir() and not path.name.startswith(".") and path.resolve() not in above:

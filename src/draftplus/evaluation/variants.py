@@ -26,7 +26,7 @@ def label(variant: Variant) -> str:
 
 
 def check_checkpoints(config: Config, evaluated: Collection[int], step: int) -> None:
-    """Refuses, before any training, a variant that names a step whose evaluation was never made.
+    """Refuses, before any training, a variant that names a step that will have no evaluation.
 
     Raises UserError. evaluated: the steps in eval.jsonl; step: where the run stands.
     """
@@ -34,7 +34,8 @@ def check_checkpoints(config: Config, evaluated: Collection[int], step: int) -> 
         at = variant.get("checkpoint")
         if at is not None and at not in evaluated and (at < step or at % config.eval.every):
             raise UserError(
-                f"eval.variants: step {at} was not evaluated; this run has {', '.join(map(str, sorted(evaluated)))}"
+                f"eval.variants: step {at} was not evaluated; the evaluated steps of this run are "
+                f"{', '.join(map(str, sorted(evaluated)))}"
             )
 
 
@@ -42,12 +43,12 @@ def add_variants(
     model: Model, rewards: Rewards, which: EvaluationSet, config: Config, step: int, run: Path, world: World,
     advance: Advance,
 ) -> None:  # fmt: skip
-    """Puts the variants into the row of a step in eval.jsonl; those that are there already are not made again.
+    """Adds the variants to the row of a step in eval.jsonl; those that are already there are not made again.
 
-    Their pictures go to samples/step-…/<label>; those of an earlier step, whose numbers its own row has, are where they
-    were.
+    Their pictures go to samples/step-…/<label>. A variant that is an earlier step takes its numbers from that step's
+    row and has no new pictures.
 
-    Raises UserError where the evaluation set is no longer the one of the row.
+    Raises UserError if the evaluation set is no longer the one of the row.
     """
     if not config.eval.variants:
         return
@@ -58,7 +59,7 @@ def add_variants(
     done = {variant["label"]: variant for variant in row.get("variants", [])}
     for variant in config.eval.variants:
         name, earlier = label(variant), rows.get(variant.get("checkpoint", step))
-        if name in done or earlier is None:  # a run that ended before its time has not come to every checkpoint
+        if name in done or earlier is None:  # a run that ended early has not reached every checkpoint
             continue
         _refuse_other_set(row, which, rewards)
         _refuse_other_set(earlier, which, rewards)
@@ -76,6 +77,6 @@ def add_variants(
 def _refuse_other_set(row: dict[str, Any], which: EvaluationSet, rewards: Rewards) -> None:
     if not same_images(row, which) or read_held_out(row).per_image.keys() != rewards.keys():
         raise UserError(
-            f"eval.variants: step {row['step']} was evaluated with other prompts, images or rewards than eval "
-            "says now, so no variant compares with it; set eval back to what it was"
+            f"eval.variants: step {row['step']} was evaluated with other prompts, images or rewards than eval now "
+            "specifies, so no variant is comparable with it; restore the previous eval settings"
         )

@@ -1,4 +1,4 @@
-"""Text embeddings, each prompt's made once."""
+"""Text embeddings, computed once for each prompt."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ CACHE_BYTES = 2**28  # about 1,100 prompts of Stable Diffusion 1.5
 
 
 class Embeddings:
-    """A bounded cache of prompts' embeddings, the latest used.
+    """A bounded cache of prompts' embeddings, which keeps those used last.
 
     embed: a prompt -> its conditioning, one row. One prompt at a time: its embedding must not depend, not even in the
-    last bit, on what shared its batch, or a resumed run with an empty cache would leave the uninterrupted one.
+    last bit, on what shared its batch, or a resumed run with an empty cache would depart from the uninterrupted one.
     """
 
     def __init__(self, embed: Callable[[str | None], Conditioning]) -> None:

@@ -13,7 +13,7 @@ from draftplus.types import Model
 class Family:
     """A row of the table of families, at the end of each family's file.
 
-    name: in messages. load: (model configuration, path, device, seed, trainable) -> the model, the first two by
+    name: as messages show it. load: (model configuration, path, device, seed, trainable) -> the model, the first two by
     position. sampler: what its stock pipeline does where a key of `sampler` is null: steps, guidance_scale and
     negative_prompt.
     """

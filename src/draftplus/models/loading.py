@@ -22,9 +22,9 @@ def is_single_file(path: str) -> bool:
 
 
 def source(path: str) -> str:
-    """A directory that holds a diffusers model, or what may be a hub id.
+    """A directory with a diffusers model, or something that can be a hub id.
 
-    Raises UserError for a directory that is missing, holds something else, or holds a pickle that would run code.
+    Raises UserError for a directory that is missing, contains something else, or contains a pickle that would run code.
     """
     path = os.path.expanduser(path)  # keeps a leading ./
     if looks_local(path) and not Path(path).is_dir():
@@ -45,12 +45,12 @@ def load_part(
     cls: Any, path: str, name: str, dtype: Mapping[str, torch.dtype], hub: Mapping[str, Any],
     replacement: str | None = None, key: str = "",
 ) -> Any:  # fmt: skip
-    """A network of a pipeline, `name` being its subfolder.
+    """A network of a pipeline; `name` is its subfolder.
 
-    dtype: by the keyword that the class takes it by. replacement, key: weights in its place, a directory or a file in
-    diffusers' or the original layout, and the configuration's key that names them.
+    dtype: under the keyword that the class expects. replacement, key: weights to use instead, a directory or a file in
+    diffusers' or the original layout, and the configuration key that names them.
 
-    Raises UserError where these are missing or would run code, ValueError where weights are incomplete, and whatever
+    Raises UserError if these are missing or would run code, ValueError where weights are incomplete, and whatever
     the libraries raise; `loading` makes one error of them.
     """
     if replacement is None:
@@ -69,16 +69,16 @@ def load_part(
 
 
 def whole(part: Any, info: Mapping[str, Any]) -> Any:
-    """The part, whose loader said what it lacks. Raises ValueError where that is anything."""
-    # the loaders fill in what a file lacks with random numbers, or leave it empty
+    """The part. info: what its loader reports. Raises ValueError if weights are missing."""
+    # the loaders fill missing weights with random numbers, or leave them empty
     if info["missing_keys"]:
-        raise ValueError(f"its weights lack '{min(info['missing_keys'])}'")
+        raise ValueError(f"its weights are incomplete: '{min(info['missing_keys'])}' is missing")
     return part
 
 
 @contextmanager
 def loading(key: str, value: str, family: str = "") -> Iterator[None]:
-    """Makes a UserError of whatever the libraries raise."""
+    """Turns whatever the libraries raise into a UserError."""
     try:
         yield
     except UserError:
@@ -86,6 +86,9 @@ def loading(key: str, value: str, family: str = "") -> Iterator[None]:
     except Exception as error:  # those of four libraries have no base class in common
         hint = ""
         if isinstance(error, OSError) and not Path(value).expanduser().is_dir():
-            hint = " (what is not on this disk comes from the hub, which needs the network or an earlier download)"
+            hint = (
+                " (a model that is not on this disk is read from the hub, which needs the network or an earlier "
+                "download)"
+            )
         wanted = f" as {family}" if family else ""
-        raise UserError(f"{key} '{value}': not loaded{wanted}: {first_line(error)}{hint}") from error
+        raise UserError(f"{key} '{value}': cannot be loaded{wanted}: {first_line(error)}{hint}") from error

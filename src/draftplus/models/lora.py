@@ -26,9 +26,9 @@ ADAPTER = "default"
 def add_lora(denoiser: nn.Module, config: LoraConfig, seed: int, attention: Sequence[str]) -> None:
     """Adds adapters in at least float32, A drawn from `seed` and B zero, so that the prediction is unchanged at first.
 
-    attention: the layers that `config.targets` calls so, by the ends of their names.
+    attention: the layers that `config.targets` calls "attention", by the ends of their names.
 
-    Raises UserError where the targets name no module of the denoiser.
+    Raises UserError if the targets name no module of the denoiser.
     """
     targets = _targets(denoiser, config.targets, attention)
     peft = PeftConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets, init_lora_weights="gaussian")
@@ -55,7 +55,7 @@ def _targets(denoiser: nn.Module, targets: object, attention: Sequence[str]) -> 
         }
         if targets not in groups:
             raise UserError(
-                f"model.lora.targets is '{targets}'; choose {', '.join(groups)}, or give a list of module names"
+                f"model.lora.targets is '{targets}'; choose one of {', '.join(groups)}, or give a list of module names"
             )
         return groups[targets]
     if not isinstance(targets, list) or not targets:
@@ -63,8 +63,8 @@ def _targets(denoiser: nn.Module, targets: object, attention: Sequence[str]) -> 
     absent = [t for t in targets if not any(n == t or n.endswith(f".{t}") for n in linear + convolution)]
     if absent:
         raise UserError(
-            f"model.lora.targets: no layer of the denoiser is named '{absent[0]}'; the attention layers end in "
-            f"{', '.join(attention)}"
+            f"model.lora.targets: no layer of the denoiser is named '{absent[0]}'; the names of its attention "
+            f"layers end in {', '.join(attention)}"
         )
     return targets
 
@@ -91,7 +91,7 @@ def folded(denoiser: nn.Module) -> Iterator[None]:
     """Inside, float32 (or float64) weights hold W + scale * B A and the adapters are off, for faster inference.
 
     Precomputed tensors are swapped in and the originals back, so the frozen weights stay bit-identical; layers in half
-    precision, where a young adapter would round away, keep their adapters running.
+    precision, where a young adapter would be rounded away, keep their adapters on.
     """
     fitting = [layer for layer in layers(denoiser) if _base(layer).weight.dtype in (torch.float32, torch.float64)]
     originals = [_base(layer).weight.data for layer in fitting]
@@ -144,28 +144,30 @@ def export(denoiser: nn.Module) -> dict[str, Tensor]:
 def attach(denoiser: nn.Module, file: Path, component: str) -> None:
     """Gives the denoiser the adapters of a LoRA file, of any rank and targets, in place of those it has.
 
-    component: the denoiser's name in the stock pipeline, which starts the names in the file.
+    component: the denoiser's name in the stock pipeline, with which the names in the file begin.
 
-    Raises UserError where the file is not a LoRA of this denoiser, or not all of it is.
+    Raises UserError if the file, or a part of it, is not a LoRA of this denoiser.
     """
     try:
         state = {name: tensor for name, tensor in load_file(file).items() if name.startswith(f"{component}.")}
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{file}: not a whole safetensors file: {first_line(error)}") from None
+        raise UserError(f"{file}: damaged or not a safetensors file: {first_line(error)}") from None
     if not state:
-        raise UserError(f"{file}: it holds no adapter of the denoiser (names starting with '{component}.')")
+        raise UserError(
+            f"{file} contains no adapter of the denoiser (its tensor names would start with '{component}.')"
+        )
     if layers(denoiser):
         denoiser.unload_lora()  # type: ignore[operator]
     try:
         with _silent(logging.getLogger("diffusers")):  # it would print all names of an adapter that does not fit
             denoiser.load_lora_adapter(state, prefix=component, adapter_name=ADAPTER)  # type: ignore[operator]
     except (ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"{file}: not an adapter of this model: {first_line(error)[:200]}") from None
+        raise UserError(f"{file}: the adapter does not fit this model: {first_line(error)[:200]}") from None
     _at_least_float32(denoiser)
-    # diffusers only warns of names that it has no place for, and of places that got nothing
+    # diffusers only warns about names that it has no place for, and about places that got nothing
     stray = set(state) ^ {f"{component}.{name}" for name in export(denoiser)}
     if stray:
-        raise UserError(f"{file}: not an adapter of this model: '{min(stray)}' is in only one of them")
+        raise UserError(f"{file}: the adapter does not fit this model: '{min(stray)}' is in only one of them")
     with torch.no_grad():  # on the way in, peft rounded them to the precision of the layers that they adapt
         for name, parameter in trained(denoiser).items():
             parameter.copy_(state[f"{component}." + name.replace(f".{ADAPTER}.", ".")])

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x, and everything of their shape, through diffusers and transformers."""
+"""Stable Diffusion 1.x and 2.x, and every model built like them, through diffusers and transformers."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class StableDiffusion:
         sides = []
         for name, pixels, latent in (("height", height, default[0]), ("width", width, default[1])):
             if pixels is not None and pixels % factor:
-                raise UserError(f"sampler.{name} is {pixels}; this model takes multiples of {factor}")
+                raise UserError(f"sampler.{name} is {pixels}; it must be a multiple of {factor} for this model")
             sides.append(latent if pixels is None else pixels // factor)
         return self.unet.config.in_channels, sides[0], sides[1]
 
@@ -104,7 +104,7 @@ def load(
     return StableDiffusion(tuned, vae, text_encoder, tokenizer, scheduler_config)
 
 
-# what its pipeline's call does where nothing is asked for
+# the defaults of its pipeline's call
 FAMILY = Family(NAME, load, {"steps": 50, "guidance_scale": 7.5, "negative_prompt": ""})
 
 
@@ -122,7 +122,8 @@ def _components(config: ModelConfig, path: str, dtype: torch.dtype) -> tuple[Any
         for key in ("denoiser", "vae", "revision"):
             if getattr(config, key) is not None:
                 raise UserError(
-                    f"model.{key} cannot be set beside a single file, '{path}'; convert that to a directory"
+                    f"model.{key} cannot be combined with a single-file model.path, '{path}'; convert the file to a "
+                    "diffusers directory"
                 )
         return _single_file(str(Path(path).expanduser()), dtype)
     path = loading.source(path)
@@ -135,7 +136,7 @@ def _components(config: ModelConfig, path: str, dtype: torch.dtype) -> tuple[Any
         vae = loading.load_part(AutoencoderKL, path, "vae", torch_dtype, hub, config.vae, "model.vae")
         text_encoder = loading.load_part(CLIPTextModel, path, "text_encoder", {"dtype": dtype}, hub)
         tokenizer = CLIPTokenizer.from_pretrained(path, subfolder="tokenizer", **hub)
-        if tokenizer.vocab_size <= len(tokenizer.all_special_ids):  # transformers makes do without any file
+        if tokenizer.vocab_size <= len(tokenizer.all_special_ids):  # transformers does not miss the files
             raise ValueError("its tokenizer has no vocabulary")
         scheduler_config = DDIMScheduler.load_config(path, subfolder="scheduler", **hub)
     return unet, vae, text_encoder, tokenizer, scheduler_config

@@ -1,4 +1,4 @@
-"""The trained weights of any denoiser: low-rank adapters, or all of it beside a frozen copy."""
+"""The trained weights of any denoiser: low-rank adapters, or the whole denoiser next to a frozen copy."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from draftplus.models.weights import first_line, read_state_dict
 
 
 class Tuned:
-    """A denoiser and what training changes of it.
+    """A denoiser and what training changes in it.
 
     denoiser: the network that is tuned. network: the one to call, which inside `reference` is the frozen model. frozen:
-    the frozen copy of a fully tuned denoiser; with adapters the frozen model is the denoiser itself with them off.
-    component: the denoiser's name in the stock pipeline, "unet" or "transformer", which starts the names in a LoRA
-    file.
+    the frozen copy of a fully tuned denoiser; with adapters, the frozen model is the denoiser itself with them off.
+    component: the denoiser's name in the stock pipeline, "unet" or "transformer", with which the names in a LoRA file
+    begin.
     """
 
     def __init__(self, denoiser: Any, component: str, frozen: Any = None) -> None:
@@ -70,7 +70,7 @@ class Tuned:
     def load(self, directory: Path) -> None:
         """Reads what `write` wrote.
 
-        Raises UserError where there is nothing of the kind, or it does not fit this denoiser.
+        Raises UserError if there is nothing of the kind, or it does not fit this denoiser.
         """
         if (directory / lora.LORA_FILE).is_file():
             lora.attach(self.denoiser, directory / lora.LORA_FILE, self.component)
@@ -81,17 +81,19 @@ class Tuned:
             try:
                 self.denoiser.load_state_dict(weights)
             except RuntimeError as error:
-                raise UserError(f"{directory}: not a denoiser of this model: {first_line(error)[:200]}") from None
+                raise UserError(
+                    f"{directory}: the denoiser does not fit this model: {first_line(error)[:200]}"
+                ) from None
         else:
             raise UserError(
-                f"{directory}: no {lora.LORA_FILE} and no denoiser in it; give an adapter/ directory of a run"
+                f"{directory} contains neither {lora.LORA_FILE} nor a denoiser; give the adapter/ directory of a run"
             )
 
     def set_scale(self, scale: float) -> None:
         if scale != 1 and self.frozen is not None:
             raise UserError(
-                f"the adapter's scale is {scale}, but these weights are a fully tuned denoiser; "
-                "blend it with the base model by annealing instead, such as anneal 'linear'"
+                f"the LoRA scale is {scale}, but these weights are a fully fine-tuned denoiser, which has none; "
+                "use annealing instead, such as the schedule linear"
             )
         lora.set_scale(self.denoiser, scale)
 
@@ -102,13 +104,13 @@ def make_tuned(
     """Makes a loaded and frozen denoiser ready for training or, if not `trainable`, for sampling.
 
     config: of the adapters; None: the whole denoiser is trained, in at least float32. attention: the layers that its
-    targets call so.
+    targets call "attention".
     """
     if trainable and config is not None:
         lora.add_lora(denoiser, config, seed, attention)
     elif trainable:
         denoiser.to(torch.promote_types(torch.float32, denoiser.dtype))
-        frozen = copy.deepcopy(denoiser)  # in the trained precision, or their KL would start at the rounding's
+        frozen = copy.deepcopy(denoiser)  # in the trained precision, or the KL term would start at the rounding error
         denoiser.requires_grad_(True)
         return Tuned(denoiser, component, frozen)
     return Tuned(denoiser, component)
@@ -117,5 +119,5 @@ def make_tuned(
 def _denoiser_weights(directory: Path) -> dict[str, Tensor]:
     files = sorted(directory.glob("*.safetensors"))
     if not files:
-        raise UserError(f"{directory}: no .safetensors weights in it")
+        raise UserError(f"{directory} contains no .safetensors weights")
     return {name: tensor for file in files for name, tensor in read_state_dict(file).items()}

@@ -1,4 +1,4 @@
-"""Reading weights that strangers made: safetensors, or a pickle that holds nothing but tensors."""
+"""Reading weights from strangers: safetensors, or a pickle that contains nothing but tensors."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: not a whole safetensors file: {error}") from None
+            raise UserError(f"{path}: damaged or not a safetensors file: {error}") from None
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(
-            f"{path}: refused: this pickle is damaged, or needs to run code to load, which could do anything. "
-            "Convert it to .safetensors where you trust it"
+            f"{path}: rejected: this pickle is damaged, or loading it would run code, which could do anything. "
+            "If you trust it, convert it to .safetensors"
         ) from None
     except Exception as error:  # the bytes of a damaged pickle are instructions, which fail in any way
-        raise UserError(f"{path}: not a whole PyTorch file: {first_line(error)}") from None
+        raise UserError(f"{path}: damaged or not a PyTorch file: {first_line(error)}") from None
     inner = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
     if not isinstance(inner, dict):
         raise UserError(f"{path}: expected tensors by name, found {type(loaded).__name__}")
@@ -39,9 +39,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def refuse_code(directory: Path) -> None:
-    """Checks that every pickle in a model directory that would be loaded holds tensors alone.
+    """Checks that every pickle in a model directory that would be loaded contains only tensors.
 
-    Raises UserError naming the first that does not.
+    Raises UserError that names the first that does not.
     """
     for file in sorted(directory.rglob("*.bin")):
         preferred = file.name.split(".")[0].removeprefix("pytorch_")  # pytorch_model.bin, model.safetensors
@@ -50,6 +50,6 @@ def refuse_code(directory: Path) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in one line; with the first particular where that line only announces them."""
+    """The message of an error in one line, with the first detail if that line only announces details."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -1,5 +1,5 @@
 """Rewards: each is a callable `(images, prompts) -> scores` with a `differentiable` flag, made by a `load_*` function.
 
-A loader says by its signature what it takes of a recipe: each of `args` as a keyword with its type and default, and
-`path`, `device` and `dtype` where it names them. `arguments.bind` holds a recipe to it.
+The signature of a loader is what a recipe may set: each of `args` as a keyword with its type and default, and `path`,
+`device` and `dtype` if they are parameters. `arguments.bind` checks a recipe against it.
 """

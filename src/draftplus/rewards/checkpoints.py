@@ -1,4 +1,4 @@
-"""Frozen networks from transformers checkpoints, local or on the hub; what cannot be loaded is said in one line."""
+"""Frozen networks from transformers checkpoints, local or on the hub; one that cannot be loaded is a UserError."""
 
 from __future__ import annotations
 
@@ -16,20 +16,22 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def locate(path: str | Path) -> str:
-    """A directory that exists, or what may be a hub id ("owner/name"). UserError for anything else."""
+    """A directory that exists, or something that can be a hub id ("owner/name"). UserError for anything else."""
     local = Path(path).expanduser()
     if local.is_dir():
         return str(local)
     if local.exists():
-        raise UserError(f"reward weights '{path}' are a file: give the directory that holds it and its config.json.")
+        raise UserError(
+            f"reward weights '{path}': this is a file; give the directory that contains it and its config.json."
+        )
     if not _HUB_ID.fullmatch(str(path)):
-        raise UserError(f"no directory '{path}' with reward weights: correct the reward's path, or give a hub id.")
+        raise UserError(f"reward weights '{path}': no such directory; correct the path or give a hub id.")
     return str(path)
 
 
 def lacks(path: str, name: str) -> str:
-    """Words for a file that a checkpoint does not have; offline, a hub id has only what was fetched before."""
-    return f"'{path}' has no {name}" if Path(path).is_dir() else f"no {name} of '{path}' on the hub or fetched before"
+    """The words for a file that a checkpoint lacks; offline, a hub id has only what was downloaded before."""
+    return f"'{path}' has no {name}" + ("" if Path(path).is_dir() else " on the hub or in the local cache")
 
 
 def has_file(path: str, name: str, revision: str | None = None) -> bool:
@@ -45,7 +47,7 @@ def read_json(path: str, name: str, revision: str | None = None) -> dict[str, An
     try:
         return json.loads(Path(file).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"'{file}' is not JSON ({error}): fetch the checkpoint again.") from error
+        raise UserError(f"'{file}' is not valid JSON ({error}): download the checkpoint again.") from error
 
 
 def _file(path: str, name: str, revision: str | None) -> str | None:
@@ -54,7 +56,9 @@ def _file(path: str, name: str, revision: str | None) -> str | None:
     try:
         return cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
     except OSError as error:
-        raise UserError(f"no directory '{path}' with reward weights, nor on the hub: {_first(error)}") from error
+        raise UserError(
+            f"reward weights '{path}' were found neither on this disk nor on the hub: {_first(error)}"
+        ) from error
 
 
 def load_frozen(
@@ -63,13 +67,15 @@ def load_frozen(
     """A transformers model of `model_class` in eval mode, without gradient on its weights.
 
     dtype: of the weights, float32 unless given, whatever they are stored in. Weights are safetensors, or a pickle that
-    torch reads with weights_only. UserError for another architecture, absent or broken weights, pickles that need code.
+    torch reads with weights_only. UserError for another architecture, missing or broken weights, or pickled code.
     """
     config = read_json(path, "config.json", revision)
     if config is None:
         raise UserError(f"{lacks(path, 'config.json')}: give a transformers checkpoint of a {model_type} model.")
     if config.get("model_type") != model_type:
-        raise UserError(f"'{path}' holds a {config.get('model_type')} model, this reward needs a {model_type} model.")
+        raise UserError(
+            f"'{path}' contains a {config.get('model_type')} model, but this reward needs a {model_type} model."
+        )
     from safetensors import SafetensorError
 
     try:
@@ -78,16 +84,18 @@ def load_frozen(
         )
     except UnpicklingError as error:
         culprit = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"it calls {culprit[1]}" if culprit else "it is no plain pickle of tensors"
+        reason = f"it calls {culprit[1]}" if culprit else "it is not a plain pickle of tensors"
         raise UserError(
-            f"the pickled weights in '{path}' are refused, since loading them could run code ({reason}).\n"
-            "Give safetensors, or a file that torch.load reads with weights_only=True."
+            f"the pickled weights in '{path}' are rejected, because loading them could run code ({reason}).\n"
+            "Use safetensors, or a file that torch.load can read with weights_only=True."
         ) from error
     except (OSError, SafetensorError, RuntimeError) as error:
         raise UserError(f"the weights in '{path}' cannot be loaded: {_first(error)}") from error
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
-        raise UserError(f"the weights in '{path}' lack {len(missing)} tensors, {missing[0]} among them.")
+        raise UserError(
+            f"the weights in '{path}' are incomplete: {len(missing)} tensors are missing, for example {missing[0]}."
+        )
     return model.to(device).eval().requires_grad_(False)
 
 

@@ -1,4 +1,4 @@
-"""Rewards of CLIP's shape: emoji_clip, PickScore and CLIPScore are one implementation."""
+"""Rewards by a CLIP model: emoji_clip, PickScore and CLIPScore are one implementation."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class ClipReward:
     kind "logit": exp(logit_scale)·cos, about 20-23 for PickScore (Kirstain et al. 2023). kind "cosine100":
     100·max(cos, 0), CLIPScore (Hessel et al. 2021, who scale by 2.5); no gradient where the cosine is negative.
 
-    dropout: the rate in the image tower, only where a gradient is taken: scores that measure are without noise.
+    dropout: the rate in the image tower; it is active only when a gradient is taken, so measured scores have no noise.
     """
 
     differentiable = True
@@ -74,7 +74,7 @@ class ClipReward:
     @torch.no_grad()
     def _encode(self, prompt: str) -> Tensor:
         # one prompt at a time: its features must not depend, not even in the last bit, on what shared its batch,
-        # or a resumed run with an empty cache would leave the uninterrupted one
+        # or a resumed run with an empty cache would depart from the uninterrupted one
         length = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer([prompt], truncation=True, max_length=length, return_tensors="pt")
         tokens = {key: tokens[key].to(self.model.device) for key in ("input_ids", "attention_mask")}
@@ -97,7 +97,7 @@ def load_clip_reward(
     """The reward of a transformers `CLIPModel` checkpoint.
 
     path: directory or hub id, at `revision`. processor: the directory or hub id of tokenizer and preprocessing; None:
-    path. dtype: of the weights, float32 unless given, whatever they are stored in. dropout: in [0, 1). UserError where
+    path. dtype: of the weights, float32 unless given, whatever they are stored in. dropout: in [0, 1). UserError if
     files are missing or broken, or the weights are a pickle that needs code.
     """
     from transformers import AutoTokenizer, CLIPModel
@@ -107,12 +107,15 @@ def load_clip_reward(
     preprocessing = read_preprocessing(source, source_revision)
     if not any(has_file(source, name, source_revision) for name in ("tokenizer.json", "vocab.json")):
         # transformers would make an empty tokenizer, for which all prompts are the same
-        raise UserError(f"{lacks(source, 'tokenizer.json')}: name the checkpoint that has it in args.processor.")
+        raise UserError(f"{lacks(source, 'tokenizer.json')}: set args.processor to a checkpoint that has it.")
     tokenizer = AutoTokenizer.from_pretrained(source, revision=source_revision)
     model = load_frozen(CLIPModel, weights, "clip", revision, device, dtype)
     size = model.config.vision_config.image_size
     if preprocessing.crop is not None and preprocessing.crop != (size, size):
-        raise UserError(f"'{source}' crops to {preprocessing.crop}, the network in '{weights}' takes {(size, size)}.")
+        raise UserError(
+            f"'{source}' crops images to {preprocessing.crop}, but the network in '{weights}' takes {(size, size)}; "
+            "set args.processor to the matching checkpoint."
+        )
     return ClipReward(model, tokenizer, preprocessing, kind, dropout)
 
 
@@ -125,7 +128,7 @@ def load_emoji_clip(
     revision: str | None = None,
     dropout: float = 0.0,
 ) -> Reward:
-    """The embedded reward of emoji, exp(logit_scale)·cos. The rest as `load_clip_reward`."""
+    """The embedded reward for emoji, exp(logit_scale)·cos. For the rest see `load_clip_reward`."""
     check_rate("emoji_clip", dropout)
     return load_clip_reward(path, processor, "logit", revision, device, dtype, dropout)
 
@@ -142,7 +145,8 @@ def load_pickscore(
     """PickScore v1 (Kirstain et al. 2023), exp(logit_scale)·cos, about 20-23.
 
     The published weights come without tokenizer and preprocessing: those of the network that they were tuned from
-    serve, unless the directory in `path` has its own or processor names others. The rest as `load_clip_reward`.
+    are used, unless the directory in `path` has its own or processor names others. For the rest see
+    `load_clip_reward`.
     """
     check_rate("pickscore", dropout)
     if processor is None and not has_preprocessing(path):
@@ -159,6 +163,6 @@ def load_clip_score(
     revision: str | None = None,
     dropout: float = 0.0,
 ) -> Reward:
-    """CLIPScore, 100·max(cos, 0) of any CLIPModel, ViT-B/32 unless given. The rest as `load_clip_reward`."""
+    """CLIPScore, 100·max(cos, 0) of a CLIPModel, by default ViT-B/32. For the rest see `load_clip_reward`."""
     check_rate("clip_score", dropout)
     return load_clip_reward(path, processor, "cosine100", revision, device, dtype, dropout)

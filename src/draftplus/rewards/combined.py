@@ -17,19 +17,19 @@ class Combined:
     any of them does.
 
     rewards: {name: (reward, weight)}, not empty. Each reward is called once and its output checked; numbers that are
-    not finite pass, what to do about them is the caller's matter.
+    not finite pass, and the caller decides what to do about them.
     """
 
     def __init__(self, rewards: Mapping[str, tuple[Reward, float]]) -> None:
         if not rewards:
-            raise UserError("no reward is given: add one under reward, for example reward=emoji_clip")
+            raise UserError("no reward given: name one, for example reward=emoji_clip")
         self.rewards = dict(rewards)
         self.differentiable = all(reward.differentiable for reward, _ in self.rewards.values())
         self.compares_images = any(getattr(reward, "compares_images", False) for reward, _ in self.rewards.values())
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Scores:
         """images: (b, 3, H, W) in [0, 1]; prompts: b strings. Returns total and parts, all (b,), the parts unweighted
-        and detached. UserError for a reward that returns something else than b floating-point scores on the images'
+        and detached. UserError for a reward that returns anything but b floating-point scores on the images'
         device, or claims to be differentiable and returns scores without gradient to the images."""
         total = images.new_zeros(len(images), dtype=torch.promote_types(images.dtype, torch.float32))  # (b,)
         parts = {}
@@ -51,13 +51,16 @@ def _checked(name: str, scores: object, images: Tensor) -> Tensor:
     if not scores.is_floating_point():
         raise UserError(f"reward '{name}' returned scores of type {scores.dtype}: {expected}.")
     if scores.device != images.device:
-        raise UserError(f"reward '{name}' returned scores on {scores.device}, the images are on {images.device}.")
+        raise UserError(
+            f"reward '{name}' returned scores on {scores.device}, but the images are on {images.device}: "
+            "return them on the images' device."
+        )
     return scores
 
 
 def _require_gradient(name: str, scores: Tensor, images: Tensor) -> None:
-    # that scores require gradient is not enough: a reward with unfrozen weights has some even where the images were
-    # detached on the way, so the autograd graph is searched for them
+    # requires_grad of the scores is not enough: with unfrozen weights a reward has a gradient even if the images were
+    # detached on the way, so the autograd graph is searched for the images
     target = get_gradient_edge(images).node
     seen, stack = set(), [scores.grad_fn]
     while stack:
@@ -68,6 +71,6 @@ def _require_gradient(name: str, scores: Tensor, images: Tensor) -> None:
             seen.add(node)
             stack.extend(parent for parent, _ in node.next_functions)
     raise UserError(
-        f"reward '{name}' carries no gradient: is it computed through PIL, uint8, numpy or under no_grad?\n"
-        "Compute it from the images by torch operations, or set its `differentiable` to False, only to measure it."
+        f"the scores of reward '{name}' carry no gradient: they may pass through PIL, uint8, NumPy or no_grad.\n"
+        "Use torch operations only, or set differentiable = False to measure the reward without training on it."
     )

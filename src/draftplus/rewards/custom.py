@@ -18,8 +18,8 @@ from draftplus.rewards.arguments import bind, parameters_of
 from draftplus.types import Reward
 
 _HINT = (
-    "What takes `images, prompts` first, under these names, is the reward; anything else is called to make it. Either "
-    "gets a path by a parameter `path`."
+    "A function whose first two parameters are named images and prompts is the reward; anything else is called with "
+    "args to create it. A path goes to a parameter named path."
 )
 
 
@@ -38,22 +38,23 @@ class CustomReward:
 
 
 def load_custom(spec: str, path: str | None, args: Mapping[str, Any], device: Any, dtype: torch.dtype | None) -> Reward:
-    """Resolves `package.module:object`, the working directory being importable.
+    """Resolves `package.module:object`; modules in the working directory can be imported.
 
-    - What takes `images, prompts` first, under these names, is the reward; `args` are bound as keywords.
-    - Anything else, a class or a function, makes the reward: it is called once with `args` as keywords and returns a
-      callable of `(images, prompts)`.
-    - `path`, `device` and `dtype` of the configuration are passed too where the signature names them.
-    - `differentiable` is True unless the reward, or what made it, has the attribute and it is False.
-    - `compares_images` is False unless the object that the name leads to has the attribute and it is True.
+    - A function whose first two parameters are named `images` and `prompts` is the reward itself; `args` are bound as
+      keywords.
+    - Anything else, a class or another function, creates the reward: it is called once with `args` as keywords and must
+      return a callable that takes `(images, prompts)`.
+    - `path`, `device` and `dtype` of the configuration are passed too if the signature has parameters of these names.
+    - `differentiable` is True unless the reward, or the callable that created it, has this attribute set to False.
+    - `compares_images` is False unless the named object has this attribute set to True.
     - A reward that is an `nn.Module` is frozen and put into evaluation mode.
 
     UserError for a missing module or object, one that cannot be called, arguments that do not fit, and a reward that
-    compares images where what made it does not say so. Exceptions of the user's own code pass through.
+    compares images although the named object does not say so. Exceptions of the user's own code pass through.
     """
     target = resolve_custom(spec)
     if not callable(target):
-        raise UserError(f"reward '{spec}' is a {type(target).__name__}: it must be a function or a class.")
+        raise UserError(f"reward '{spec}' is of type {type(target).__name__}: it must be a function or a class.")
     parameters = parameters_of(spec, target)
     itself = not inspect.isclass(target) and [one.name for one in parameters[:2]] == ["images", "prompts"]
     keywords = bind(spec, parameters[2:] if itself else parameters, path, args, device, dtype, _HINT)
@@ -63,12 +64,13 @@ def load_custom(spec: str, path: str | None, args: Mapping[str, Any], device: An
     made = target(**keywords)
     if not callable(made):
         raise UserError(
-            f"reward '{spec}' made a {type(made).__name__}, which cannot be called with (images, prompts).\n"
-            "If it is itself the reward, its first parameters must be named images and prompts."
+            f"reward '{spec}' returned an object of type {type(made).__name__}, which cannot be called with "
+            "(images, prompts).\n"
+            "If it is the reward itself, name its first two parameters images and prompts."
         )
     if getattr(made, "compares_images", False) and not compares:
         raise UserError(
-            f"reward '{spec}' made one that compares images, which must be known before it is made:\n"
+            f"reward '{spec}' returned a reward that compares images, which must be known before it is created:\n"
             f"set {spec.partition(':')[2]}.compares_images = True in its module."
         )
     if isinstance(made, torch.nn.Module):
@@ -78,9 +80,9 @@ def load_custom(spec: str, path: str | None, args: Mapping[str, Any], device: An
 
 
 def resolve_custom(spec: str) -> Any:
-    """The object that `package.module:object` names, the working directory being importable.
+    """The object that `package.module:object` names; modules in the working directory can be imported.
 
-    UserError where there is no such module or object. Exceptions of the user's own code pass through.
+    UserError if there is no such module or object. Exceptions of the user's own code pass through.
     """
     module_name, colon, attribute = spec.partition(":")
     if not colon or not module_name or not attribute:
@@ -91,10 +93,14 @@ def resolve_custom(spec: str) -> Any:
     try:
         target = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise UserError(f"reward '{spec}': no module '{error.name}' in {here}, and none is installed.") from error
+        raise UserError(
+            f"reward '{spec}': there is no module '{error.name}' in {here}, nor is one installed."
+        ) from error
     for name in attribute.split("."):
         try:
             target = getattr(target, name)
         except AttributeError as error:
-            raise UserError(f"reward '{spec}': '{module_name}' has no '{attribute}'.") from error
+            raise UserError(
+                f"reward '{spec}': module '{module_name}' has no '{attribute}'; check the name after the colon."
+            ) from error
     return target

@@ -1,4 +1,4 @@
-"""How unlike the other images of its batch an image is: the second remedy that DRaFT's authors tried."""
+"""How much an image differs from the others of its batch: the second remedy that DRaFT's authors tried."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Dissimilarity:
     """The mean of 1 - cos to the other images that are scored with it, in [0, 2]; differentiable in all of them.
 
     features: images (b, 3, H, W) to (b, d) of length 1. same_prompt: compare with images of the same prompt only.
-    Unlike other rewards it is a property of a batch: of the micro-batch in training, on one process.
+    Unlike other rewards it is a property of a batch: in training, of the micro-batch on one process.
     """
 
     features: Callable[[Tensor], Tensor]
@@ -42,12 +42,12 @@ class Dissimilarity:
 def _alone(images: int, prompt: str, same_prompt: bool) -> str:
     if images == 1 or not same_prompt:
         return (
-            "reward 'dissimilarity' compares the images of a micro-batch and was given one; set train.micro_batch_size "
-            "to 2 or more, such that no single image is left over in training or evaluation"
+            "reward 'dissimilarity' compares the images of a micro-batch, but this one has a single image; set "
+            "train.micro_batch_size to 2 or more, so that no single image is left over in training or evaluation"
         )
     return (
-        f"reward 'dissimilarity' with same_prompt was given one image only of '{prompt}', of {images} images; set "
-        "data.images_per_prompt to 2 or more and train.micro_batch_size to a multiple of it"
+        f"reward 'dissimilarity' with same_prompt found only one image of '{prompt}' in a micro-batch of {images}; set "
+        "data.images_per_prompt to 2 or more, and train.micro_batch_size to a multiple of it"
     )
 
 
@@ -60,7 +60,7 @@ def load_dissimilarity(
     processor: str | None = None,
     revision: str | None = None,
 ) -> Reward:
-    """In the image space of a CLIPModel, emoji_clip's unless `path` names one. The rest as for `load_clip_reward`."""
+    """In the image space of a CLIPModel, by default emoji_clip. For the rest see `load_clip_reward`."""
     network = load_clip_reward(path, processor, revision=revision, device=device, dtype=dtype)
     return Dissimilarity(network.image_features, same_prompt)
 

@@ -14,16 +14,18 @@ from draftplus.errors import UserError
 
 
 def check_rate(reward: str, rate: float) -> None:
-    """UserError for a rate of dropout in reward `reward` that is not in [0, 1)."""
+    """UserError for a dropout rate of reward `reward` that is not in [0, 1)."""
     if not 0 <= rate < 1:
-        raise UserError(f"reward '{reward}' has dropout {rate!r} in args: a number from 0 to below 1, such as 0.1.")
+        raise UserError(
+            f"reward '{reward}': args.dropout is {rate!r}; it must be at least 0 and less than 1, such as 0.1."
+        )
 
 
 class Dropout:
     """Dropout on the outputs of each attention and each MLP block, before they join the residual stream.
 
-    Those are the places of Vaswani et al. 2017 (section 5.4). It acts inside `active` alone. Each image's noise is
-    addressed (`rng.samples`), so that neither micro-batches nor ranks nor resuming change it.
+    These are the places of Vaswani et al. 2017 (section 5.4). It acts only inside `active`. Each image's noise is
+    addressed (`rng.samples`), so that micro-batches, ranks and resuming do not change it.
     """
 
     def __init__(self, blocks: Iterable[Any], rate: float) -> None:
@@ -36,7 +38,7 @@ class Dropout:
 
     @contextmanager
     def active(self, images: int) -> Iterator[None]:
-        """Inside, a forward pass of so many images is noisy; each time by another draw."""
+        """Inside, a forward pass of this many images is noisy, with new noise each time."""
         self._generators = rng.generators("dropout", images)
         try:
             yield

@@ -19,7 +19,7 @@ class JpegReward:
     An image's file size has no gradient, so, as DRaFT does (Clark et al. 2023), the distance between the image and its
     compressed version stands for it, through the differentiable JPEG of Reich et al. 2024: what compression removes is
     what makes files large. At quality 10 a uniform colour is at 1-8 (rounding of its mean), a photograph of 512 pixels
-    at about 10 and of 64 pixels at about 20, white noise at 70; the bound is 255. Low qualities serve better: ranks
+    at about 10 and one of 64 pixels at about 20, white noise at 70; the bound is 255. Low qualities work better: ranks
     agree with those of file sizes on synthetic images (0.90-0.96 at quality 10, 0.85-0.93 at 95), and following the
     gradient makes files smaller the lower the quality is. Any image size.
     """
@@ -49,9 +49,9 @@ def load_jpeg_incompressibility(*, quality: float = 10.0) -> Reward:
 
 def _load(name: str, sign: float, quality: float) -> Reward:
     if not 1 <= quality <= 100:
-        raise UserError(f"reward '{name}' has quality {quality!r} in args: a number from 1 to 100 is needed.")
+        raise UserError(f"reward '{name}': args.quality is {quality!r}; it must be a number from 1 to 100.")
     try:
         from kornia.enhance import jpeg_codec_differentiable
     except ImportError as error:
-        raise UserError(f"reward '{name}' needs kornia: pip install draftplus[jpeg]") from error
+        raise UserError(f"reward '{name}' needs kornia; run: pip install 'draftplus[jpeg]'") from error
     return JpegReward(sign, float(quality), jpeg_codec_differentiable)

@@ -1,7 +1,7 @@
 """The image preprocessing of a checkpoint as differentiable tensor operations.
 
-The reference processors work on uint8 pictures through PIL, where no gradient passes. Nothing resized: equal up to
-rounding. Resized: equal up to PIL's rounding of the resized picture to 8 bits.
+The reference processors work on uint8 pictures through PIL, where no gradient passes. Without resizing, the results are
+equal up to rounding; with resizing, up to PIL's rounding of the resized picture to 8 bits.
 """
 
 from __future__ import annotations
@@ -41,23 +41,25 @@ class Preprocessing:
 
 
 def has_preprocessing(directory: str | Path) -> bool:
-    """Whether a local directory says how images are preprocessed."""
+    """Whether a local directory has the settings of image preprocessing."""
     return any((Path(directory).expanduser() / name).exists() for name in _FILES)
 
 
 def read_preprocessing(path: str, revision: str | None = None) -> Preprocessing:
-    """The preprocessing of a checkpoint's preprocessor_config.json, CLIP's where it is silent.
+    """The preprocessing of a checkpoint's preprocessor_config.json; what it leaves out is as for CLIP.
 
-    UserError where there is no such file, or it asks for what is not supported.
+    UserError if there is no such file, or it asks for something that is not supported.
     """
     config = read_json(path, _FILES[0], revision)
     if config is None:
         config = (read_json(path, _FILES[1], revision) or {}).get("image_processor")
     if config is None:
-        raise UserError(f"{lacks(path, _FILES[0])}: name the checkpoint that has it in args.processor.")
+        raise UserError(f"{lacks(path, _FILES[0])}: set args.processor to a checkpoint that has it.")
     resample = config.get("resample", 3)
     if resample not in _FILTERS:
-        raise UserError(f"'{path}' resizes with PIL's filter {resample}: 2 (bilinear) and 3 (bicubic) are supported.")
+        raise UserError(
+            f"'{path}' resizes with PIL filter {resample}; only 2 (bilinear) and 3 (bicubic) are supported."
+        )
     crop = _size(config.get("crop_size", 224), path)
     normalize = config.get("do_normalize", True)
     return Preprocessing(
@@ -78,7 +80,9 @@ def _size(value: int | Mapping[str, Any], path: str) -> int | tuple[int, int]:
         return int(given["shortest_edge"])
     if given.keys() == {"height", "width"}:
         return int(given["height"]), int(given["width"])
-    raise UserError(f"the preprocessing of '{path}' has size {dict(value)}: shortest_edge, or height and width.")
+    raise UserError(
+        f"the preprocessing of '{path}' has size {dict(value)}; only shortest_edge, or height and width, are supported."
+    )
 
 
 def preprocess(images: Tensor, spec: Preprocessing) -> Tensor:

@@ -61,16 +61,17 @@ class FineTuning:
         )
 
     def comparable(self, rows: Sequence[Row]) -> list[Row]:
-        """The evaluations of the images that `eval` asks for now: `eval` may have changed since the others.
+        """The evaluations of the images that `eval` now specifies: it may have changed since the others.
 
-        Raises UserError where a guard needs the base model's and has it of other images only.
+        Raises UserError if a guard needs the base model's evaluation, and that is of other images.
         """
         kept = [row for row in rows if same_images(row, self.held_out)]
         for key, value in vars(self.setup.config.stop).items():
             if value is not None and rows and (not kept or kept[0]["step"] != rows[0]["step"]):
                 raise UserError(
-                    f"stop.{key}={value:g} compares with the evaluation of step {rows[0]['step']}, made with other "
-                    f"prompts or images than eval says now; set eval back to what it was, or stop.{key}=null"
+                    f"stop.{key}={value:g} compares with the evaluation of step {rows[0]['step']}, which used "
+                    "other prompts or images than eval now specifies; restore the previous eval settings, or set "
+                    f"stop.{key}=null"
                 )
         return kept
 
@@ -122,7 +123,7 @@ def fine_tuning(config: Config, run: Path, placement: Placement, here: World) ->
 
 
 def total_steps(config: Config, prompts: int) -> int:
-    """Optimizer steps of a run over so many training prompts; epochs, where given, decide."""
+    """Optimizer steps of a run over this many training prompts; `train.epochs` decides if it is set."""
     if config.train.epochs is not None:
         size, per_prompt = config.train.global_batch_size, config.data.images_per_prompt
         return steps_of_epochs(config.train.epochs, prompts, size, per_prompt)
@@ -131,9 +132,9 @@ def total_steps(config: Config, prompts: int) -> int:
 
 
 def micro_batch_size(config: Config, ranks: int) -> int:
-    """Images per backward pass: `train.micro_batch_size`, or a rank's whole share of an update where that is smaller.
+    """Images per backward pass: `train.micro_batch_size`, or a rank's whole share of an update if that is smaller.
 
-    Raises UserError where ranks, DDPO's updates or micro-batches do not divide the batch, or a rank's share is too
+    Raises UserError if ranks, DDPO's updates or micro-batches do not divide the batch, or a rank's share is too
     small for a reward that compares the images of a micro-batch.
     """
     sizes, objective = config.train, config.objective
@@ -141,9 +142,9 @@ def micro_batch_size(config: Config, ranks: int) -> int:
     comparing = [name for name in config.reward if compares_images([name])]
     if comparing and share < min(sizes.micro_batch_size, sizes.global_batch_size):
         raise UserError(
-            f"reward '{comparing[0]}' compares the images of a micro-batch, train.micro_batch_size="
-            f"{sizes.micro_batch_size} of them, and each of {ranks} processes has {share}; "
-            f"set train.micro_batch_size={max(1, share)}"
+            f"reward '{comparing[0]}' compares the train.micro_batch_size={sizes.micro_batch_size} images of a "
+            f"micro-batch, but each of {ranks} processes has {share}; set "
+            f"train.micro_batch_size={max(1, share)}"
         )
     updates = 1 if METHODS[objective.method].differentiates else objective.ddpo.updates
     micro = min(sizes.micro_batch_size, max(1, sizes.global_batch_size // (ranks * updates)))
