@@ -326,7 +326,7 @@ def test_styles_are_told_apart() -> None:
         ("{run}", [], {"prompts": []}, "no prompt"),
         ("{run}", [], {"anneal": "cubic"}, "anneal 'cubic'"),
         ("{run}", [], {"lora_scale": float("nan")}, "lora_scale is nan"),
-        ("{run}@3", [], {}, "no adapter of step 3; it has 0, 2, 4"),
+        ("{run}@3", [], {}, "no adapter of step 3; its steps are 0, 2, 4"),
         ("{run}@last", [], {}, "a step or best"),
         ("runs/gone", [], {}, "runs/gone"),
         ("emojy", [], {}, "did you mean 'emoji'"),
@@ -370,9 +370,9 @@ def test_other_rewards_of_one_name(run: Path, other: Path, tmp_path: Path) -> No
 def test_other_sampler_settings_are_named(run: Path, other: Path, tmp_path: Path) -> None:
     config = other / "config.yaml"
     before = config.read_text()
-    config.write_text(before.replace("guidance_scale: 4.0", "guidance_scale: 2.0"))
+    config.write_text(before.replace("guidance_scale: 7.5", "guidance_scale: 2.0"))
     try:
-        with pytest.raises(UserError, match=r"sampler\.guidance_scale=4\.0.*with 2\.0"):
+        with pytest.raises(UserError, match=r"sampler\.guidance_scale=7\.5.*with 2\.0"):
             api.evaluate([str(run), str(other)], output=tmp_path)
         told = api.evaluate(
             [str(run), str(other)], ["sampler.guidance_scale=3"], prompts=PROMPTS, images_per_prompt=2, output=tmp_path

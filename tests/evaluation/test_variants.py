@@ -79,6 +79,7 @@ def test_a_finished_run_gets_more_of_them(settings: list[str], monkeypatch: pyte
         train_here(settings, *EVERY, "eval.every=1", "eval.variants=[{checkpoint: 1}]")
 
 
-def test_a_schedule_that_is_none_is_refused_before_anything_is_loaded(settings: list[str]) -> None:
+def test_a_schedule_that_is_none_is_refused_before_anything_is_loaded(settings: list[str], tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     with pytest.raises(UserError, match=r"eval\.variants: anneal 'cubic'"):
-        train_here(settings, "eval.variants=[{anneal: cubic}]", "model.path=/nowhere")
+        train_here(settings, "eval.variants=[{anneal: cubic}]", f"model.path={tmp_path}")

@@ -107,7 +107,7 @@ def test_a_guarded_run_ends_and_can_go_on(
         train_here(settings, "stop.held_out_drop=1", "eval.images_per_prompt=3")
 
     with pytest.raises(UserError, match="not finite"), monkeypatch.context() as patch:
-        patch.setattr("draftplus.training.train.step_of", lambda config: _fails)
+        patch.setattr("draftplus.training.fine_tuning.gradient_step", _fails)
         train_here(settings)
     assert not (run / "stopped.json").exists()  # it has gone on, though not to its end
 

@@ -97,9 +97,7 @@ def _read(source: str | Path) -> list[_Row]:
         raise UserError(f"prompts '{source}' is a directory: give {known}.")
     if not path.exists():
         if path.suffix:
-            raise UserError(
-                f"no prompt file '{source}': check the path, as given in data.prompts, eval.prompts or on the command line."
-            )
+            raise UserError(f"no prompt file '{source}': check data.prompts, eval.prompts or the command line.")
         near = difflib.get_close_matches(str(source), BUILT_IN, n=1, cutoff=0.0)
         raise UserError(f"no prompt set '{source}': did you mean the built-in set '{near[0]}'? Otherwise give {known}.")
     if path.suffix.lower() not in readers:
