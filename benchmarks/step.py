@@ -44,11 +44,12 @@ class Setup:
         from draftplus.config import load_config
         from draftplus.data.prompts import load_prompts
         from draftplus.distributed import World, pick_device
+        from draftplus.runs.plan import settled
         from draftplus.training.placement import Replicated
         from draftplus.training.state import initial_state
         from draftplus.training.step import Setup
 
-        self.config = load_config("emoji", [*SETTINGS, *overrides])
+        self.config = settled(load_config("emoji", [*SETTINGS, *overrides]))
         self.here = World(0, 1, pick_device("cpu"))
         quiet_libraries()
         self.model: Any = build_model(self.config.model, self.here.device, self.config.seed)

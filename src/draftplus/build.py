@@ -6,12 +6,7 @@ A new reward or model is one file and one line here. A user's own is named as `p
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
-from functools import lru_cache
-from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +14,7 @@ from torch import Tensor
 
 from draftplus.config import Config, ModelConfig, RewardConfig, SamplerConfig, nearest
 from draftplus.config.schema import DdpoConfig
-from draftplus.diffusion.methods import METHODS
+from draftplus.diffusion.methods import METHODS, check_method
 from draftplus.diffusion.problem import Problem
 from draftplus.diffusion.sampler import Sampler
 from draftplus.diffusion.schedule import make_schedule
@@ -27,26 +22,12 @@ from draftplus.diffusion.solvers import make_solver, random_steps
 from draftplus.errors import UserError
 from draftplus.metrics.metric import Metric
 from draftplus.metrics.styles import style_captions
-from draftplus.models.family import Family
-from draftplus.models.loading import is_single_file, looks_local, source
-from draftplus.models.weights import first_line
+from draftplus.models.families import family_of, model_path
 from draftplus.rewards.arguments import bind, parameters_of
 from draftplus.rewards.clip import EMOJI_CLIP, load_clip_reward
 from draftplus.rewards.combined import Combined
 from draftplus.rewards.custom import load_custom, resolve_custom
 from draftplus.types import Model, Reward
-
-ASSETS = Path(str(files("draftplus"))) / "assets"
-
-# built-in name -> directory
-MODELS = {"emoji": ASSETS / "emoji"}
-
-# built-in name -> its defaults for `sampler` keys that are null; they come before those of its family
-SAMPLING = {"emoji": {"steps": 10, "guidance_scale": 1.75}}
-
-# diffusers pipeline class, as model_index.json names it -> family
-FAMILIES = {"StableDiffusionPipeline": "draftplus.models.stable_diffusion:FAMILY"}
-SINGLE_FILE_FAMILY = "StableDiffusionPipeline"  # the family of single files, which name none
 
 REWARDS = {
     "emoji_clip": "draftplus.rewards.clip:load_emoji_clip",
@@ -86,77 +67,14 @@ def _resolve(target: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def model_path(config: ModelConfig) -> str:
-    """The directory, file or hub id of a model.
-
-    Raises UserError for a path that is neither a built-in name nor can be any of these.
-    """
-    path = str(MODELS.get(config.path, config.path))
-    if "/" not in path and not Path(path).exists():
-        near = nearest(path, list(MODELS))
-        raise UserError(f"model.path '{path}': no such built-in model, file or directory; {near or 'built in: emoji'}")
-    return path
-
-
 def build_model(config: ModelConfig, device: torch.device, seed: int = 0, trainable: bool = True) -> Model:
     """The model of a built-in name, directory, hub id or single file.
 
     Raises UserError for a model that is missing or of a family without an adapter.
     """
-    return family_of(config).load(config, model_path(config), device, seed=seed, trainable=trainable)
-
-
-def family_of(config: ModelConfig) -> Family:
-    """The family of a model: that of the pipeline class which its model_index.json names.
-
-    Raises UserError if it is missing, or draftplus has no such family.
-    """
-    path = str(Path(model_path(config)).expanduser())
-    family: Family = _resolve(FAMILIES[_pipeline_class(path, config.revision)])
-    return family
-
-
-def _pipeline_class(path: str, revision: str | None) -> str:
-    if is_single_file(path):
-        return SINGLE_FILE_FAMILY
-    index = _model_index(path, revision)
-    try:
-        name = str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{index}: not a diffusers model index") from None
-    if name not in FAMILIES:
-        raise UserError(f"model.path '{path}' is a {name}, which is not supported; supported: {', '.join(FAMILIES)}")
-    return name
-
-
-def _model_index(path: str, revision: str | None) -> Path:
-    if looks_local(path) or Path(path).is_dir():
-        return Path(source(path)) / "model_index.json"
-    return hub_index(path, revision)
-
-
-@lru_cache
-def hub_index(path: str, revision: str | None) -> Path:
-    """The model_index.json of a hub id, the only file that is fetched of it, or found in the hub's cache.
-
-    Raises UserError where there is none.
-    """
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(path, "model_index.json", revision=revision))
-    except Exception as error:  # the hub's, the network's and the disk's errors have no base class in common
-        raise UserError(
-            f"model.path '{path}': no model_index.json: {first_line(error)} (a model that is not on this disk is read "
-            "from the hub, which needs the network or an earlier download)"
-        ) from None
-
-
-def resolve(config: Config) -> Config:
-    """The configuration with those nulls of `sampler` filled in that the model decides."""
-    given = {**family_of(config.model).sampler, **SAMPLING.get(config.model.path, {})}
-    absent = {key: value for key, value in given.items() if getattr(config.sampler, key) is None}
-    return replace(config, sampler=replace(config.sampler, **absent)) if absent else config
+    load = _resolve(family_of(config).load)
+    model: Model = load(config, model_path(config), device, seed=seed, trainable=trainable)
+    return model
 
 
 def build_reward(name: str, config: RewardConfig, device: torch.device, dtype: torch.dtype = torch.float32) -> Reward:
@@ -260,7 +178,8 @@ def build_sampler(model: Model, config: SamplerConfig, ddpo: DdpoConfig | None =
 
     Raises UserError if the settings do not fit the model.
     """
-    assert config.steps is not None and config.guidance_scale is not None, "resolve() fills them in"
+    if config.steps is None or config.guidance_scale is None:
+        raise ValueError("the sampler's settings depend on the model: pass the configuration through runs.plan.settled")
     config_of = model.scheduler(model.latent_shape(config.height, config.width), config.steps)
     schedule, name = make_schedule(config_of, config.steps, config.solver, config.spacing)
     solver, eta = make_solver(name, config.eta), config.eta
@@ -282,6 +201,8 @@ def build_problem(config: Config, model: Model, rewards: Mapping[str, Reward]) -
 
     Raises UserError if the sampler does not fit the model or the method, or a reward does not fit the method.
     """
+    if config.sampler.steps is not None:
+        check_method(config, config.sampler.steps)
     name, differentiates = config.objective.method, METHODS[config.objective.method].differentiates
     for reward, settings in config.reward.items():
         if differentiates and not rewards[reward].differentiable:

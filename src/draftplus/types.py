@@ -97,6 +97,10 @@ class TunedWeights(Protocol):
         """The parameters that training updates, by a stable name."""
         ...
 
+    def networks(self) -> list[torch.nn.Module]:
+        """The denoiser and, if it is fully tuned, the frozen copy: what lies on every process."""
+        ...
+
     def state(self) -> dict[str, Tensor]:
         """The trained weights, by the names that stock diffusers gives them."""
         ...
@@ -142,7 +146,7 @@ class Model(Protocol):
     def scheduler(self, shape: tuple[int, int, int], steps: int) -> Mapping[str, Any]:
         """The scheduler's configuration for images of a shape of latents, and a number of sampling steps.
 
-        What the stock pipeline computes from them is filled in: `mu`, the shift of flow models by resolution.
+        What a flow model's stock pipeline computes from them is filled in: `mu`, the shift by resolution, and `sigmas`.
         """
         ...
 

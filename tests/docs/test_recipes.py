@@ -18,6 +18,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 from draftplus import build
 from draftplus.diffusion.methods import METHODS
 from draftplus.diffusion.sampler import Rollout
+from draftplus.models.families import FAMILIES, Family
 from draftplus.runs.plan import plan_run
 from draftplus.training.dry_run import describe
 from tests.support.runs import rows, save_small, train_here
@@ -75,7 +76,8 @@ def flow(tmp_path: Path) -> Path:
 
 
 def test_a_model(recipe: Any, flow: Path, settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(build.FAMILIES, "MyFlowPipeline", f"{recipe('my_family').__name__}:FAMILY")
+    family = Family(f"{recipe('my_family').__name__}:load", {"steps": 28, "guidance_scale": 4.0, "negative_prompt": ""})
+    monkeypatch.setitem(FAMILIES, "MyFlowPipeline", family)
     run = train_here([*settings, *STEPS, f"model.path={flow}", "objective.kl_coeff=2"])
     assert rows(run / "metrics.jsonl")[0]["grad_norm"] > 0 and rows(run / "metrics.jsonl")[1]["kl"] > 0
     resolved, _ = plan_run(settings[0], [f"model.path={flow}", "sampler.steps=null", "name=other"])

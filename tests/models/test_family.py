@@ -12,13 +12,14 @@ import torch
 from draftplus import api, build
 from draftplus.config import ModelConfig, load_config
 from draftplus.errors import UserError
+from draftplus.models import families
 from draftplus.runs.plan import plan_run
 from draftplus.runs.weights import find_weights
 from tests.tiny import CPU, save_tiny, stock_pipeline
 
 
 def sampling(*overrides: str) -> tuple[Any, ...]:
-    sampler = build.resolve(load_config(None, overrides)).sampler
+    sampler = families.resolve(load_config(None, overrides)).sampler
     return sampler.steps, sampler.guidance_scale, sampler.negative_prompt
 
 
@@ -56,9 +57,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]
         return str(file)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    build.hub_index.cache_clear()
+    families.hub_index.cache_clear()
     yield asked
-    build.hub_index.cache_clear()
+    families.hub_index.cache_clear()
 
 
 def test_a_hub_id_is_asked_for_its_index_first(hub: list[tuple[Any, ...]]) -> None:
@@ -73,7 +74,7 @@ def test_a_hub_id_is_asked_for_its_index_first(hub: list[tuple[Any, ...]]) -> No
 
 def test_a_hub_id_that_is_not_there(hub: list[tuple[Any, ...]]) -> None:
     with pytest.raises(UserError, match=r"'me/other': .*no such repository.*hub") as error:
-        build.family_of(ModelConfig(path="me/other"))
+        families.family_of(ModelConfig(path="me/other"))
     assert "\n" not in str(error.value)
 
 
@@ -81,4 +82,4 @@ def test_a_hub_id_that_is_not_there(hub: list[tuple[Any, ...]]) -> None:
 def test_an_index_that_is_none(tmp_path: Path, index: str) -> None:
     (tmp_path / "model_index.json").write_text(index)
     with pytest.raises(UserError, match="not a diffusers model index"):
-        build.family_of(ModelConfig(path=str(tmp_path)))
+        families.family_of(ModelConfig(path=str(tmp_path)))

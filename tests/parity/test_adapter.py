@@ -183,6 +183,28 @@ def test_an_adapter_that_does_not_fit_is_refused(tiny_path: Path, tmp_path: Path
         other.tuned.load(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("full", [False, True])
+def test_what_is_written_is_what_was_gathered(
+    tiny_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: bool
+) -> None:
+    """Not what this process happens to hold; also where it takes more than one file."""
+    made = tiny_model(tiny_path, torch.float32, full=full)
+    randomize(made)
+    state = {name: tensor + 1 for name, tensor in made.tuned.state().items()}
+    monkeypatch.setattr("draftplus.models.tuned.LARGEST_FILE", 50_000)
+    made.tuned.write(tmp_path, state)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == full
+    other = tiny_model(tiny_path, torch.float32, full=full)
+    other.tuned.load(tmp_path)
+    found = other.tuned.state()
+    assert found.keys() == state.keys()
+    for name, tensor in state.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=0)
+    if full:  # stock diffusers reads it too
+        unet = type(made.unet).from_pretrained(tmp_path)
+        assert torch.equal(unet.conv_in.bias, state["conv_in.bias"])
+
+
 def test_a_denoiser_that_does_not_fit_is_refused(tiny_path: Path, tmp_path: Path) -> None:
     tiny_model(tiny_path, torch.float32, full=True).tuned.save(tmp_path)
     file = tmp_path / "diffusion_pytorch_model.safetensors"

@@ -248,6 +248,22 @@ def test_stochastic_steps_need_ddim() -> None:
             make_solver(name, eta)
 
 
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("terminal", [None, 0.1])
+def test_levels_that_the_stock_pipeline_passes(shift: float, terminal: float | None) -> None:
+    """As FLUX.1-schnell does: linspace(1, 1/n, n) with a static shift, which is not the scheduler's own spacing."""
+    levels = [1.0, 0.75, 0.5, 0.25]
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": shift, "shift_terminal": terminal}
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift, shift_terminal=terminal)
+    scheduler.set_timesteps(sigmas=levels)
+    found = ours({**config, "sigmas": levels}, 4, "auto")
+    assert_close(found, stock(scheduler))
+    if terminal is None:
+        assert (found - ours(config, 4, "auto")).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="4 sigmas for 5 steps"):
+        make_schedule({**config, "sigmas": levels}, 5)
+
+
 def test_dynamic_shift_is_a_plain_shift_by_exp_mu() -> None:
     moving, _ = make_schedule({**FLOW, "use_dynamic_shifting": True, "mu": 0.7}, 8)
     levels = [s.sigma for s in moving.steps]

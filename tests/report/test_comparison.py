@@ -151,8 +151,9 @@ def test_what_tells_groups_apart_is_in_their_names(tmp_path):
     drtune = {"objective.method": "drtune"}
     assert len(names(k2={**drtune, "objective.grad_steps": 2}, k5={**drtune, "objective.grad_steps": 5})) == 2
     assert names(s20={"sampler.steps": 20}, t20={"train.steps": 20}) == [
-        "DRaFT-1, sampler.steps 10, train.steps 20", "DRaFT-1, sampler.steps 20, train.steps 60",
+        "DRaFT-1, sampler.steps 10, train.steps 20", "DRaFT-1, train.steps 60",
     ]  # fmt: skip
+    assert names(m10={}, m25={"sampler.steps": 25}) == ["DRaFT-1", "DRaFT-1, steps 25"]  # 10 is the model's own
     one, other = ({"reward": {f"a.b:{name}": {"weight": 1.0, "path": None, "args": {}}}} for name in ("one", "other"))
     assert names(one=one, other=other) == ["DRaFT-1, reward a.b:one", "DRaFT-1, reward a.b:other"]
 

@@ -47,8 +47,8 @@ class Fit:
         with abandonable():
             loss = self.loss()
             loss.backward()
-        means = {"loss": float(loss)}
-        return {**means, "grad_norm": update(state, self.config.optim, means)}
+        means = {"loss": float(loss.detach())}
+        return {**means, "grad_norm": update(state, self.config.optim, means, Replicated(HERE))}
 
     def note(self, row: dict[str, Any]) -> str:
         return f"loss {row['loss']:.3f}"

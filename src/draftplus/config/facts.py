@@ -22,6 +22,7 @@ class Facts:
     affects: what changes with its value. "trajectory": what is learned, so that a run cannot be continued with another
     value; "length": how long a run goes on; "conduct": where and how it is computed, what it is called, and when it is
     given up; "record": what is measured and stored on the way. None: as for its section, or else the trajectory.
+    of_model: whether the model decides where it is null, before a run starts.
     base_model: whether it determines which model is tuned.
     in_method_name: whether the report shows it as part of the method's name, such as DRaFT+.
     """
@@ -38,6 +39,7 @@ class Facts:
     affects: Affects | None = None
     base_model: bool = False
     in_method_name: bool = False
+    of_model: bool = False
 
     @property
     def meaning(self) -> str:

@@ -184,9 +184,8 @@ def run_name(config: Config, recipe: str, compares_images: bool) -> str:
     """
     if config.name:
         return config.name
-    former = {
-        new: old for old, new in RENAMED.items()
-    }  # by which the same command still finds a run of an earlier version
+    # by the former names, so that the same command still finds a run of an earlier version
+    former = {new: old for old, new in RENAMED.items()}
     shaping = shaping_keys(config, compares_images).items()
     text = json.dumps({former.get(key, key): value for key, value in shaping}, sort_keys=True)
     return f"{recipe}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

@@ -44,9 +44,9 @@ class ModelConfig:
 @dataclass
 class SamplerConfig:
     solver: str = _key("auto", "auto: ddim, or euler for flow matching", choices=("auto", "ddim", "euler", "dpmpp_2m"))
-    steps: int | None = _key(None, "number of denoising steps; null: the model's default", above=0)
+    steps: int | None = _key(None, "number of denoising steps; null: the model's default", above=0, of_model=True)
     guidance_scale: float | None = _key(
-        None, "classifier-free guidance scale; 1 or less: no guidance; null: the model's default"
+        None, "classifier-free guidance scale; 1 or less: no guidance; null: the model's default", of_model=True
     )
     eta: float = _key(0.0, "DDIM noise, from 0 (deterministic) to 1", at_least=0, at_most=1)
     spacing: str | None = _key(
@@ -54,7 +54,9 @@ class SamplerConfig:
     )
     height: int | None = _key(None, "image height in pixels; null: the model's own", above=0)
     width: int | None = _key(None, "image width in pixels; null: the model's own", above=0)
-    negative_prompt: str | None = _key(None, "prompt that guidance moves away from; null: the model's default")
+    negative_prompt: str | None = _key(
+        None, "prompt that guidance moves away from; null: the model's default", of_model=True
+    )
 
 
 @dataclass

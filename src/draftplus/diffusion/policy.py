@@ -102,7 +102,11 @@ def step_loss(
         log_prob = ddim_log_prob(step, now, sampler.eta, trajectory.latents[:, index + 1])  # (b,)
         ratios = torch.exp(log_prob - trajectory.log_probs[:, place])
         value = surrogate(ratios, advantages.to(ratios), objective.ddpo.clip).mean()
-    added = penalties(objective, plan.looks, denoise, sampler.frozen(conditioning), [Visit(index, x, now)])
+    added = (
+        penalties(objective, plan.looks, denoise, sampler.frozen(conditioning), [Visit(index, x, now)])
+        if plan.looks
+        else {}
+    )
     for name, penalty in added.items():
         # its mean is over the steps that it looks at, which need not be as many as the window's
         share = len(plan.window.steps) / len(plan.looks[name])

@@ -83,9 +83,10 @@ def make_schedule(
 ) -> tuple[Schedule, str]:
     """The schedule and the solver's name for a checkpoint's scheduler configuration.
 
-    config: the scheduler's `scheduler_config.json`, and `mu`, the resolution shift, for flow models with dynamic
-    shifting. solver: "auto" (DDIM for variance-preserving models, Euler for flow matching) or one of SOLVERS. spacing:
-    one of SPACINGS, None for the checkpoint's own.
+    config: the scheduler's `scheduler_config.json`, and what a flow model's stock pipeline computes for its
+    `set_timesteps`: `mu`, the resolution shift of dynamic shifting, and `sigmas`, the levels before the shift. solver:
+    "auto" (DDIM for variance-preserving models, Euler for flow matching) or one of SOLVERS. spacing: one of SPACINGS,
+    None for the checkpoint's own.
 
     Raises UserError for a solver, spacing or number of steps that the model cannot be sampled with.
     """
@@ -229,6 +230,9 @@ def _flow(config: Mapping[str, Any], steps: int) -> Schedule:
     def shifted(s: float) -> float:
         return shift * s / (1 + (shift - 1) * s)
 
+    given = config.get("sigmas")
+    if given is not None and len(given) != steps:
+        raise ValueError(f"{len(given)} sigmas for {steps} steps")
     if config.get("use_dynamic_shifting"):
         mu = config.get("mu")
         if mu is None:
@@ -236,10 +240,10 @@ def _flow(config: Mapping[str, Any], steps: int) -> Schedule:
                 "the shift of this flow-matching model depends on the image size: its scheduler() must give mu"
             )
         shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
-        sigmas = [shifted(s) for s in torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64).tolist()]
-    else:  # diffusers shifts the training sigmas' ends, spaces evenly between them, and shifts again
-        ends = torch.linspace(shifted(1.0), shifted(1 / n), steps, dtype=torch.float64)
-        sigmas = [shifted(s) for s in ends.tolist()]
+        given = torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64).tolist() if given is None else given
+    elif given is None:  # diffusers shifts the training sigmas' ends, spaces evenly between them, and shifts again
+        given = torch.linspace(shifted(1.0), shifted(1 / n), steps, dtype=torch.float64).tolist()
+    sigmas = [shifted(s) for s in given]
     terminal = config.get("shift_terminal")
     if terminal:
         if steps == 1:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from draftplus.build import (
     METRICS,
-    MODELS,
     build_features,
     build_metric,
     build_reward,
@@ -27,6 +26,7 @@ from draftplus.evaluation.images import Images, first_run
 from draftplus.evaluation.scores import Rewards
 from draftplus.evaluation.targets import Target
 from draftplus.metrics.metric import Metric
+from draftplus.models.families import MODELS
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from functools import lru_cache
 from pathlib import Path
 
 from draftplus import __version__
-from draftplus.build import model_path
 from draftplus.config import Config, ModelConfig, load_config
 from draftplus.errors import UserError
 from draftplus.evaluation.generate import TUNED, Knobs
+from draftplus.models.families import model_path
 from draftplus.models.lora import LORA_FILE
 from draftplus.runs.directory import is_run
 from draftplus.runs.weights import find_weights
@@ -119,7 +119,7 @@ def _inside_run(name: str) -> str:
 
 
 def _is_adapter(path: Path) -> bool:
-    """Whether a path is what `save_adapter` writes: the directory of a LoRA file, or of a denoiser."""
+    """Whether a path is what a model's `tuned.save` writes: the directory of a LoRA file, or of a denoiser."""
     denoiser = (path / "config.json").is_file() and any(path.glob("*.safetensors"))
     return (path / LORA_FILE).is_file() or (denoiser and not (path / "model_index.json").is_file())
 

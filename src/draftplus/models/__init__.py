@@ -1,1 +1,1 @@
-"""Model adapters, one file for each family."""
+"""Models: one file for each family, and what the families share."""

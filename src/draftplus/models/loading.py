@@ -22,17 +22,26 @@ def is_single_file(path: str) -> bool:
 
 
 def source(path: str) -> str:
+    """`directory_of`, and nothing in the directory needs to run code to be loaded.
+
+    Raises UserError also for a directory that contains a pickle that would run code.
+    """
+    path = directory_of(path)
+    if Path(path).is_dir():
+        refuse_code(Path(path))
+    return path
+
+
+def directory_of(path: str) -> str:
     """A directory with a diffusers model, or something that can be a hub id.
 
-    Raises UserError for a directory that is missing, contains something else, or contains a pickle that would run code.
+    Raises UserError for a directory that is missing or contains something else.
     """
     path = os.path.expanduser(path)  # keeps a leading ./
     if looks_local(path) and not Path(path).is_dir():
         raise UserError(f"model.path '{path}': no such directory; give a diffusers directory, a hub id, or emoji")
-    if Path(path).is_dir():
-        if not (Path(path) / "model_index.json").is_file():
-            raise UserError(f"model.path '{path}': no model_index.json in it, so it is not a diffusers model directory")
-        refuse_code(Path(path))
+    if Path(path).is_dir() and not (Path(path) / "model_index.json").is_file():
+        raise UserError(f"model.path '{path}': no model_index.json in it, so it is not a diffusers model directory")
     return path
 
 

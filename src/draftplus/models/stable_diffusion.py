@@ -14,7 +14,6 @@ from draftplus.diffusion.guidance import classifier_free
 from draftplus.errors import UserError
 from draftplus.models import loading
 from draftplus.models.embeddings import Embeddings
-from draftplus.models.family import Family
 from draftplus.models.tuned import Tuned, make_tuned
 from draftplus.models.weights import read_state_dict
 from draftplus.types import Conditioning, Raw
@@ -102,10 +101,6 @@ def load(
         unet.enable_gradient_checkpointing()
         vae.enable_gradient_checkpointing()
     return StableDiffusion(tuned, vae, text_encoder, tokenizer, scheduler_config)
-
-
-# the defaults of its pipeline's call
-FAMILY = Family(NAME, load, {"steps": 50, "guidance_scale": 7.5, "negative_prompt": ""})
 
 
 def _refuse_other_families(path: str, unet: Any, vae: Any, text: Any) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -16,6 +17,9 @@ from draftplus.config import LoraConfig
 from draftplus.errors import UserError
 from draftplus.models import lora
 from draftplus.models.weights import first_line, read_state_dict
+
+DENOISER_FILES = "diffusion_pytorch_model{suffix}.safetensors"  # the names that diffusers loads
+LARGEST_FILE = "10GB"
 
 
 class Tuned:
@@ -60,8 +64,12 @@ class Tuned:
         directory.mkdir(parents=True, exist_ok=True)
         if lora.layers(self.denoiser):
             save_file(dict(state), directory / lora.LORA_FILE, metadata={"format": "pt"})
-        else:
-            self.denoiser.save_pretrained(directory, state_dict=dict(state))
+        else:  # not save_pretrained, which would write this process's weights, whatever `state` says
+            self.denoiser.save_config(directory)
+            save_torch_state_dict(dict(state), directory, filename_pattern=DENOISER_FILES, max_shard_size=LARGEST_FILE)
+
+    def networks(self) -> list[Any]:
+        return [self.denoiser] if self.frozen is None else [self.denoiser, self.frozen]
 
     def save(self, directory: Path) -> None:
         """Writes the trained weights as they are, in the form that stock diffusers loads."""

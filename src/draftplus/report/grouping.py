@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from draftplus.report.wording import method_label, setting
 # keys of how a run is watched and stored, which change nothing of what it becomes
 BESIDE = keys_that_affect("conduct", "record")
 MISSING = "no such key"  # null is a value of its own
+OF_MODEL = keys_where(lambda facts: facts.of_model)  # no run has their defaults, which are null
 METHOD_KEYS = keys_where(lambda facts: facts.in_method_name)
 
 
@@ -159,18 +160,22 @@ def _names(runs: Sequence[Run], keys: Sequence[str]) -> dict[int, list[str]]:
     shared = set.intersection(*(set(map(str, run.config.get("reward") or {})) for run in runs))
     own = [f"reward.{name}." for name in shared]  # of other rewards it is enough to say that they are there
     common = [key for key in keys if not key.startswith("reward.") or key.startswith(tuple(own))]
-    brief = {id(run): _told(run, flats[id(run)], keys, common) for run in runs}
+    usual = {**flatten(to_dict(Config())), **{key: flats[id(runs[0])].get(key) for key in OF_MODEL}}
+    brief = {id(run): _told(run, flats[id(run)], keys, common, usual) for run in runs}
     if len({tuple(parts) for parts in brief.values()}) == len(identities):
         return brief
-    return {id(run): _told(run, flats[id(run)], keys, keys) for run in runs}
+    return {id(run): _told(run, flats[id(run)], keys, keys, usual) for run in runs}
 
 
-def _told(run: Run, flat: dict[str, Any], keys: Sequence[str], told: Sequence[str]) -> list[str]:
+def _told(
+    run: Run, flat: dict[str, Any], keys: Sequence[str], told: Sequence[str], defaults: Mapping[str, Any]
+) -> list[str]:
     """What differs and is not at its default, in words; which rewards there are is told by their names.
 
-    keys: those that differ between the runs. told: those of them whose values are said.
+    keys: those that differ between the runs. told: those of them whose values are said. defaults: by key; where the
+    model decides, what it is in the first of the runs.
     """
-    defaults, plain = flatten(to_dict(Config())), flatten(to_dict(RewardConfig()))  # type: ignore[arg-type]
+    plain = flatten(to_dict(RewardConfig()))  # type: ignore[arg-type]
     own = [key for key in keys if key in flat]
     parts = []
     if len(own) < len(keys) or any(key.startswith("reward.") and key not in defaults for key in own):

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
+from draftplus.metrics.intervals import paired_gain
 from draftplus.report.read import Run
 from draftplus.runs.rows import HeldOut, Number
 
@@ -70,10 +72,6 @@ def gain_between(first: HeldOut, last: HeldOut, reward: str) -> Estimate | None:
     same = first.prompts == last.prompts and before and after and len(before[0]) == len(after[0])
     if not same:
         return None
-    # loads torch, which a page without paired gains does without
-    import torch
-
-    from draftplus.metrics.intervals import paired_gain
 
     def tensors(scores: list[list[Number]] | None) -> list[Tensor]:
         return [torch.tensor([math.nan if v is None else v for v in one]).double() for one in scores or ()]

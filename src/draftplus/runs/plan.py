@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from draftplus.build import compares_images, resolve
+from draftplus.build import compares_images
 from draftplus.config import Config, load_config, load_run_config, run_name, shaping_keys
 from draftplus.diffusion.methods import check_method
 from draftplus.errors import UserError
+from draftplus.models.families import resolve
 from draftplus.runs.directory import is_run, saved_steps
 
 

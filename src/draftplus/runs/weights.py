@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from draftplus.build import MODELS, resolve
 from draftplus.config import Config, load_config, load_run_config, nearest
 from draftplus.errors import UserError
+from draftplus.models.families import MODELS, resolve
 from draftplus.runs.directory import is_run, saved_steps, step_name
 
 

@@ -82,7 +82,7 @@ def ddpo_step(setup: Setup, state: State, abandonable: Abandonable) -> dict[str,
         for rows in parts:
             with abandonable():
                 means = setup.complete(accumulate_update(setup, made, planned, rows, mine))
-            means["grad_norm"] = update(state, setup.config.optim, {**scores, **means})
+            means["grad_norm"] = update(state, setup.config.optim, {**scores, **means}, setup.placement)
             done.append(means)
     state.history = history
     return {

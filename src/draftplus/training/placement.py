@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from draftplus.distributed import World
 from draftplus.errors import UserError
+from draftplus.training.optim import Parameters, gradient_norm
 from draftplus.types import Model
 
 
@@ -35,6 +36,10 @@ class Placement(Protocol):
 
         Returns the sums of the metrics, in float64 on the CPU.
         """
+        ...
+
+    def clip(self, parameters: Parameters, limit: float | None) -> float:
+        """The Euclidean norm over all gradients, which are then scaled down to `limit` if they exceed it."""
         ...
 
     def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
@@ -70,6 +75,9 @@ class Replicated:
             parameter.grad = flat[offset : offset + grad.numel()].view_as(grad)
             offset += grad.numel()
         return flat[offset:].cpu().double()
+
+    def clip(self, parameters: Parameters, limit: float | None) -> float:
+        return gradient_norm(parameters, limit)
 
     def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
         return dict(tensors) if self.here.is_main else None

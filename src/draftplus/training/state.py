@@ -78,6 +78,9 @@ def put_back(state: State, groups: Groups, numbers: Numbers, scatter: Scatter = 
     """
     weights, moments = groups["weights"], groups["optimizer"]
     counted, history, updates = {name: numbers[name] for name in COUNTERS}, numbers["history"], numbers["ema_updates"]
+    strangers = {name.partition("/")[2] for name in moments} - state.parameters.keys()
+    if strangers:
+        raise KeyError(min(strangers))
     averages = {name: groups["ema"][name] for name in state.parameters} if state.ema is not None else {}
     for name, parameter in state.parameters.items():
         parameter.copy_(scatter(name, weights[name]))

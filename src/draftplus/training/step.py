@@ -75,7 +75,7 @@ def gradient_step(setup: Setup, state: State, abandonable: Abandonable) -> dict[
     """One step of any method but DDPO, which is one update of the weights. Returns its means, by name."""
     with abandonable():
         means = setup.complete(accumulate(setup, state.step))
-    return {**means, "grad_norm": update(state, setup.config.optim, means)}
+    return {**means, "grad_norm": update(state, setup.config.optim, means, setup.placement)}
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ Abandonable = Callable[[], AbstractContextManager[object]]  # around work that a
 
 
 class Task(Protocol):
-    """Every process calls each method, in the same order; rows of numbers are the same on all."""
+    """Every process calls each method but `write_best`, in the same order; rows of numbers are the same on all."""
 
     @property
     def parameters(self) -> Parameters:
@@ -52,7 +52,7 @@ class Task(Protocol):
         ...
 
     def write_best(self, rows: Sequence[Row]) -> None:
-        """Writes best.json, which says which of the evaluated steps is the best so far, by which rule."""
+        """Writes best.json: which of the evaluated steps is the best so far, and by which rule. On the main process."""
         ...
 
     def save(self, directory: Path | None) -> None:

@@ -8,19 +8,20 @@ from collections.abc import Mapping
 from draftplus.config.schema import OptimConfig
 from draftplus.errors import UserError
 from draftplus.runs.rows import reward_names
-from draftplus.training.optim import gradient_norm, learning_rate
+from draftplus.training.optim import learning_rate
+from draftplus.training.placement import Placement
 from draftplus.training.state import State
 
 MOST_SKIPPED_IN_A_ROW = 10
 
 
-def update(state: State, config: OptimConfig, means: Mapping[str, float]) -> float:
+def update(state: State, config: OptimConfig, means: Mapping[str, float], placement: Placement) -> float:
     """Moves the weights, and their average where there is one, and empties the gradients. Returns the gradient's norm.
 
     means: the numbers of this update, `loss` among them. Raises UserError for numbers that are not finite at the first
     step, or ten times in a row.
     """
-    norm = gradient_norm(state.parameters, config.grad_clip)
+    norm = placement.clip(state.parameters, config.grad_clip)
     if math.isfinite(norm) and math.isfinite(means["loss"]):
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(config, state.step)
