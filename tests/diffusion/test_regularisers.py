@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from draftplus.config import ObjectiveConfig
 from draftplus.config.schema import DdpoConfig
 from draftplus.diffusion import regularisers
 from draftplus.diffusion.guidance import Denoise
-from draftplus.diffusion.objectives import Loss, loss, plan, prefix
+from draftplus.diffusion.objectives import Loss, kept_loss, loss, plan, prefix
 from draftplus.diffusion.policy import rollout, step_loss
 from draftplus.diffusion.problem import Problem
 from draftplus.diffusion.regularisers import REGULARISERS, Regulariser, kl
@@ -44,7 +45,10 @@ def run(setting: Problem) -> Loss:
     planned = plan(setting.objective, setting.sampler.schedule, 0, 0)
     noise, conditioning = noise_source(3), setting.model.encode(PROMPTS)
     start = Rollout.concatenate([prefix(setting, conditioning, noise, planned)]).rows(slice(0, 3))
-    return loss(setting, start, planned, conditioning, PROMPTS, noise)
+    part = loss(setting, start, planned, conditioning, PROMPTS, noise)
+    parts = [part, *(kept_loss(setting, planned, part, step, conditioning) for step in part.kept)]
+    penalties = {name: torch.stack([one.penalties[name] for one in parts]).sum() for name in part.penalties}
+    return replace(part, value=torch.stack([one.value for one in parts]).sum(), penalties=penalties)
 
 
 def by_hand(model: StableDiffusion, xs: Sequence[Tensor], steps: Sequence[int], total: int = TOTAL) -> Tensor:
@@ -127,6 +131,22 @@ def _count_predictions(model: StableDiffusion) -> list[bool]:
     return calls
 
 
+def test_each_kept_step_has_a_graph_of_its_own(model: StableDiffusion, added: Any) -> None:
+    """So that what the backward pass needs does not grow with their number."""
+    added(early((0, 1, 2)))
+    setting = problem(model, ObjectiveConfig("draft", 2), TOTAL, GUIDANCE)
+    planned = plan(setting.objective, setting.sampler.schedule, 0, 0)
+    noise, conditioning = noise_source(3), model.encode(PROMPTS)
+    start = prefix(setting, conditioning, noise, planned)
+    calls = _count_predictions(model)
+    part = loss(setting, start, planned, conditioning, PROMPTS, noise)
+    assert list(part.kept) == [0, 1, 2] and calls == [True, True]  # the window's two steps, and no other pass
+    for step in part.kept:
+        calls.clear()
+        kept_loss(setting, planned, part, step, conditioning)
+        assert calls == [True, False]  # the trained and the frozen model
+
+
 def test_without_weight_nothing_is_kept_or_computed(model: StableDiffusion, added: Any) -> None:
     added(early(weight=0.0))
     setting = problem(model, ObjectiveConfig("draft", 2), TOTAL, GUIDANCE)
@@ -182,7 +202,10 @@ def test_a_penalty_of_ones_own_is_trained_on_and_logged(settings: list[str], add
         return (ours.x0 - frozen(latents, step).x0).abs().mean()
 
     added(Regulariser(lambda objective: 0.1, lambda o, window, total, seed, step: (step % total,), apart))
-    told = rows(train_here(settings, "train.micro_batch_size=2", "objective.grad_steps=1") / "metrics.jsonl")
+    run = train_here(settings, "train.micro_batch_size=2", "objective.grad_steps=1")
+    told = rows(run / "metrics.jsonl")
+    for row in told:
+        assert row["loss"] == pytest.approx(-row["reward"] + 0.1 * row["early"], rel=1e-6)
     assert told[0]["early"] == 0 and all(row["early"] > 0 for row in told[1:])  # at first the models are equal
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from draftplus.config import ObjectiveConfig
 from draftplus.diffusion.methods import METHODS
 from draftplus.diffusion.problem import Noise, Problem, StepPlan
-from draftplus.diffusion.regularisers import REGULARISERS, active, penalties
+from draftplus.diffusion.regularisers import active, penalties, told, weighted
 from draftplus.diffusion.sampler import Rollout, Visit
 from draftplus.diffusion.schedule import Schedule
 from draftplus.diffusion.window import Window
@@ -27,13 +28,24 @@ from draftplus.types import Conditioning, Scores
 class Loss:
     """A scalar with its gradient, and what it was made of, detached.
 
-    scores: (b,) each. penalties: () each, by regulariser, 0 where it has no weight. images: (b, 3, H, W).
+    scores: (b,) each. penalties: () each, by regulariser, 0 where it has no weight. images: (b, 3, H, W). kept: latents
+    of steps without gradient, whose part of the penalties `kept_loss` adds. over: by regulariser, of how many visits
+    its penalty is the mean, those included.
     """
 
     value: Tensor
     scores: Scores
     penalties: Mapping[str, Tensor]
     images: Tensor
+    kept: Mapping[int, Tensor]
+    over: Mapping[str, float]
+
+
+class KeptLoss(NamedTuple):
+    """What a step without gradient adds to a loss: a scalar with its gradient, and the penalties, detached."""
+
+    value: Tensor
+    penalties: Mapping[str, Tensor]
 
 
 def plan(objective: ObjectiveConfig, schedule: Schedule, seed: int, step: int) -> StepPlan:
@@ -84,13 +96,34 @@ def loss(
         conditioning, start, plan.window, begin=plan.window.first, noise=partial(noise, "solver"), keep=plan.keep
     )
     found = estimate(problem, rollout, conditioning, prompts, noise)
-    visits = found.visits + [Visit(step, latents, None) for step, latents in sorted(rollout.kept.items())]
-    added = penalties(
-        objective, plan.looks, sampler.denoiser(conditioning), sampler.frozen(conditioning), visits
-    ) if plan.looks else {}  # fmt: skip
-    value = found.value
-    for name, penalty in added.items():
-        value = value + REGULARISERS[name].weight(objective) * penalty
-    zero = torch.zeros((), dtype=value.dtype, device=value.device)
+    visited = [visit.step for visit in found.visits] + list(rollout.kept)
+    over = {name: sum(step in steps for step in visited) for name, steps in plan.looks.items()}
+    added = _penalties(problem, plan, conditioning, found.visits, over)
     scores = Scores(found.scores.total.detach(), {name: part.detach() for name, part in found.scores.parts.items()})
-    return Loss(value, scores, {name: added.get(name, zero).detach() for name in REGULARISERS}, found.images.detach())
+    value = weighted(objective, found.value, added)
+    return Loss(value, scores, told(value, added), found.images.detach(), rollout.kept, over)
+
+
+def kept_loss(problem: Problem, plan: StepPlan, part: Loss, step: int, conditioning: Conditioning) -> KeptLoss:
+    """What regularisers say of a step without gradient, at which the trained model is evaluated once more.
+
+    part: what `loss` returned for the same b prompts. Each such step has a backward pass of its own, so that memory
+    does not grow with their number.
+    """
+    visit = Visit(step, part.kept[step], None)
+    added = _penalties(problem, plan, conditioning, [visit], part.over)
+    value = weighted(problem.objective, torch.zeros_like(part.value), added)
+    return KeptLoss(value, told(value, added))
+
+
+def _penalties(
+    problem: Problem,
+    plan: StepPlan,
+    conditioning: Conditioning,
+    visits: Sequence[Visit],
+    over: Mapping[str, float],
+) -> dict[str, Tensor]:
+    if not plan.looks:
+        return {}
+    trained, frozen = problem.sampler.denoiser(conditioning), problem.sampler.frozen(conditioning)
+    return penalties(problem.objective, plan.looks, trained, frozen, visits, over)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from draftplus.config.schema import DdpoConfig
 from draftplus.diffusion.problem import Noise, Problem, StepPlan
-from draftplus.diffusion.regularisers import REGULARISERS, penalties
+from draftplus.diffusion.regularisers import penalties, told, weighted
 from draftplus.diffusion.sampler import Rollout, Visit
 from draftplus.diffusion.schedule import Denoised, Schedule
 from draftplus.diffusion.solvers import StepNoise, ddim_deviation, ddim_log_prob
@@ -102,19 +102,14 @@ def step_loss(
         log_prob = ddim_log_prob(step, now, sampler.eta, trajectory.latents[:, index + 1])  # (b,)
         ratios = torch.exp(log_prob - trajectory.log_probs[:, place])
         value = surrogate(ratios, advantages.to(ratios), objective.ddpo.clip).mean()
-    added = (
-        penalties(objective, plan.looks, denoise, sampler.frozen(conditioning), [Visit(index, x, now)])
-        if plan.looks
-        else {}
-    )
-    for name, penalty in added.items():
-        # its mean is over the steps that it looks at, which need not be as many as the window's
-        share = len(plan.window.steps) / len(plan.looks[name])
-        value = value + REGULARISERS[name].weight(objective) * share * penalty
-        added[name] = share * penalty
-    zero = torch.zeros((), dtype=value.dtype, device=value.device)
-    told = {name: added.get(name, zero).detach() for name in REGULARISERS}
-    return StepLoss(value, told, None if ratios is None else ratios.detach())
+    added: dict[str, Tensor] = {}
+    if plan.looks:
+        # a penalty's mean is over the steps that it looks at, which need not be as many as the window's
+        over = {name: len(steps) / len(plan.window.steps) for name, steps in plan.looks.items()}
+        frozen = sampler.frozen(conditioning)
+        added = penalties(objective, plan.looks, denoise, frozen, [Visit(index, x, now)], over)
+    value = weighted(objective, value, added)
+    return StepLoss(value, told(value, added), None if ratios is None else ratios.detach())
 
 
 def surrogate(ratios: Tensor, advantages: Tensor, clip: float) -> Tensor:

@@ -27,7 +27,7 @@ class Regulariser:
 
     weight: its factor in the loss; 0: it is not computed. steps: (objective, window, number of sampling steps, seed,
     optimizer step) -> where it looks, the same on every rank; steps without gradient are evaluated once more for it.
-    penalty: (objective, trained, frozen, visits) -> a scalar, a mean over the visits.
+    penalty: (objective, trained, frozen, visits) -> a scalar, a mean over the visits, which may be taken in parts.
     """
 
     weight: Callable[[ObjectiveConfig], float]
@@ -70,10 +70,29 @@ def penalties(
     trained: Denoise,
     frozen: Denoise,
     visits: Sequence[Visit],
+    over: Mapping[str, float],
 ) -> dict[str, Tensor]:
-    """Each active regulariser's penalty, a scalar, on those of the visits that it looks at; none where there are none.
+    """What these visits add to each active regulariser's penalty, a scalar; nothing where it looks at none of them.
 
-    looks: the steps, by regulariser.
+    looks: the steps, by regulariser. over: by regulariser, of how many visits its penalty is the mean; the rest of them
+    is added in other calls.
     """
-    chosen = {name: [visit for visit in visits if visit.step in looks[name]] for name in active(objective)}
-    return {name: REGULARISERS[name].penalty(objective, trained, frozen, seen) for name, seen in chosen.items() if seen}
+    added = {}
+    for name, one in active(objective).items():
+        seen = [visit for visit in visits if visit.step in looks[name]]
+        if seen:
+            added[name] = one.penalty(objective, trained, frozen, seen) * (len(seen) / over[name])
+    return added
+
+
+def weighted(objective: ObjectiveConfig, value: Tensor, added: Mapping[str, Tensor]) -> Tensor:
+    """A loss and its penalties, a scalar."""
+    for name, penalty in added.items():
+        value = value + REGULARISERS[name].weight(objective) * penalty
+    return value
+
+
+def told(value: Tensor, added: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Every regulariser's penalty, detached; 0 where there is none."""
+    zero = torch.zeros((), dtype=value.dtype, device=value.device)
+    return {name: added.get(name, zero).detach() for name in REGULARISERS}

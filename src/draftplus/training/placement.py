@@ -28,7 +28,7 @@ class Placement(Protocol):
         ...
 
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:
-        """Around the passes of a micro-batch. last: of its optimizer step, after which gradients are complete."""
+        """Around the passes of a micro-batch. last: whether gradients are complete after it."""
         ...
 
     def reduce(self, parameters: Sequence[nn.Parameter], metrics: Tensor) -> Tensor:

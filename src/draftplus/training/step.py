@@ -13,7 +13,7 @@ from draftplus import rng
 from draftplus.chunks import SAMPLING_BATCH, chunks
 from draftplus.config import Config
 from draftplus.data.batches import Batch, batch
-from draftplus.diffusion.objectives import Loss, loss, plan, prefix
+from draftplus.diffusion.objectives import Loss, kept_loss, loss, plan, prefix
 from draftplus.diffusion.problem import Noise, Problem
 from draftplus.diffusion.sampler import Rollout
 from draftplus.distributed import World
@@ -94,6 +94,11 @@ class Metrics:
     def __add__(self, other: Metrics) -> Metrics:
         return Metrics(self.names, self.vector + other.vector)
 
+    def plus(self, values: Mapping[str, Tensor]) -> Metrics:
+        """With these scalars added to those of their names."""
+        zero = torch.zeros((), device=self.vector.device)
+        return self + Metrics.of({name: values.get(name, zero) for name in self.names})
+
     def __mul__(self, factor: float) -> Metrics:
         return Metrics(self.names, self.vector * factor)
 
@@ -125,7 +130,12 @@ def accumulate(setup: Setup, step: int) -> Metrics:
             with rng.samples(seed, step, share.indices[rows]):  # whose dropout is drawn
                 part = loss(problem, start.rows(rows), planned, conditioning.rows(rows), share.prompts[rows], noise)
             (part.value * (part_of_step * setup.loss_scale)).backward()
-        new = _metrics(part) * part_of_step
+            new = _metrics(part)
+            for at in part.kept:
+                more = kept_loss(problem, planned, part, at, conditioning.rows(rows))
+                (more.value * (part_of_step * setup.loss_scale)).backward()
+                new = new.plus({"loss": more.value.detach(), **more.penalties})
+        new = new * part_of_step
         metrics = new if metrics is None else metrics + new
     assert metrics is not None
     return metrics
