@@ -276,7 +276,7 @@ def test_nothing_else_is_printed(settings: list[str], tmp_path: Path) -> None:
 
     bad = run(f"reward={REWARDS}:detached")
     assert (bad.returncode, bad.stdout) == (2, "")
-    assert bad.stderr.startswith("draftplus: reward") and len(bad.stderr.splitlines()) == 2
+    assert bad.stderr.startswith("draftplus: the scores of reward") and len(bad.stderr.splitlines()) == 2
     good = run("model.lora=null", "train.steps=1", "log.to=[tensorboard]")
     assert good.returncode == 0, good.stderr
     assert good.stderr == ""

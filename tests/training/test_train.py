@@ -139,7 +139,7 @@ def test_frozen_weights_in_half_precision(settings: list[str], dtype: str) -> No
     assert epsilon / 4 < relative(ours, theirs) < 10 * epsilon
     for row, other in zip(rows(half / "metrics.jsonl"), rows(single / "metrics.jsonl"), strict=True):
         assert row["reward"] == pytest.approx(other["reward"], abs=20 * epsilon)
-        assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=5 * epsilon)
+        assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=10 * epsilon)
 
 
 @pytest.mark.slow
