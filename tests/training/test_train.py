@@ -125,6 +125,7 @@ def test_each_method_trains(settings: list[str], method: str) -> None:
 def test_frozen_weights_in_half_precision(settings: list[str], dtype: str) -> None:
     """The trained weights and their update stay float32, and it is the run in float32 up to rounding: rewards and
     gradients differ by a few of the type's epsilons."""
+    settings = [*settings, "sampler.guidance_scale=4"]  # guidance multiplies the rounding
     half, single = (train_here(settings, f"name={kind}", f"model.dtype={kind}") for kind in (dtype, "float32"))
     model = build_model(configure([*settings, f"model.dtype={dtype}"]).model, CPU)
     assert {parameter.dtype for parameter in model.tuned.trainable().values()} == {torch.float32}
@@ -139,7 +140,7 @@ def test_frozen_weights_in_half_precision(settings: list[str], dtype: str) -> No
     assert epsilon / 4 < relative(ours, theirs) < 10 * epsilon
     for row, other in zip(rows(half / "metrics.jsonl"), rows(single / "metrics.jsonl"), strict=True):
         assert row["reward"] == pytest.approx(other["reward"], abs=20 * epsilon)
-        assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=10 * epsilon)
+        assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=5 * epsilon)
 
 
 @pytest.mark.slow
