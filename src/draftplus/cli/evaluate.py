@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from draftplus.cli.shared import Anneal, LoraScale, examples, prompts_of, read_seeds
+from draftplus.cli.shared import Anneal, LoraScale, Trust, examples, prompts_of, read_seeds
 from draftplus.errors import UserError
 from draftplus.runs.rows import REWARD, MetricRow, read_target
 
@@ -66,6 +66,7 @@ def evaluate(
         Path | None,
         typer.Option("-o", "--output", help="Directory for eval.json and the images. Default: evaluated/NAME."),
     ] = None,
+    trust: Trust = False,
 ) -> None:
     """Measure reward and diversity of models and runs. All use the same prompts and seeds as the base model."""
     settings = [text for text in arguments if "=" in text and not Path(text.partition("@")[0]).exists()]
@@ -82,7 +83,7 @@ def evaluate(
 
     told = api.evaluate(
         targets, settings, chosen, images_per_prompt, numbers, reward or [], metric or [], features, lora_scale,
-        anneal, directory,
+        anneal, directory, trust,
     )  # fmt: skip
     print_evaluation(told)
     print(f"numbers:  {directory / 'eval.json'}\npictures: {directory / 'pictures'}")

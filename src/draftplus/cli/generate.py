@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from draftplus.cli.shared import Anneal, LoraScale, examples, prompts_of, read_seeds
+from draftplus.cli.shared import Anneal, LoraScale, Trust, examples, prompts_of, read_seeds
 from draftplus.errors import UserError
 
 EXAMPLES = examples(
@@ -41,6 +41,7 @@ def generate(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Directory for the images. Default: generated/NAME.")
     ] = None,
+    trust: Trust = False,
 ) -> None:
     """Generate images from a model or run. With --reward, they are also scored."""
     chosen = list(dict.fromkeys([*(prompt or []), *prompts_of(prompts)]))
@@ -51,7 +52,7 @@ def generate(
     from draftplus import api
 
     rows = api.write_images(
-        directory, target, chosen, numbers, settings or [], adapter, lora_scale, anneal, reward or []
+        directory, target, chosen, numbers, settings or [], adapter, lora_scale, anneal, reward or [], trust
     )
     for key in [key for key in rows[0] if key.startswith("reward/")]:
         scores = [row[key] for row in rows]

@@ -25,6 +25,7 @@ from draftplus.config.load import (
     recipe_path,
     run_name,
     shaping_keys,
+    typed,
     with_new_names,
 )
 from draftplus.config.schema import (
@@ -37,10 +38,12 @@ from draftplus.config.schema import (
     SamplerConfig,
     StopConfig,
 )  # fmt: skip
+from draftplus.config.trust import refuse_library, refuse_untrusted, remember, trusting
 
 __all__ = [
     "BASE_MODEL", "CHANGEABLE", "KNOBS", "Config", "LoraConfig", "ModelConfig", "ObjectiveConfig", "RewardConfig",
     "SamplerConfig", "StopConfig", "all_keys", "choices_of", "describe_keys", "facts_of", "flatten", "is_below",
     "keys_that_affect", "keys_where", "load_config", "load_run_config", "nearest", "recipe_names", "recipe_path",
-    "run_name", "shaping_keys", "to_dict", "to_yaml", "with_new_names",
+    "refuse_library", "refuse_untrusted", "remember", "run_name", "shaping_keys", "to_dict", "to_yaml", "trusting",
+    "typed", "with_new_names",
 ]  # fmt: skip

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from draftplus.config.check import check
 from draftplus.config.keys import CHANGEABLE, all_keys, dataclass_of, flatten, nearest, to_dict
 from draftplus.config.schema import Config, RewardConfig
+from draftplus.config.trust import refuse_untrusted
 from draftplus.errors import UserError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -28,21 +29,34 @@ def load_config(recipe: str | Path | None = None, overrides: Sequence[str] = (),
     recipe: a built-in name (see `recipe_names`), a YAML file, or None. base: the configuration to change, instead of
     the defaults.
 
-    Raises UserError for an unknown recipe or key (naming the nearest), a wrong type, or values that do not fit
-    together.
+    Raises UserError for an unknown recipe or key (naming the nearest), a wrong type, values that do not fit together,
+    or code that a file names and that is not trusted.
     """
-    return _merged(_recipe_layers(recipe) if recipe is not None else [], overrides, base)
+    layers = _recipe_layers(recipe) if recipe is not None else []
+    config = _merged([layer for _, layer in layers], overrides, base)
+    refuse_untrusted(config, layers, typed(overrides))
+    return config
 
 
-def load_run_config(run: Path, overrides: Sequence[str] = ()) -> Config:
+def load_run_config(run: Path, overrides: Sequence[str] = (), code: Collection[str] | None = None) -> Config:
     """The configuration that a run was made with, with `key=value` overrides, checked.
 
-    run: a run directory. It may use key names of earlier versions; overrides may not.
+    run: a run directory. It may use key names of earlier versions; overrides may not. code: the rewards that are going
+    to be imported, by name; None: all of them.
 
     Raises UserError as `load_config` does.
     """
-    *parents, own = _recipe_layers(run / "config.yaml")
-    return _merged([*parents, with_new_names(own)], overrides)
+    *parents, (path, own) = _recipe_layers(run / "config.yaml")
+    layers = [*parents, (path, with_new_names(own))]
+    config = _merged([layer for _, layer in layers], overrides)
+    refuse_untrusted(config, layers, typed(overrides), code)
+    return config
+
+
+def typed(overrides: Sequence[str]) -> dict[str, Any]:
+    """What `key=value` arguments say, as one nested configuration."""
+    together = OmegaConf.merge({}, *map(_parse_override, overrides))
+    return cast(dict[str, Any], OmegaConf.to_container(together))
 
 
 def with_new_names(tree: Mapping[Any, Any], prefix: str = "") -> dict[Any, Any]:
@@ -102,7 +116,7 @@ def recipe_path(recipe: str | Path) -> Path:
     )
 
 
-def _recipe_layers(recipe: str | Path, children: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
+def _recipe_layers(recipe: str | Path, children: tuple[Path, ...] = ()) -> list[tuple[Path, dict[str, Any]]]:
     path = recipe_path(recipe)
     if path.resolve() in children:
         raise UserError(f"{path} extends itself through {children[-1]}; remove extends from one of the recipes")
@@ -114,11 +128,11 @@ def _recipe_layers(recipe: str | Path, children: tuple[Path, ...] = ()) -> list[
         raise UserError(f"{path}: expected keys and values, found {type(loaded).__name__}")
     parent, own = loaded.pop("extends", None), _normalise_reward(loaded, replace=True)
     if parent is None:
-        return [own]
+        return [(path, own)]
     if not isinstance(parent, str):
         raise UserError(f"{path}: extends is {parent!r}; give the name or file of one recipe")
     beside = path.parent / parent
-    return [*_recipe_layers(beside if beside.is_file() else parent, (*children, path.resolve())), own]
+    return [*_recipe_layers(beside if beside.is_file() else parent, (*children, path.resolve())), (path, own)]
 
 
 def _parse_override(text: str) -> dict[str, Any]:

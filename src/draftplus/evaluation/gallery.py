@@ -56,7 +56,7 @@ def make_gallery(
 
     Raises UserError for a user's mistake, before any image is made.
     """
-    weights = find_weights(target, overrides)
+    weights = find_weights(target, overrides, code=rewards)
     config = weights.config
     quiet_libraries()
     device = pick_device(config.device)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from draftplus.config import refuse_library
 from draftplus.errors import UserError
 from draftplus.rewards.arguments import bind, parameters_of
 from draftplus.types import Reward
@@ -87,14 +89,13 @@ def resolve_custom(spec: str) -> Any:
     module_name, colon, attribute = spec.partition(":")
     if not colon or not module_name or not attribute:
         raise UserError(f"reward '{spec}' is not of the form package.module:object")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
+    refuse_library(spec)
     try:
-        target = importlib.import_module(module_name)
+        with _working_directory_first():
+            target = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise UserError(
-            f"reward '{spec}': there is no module '{error.name}' in {here}, nor is one installed."
+            f"reward '{spec}': there is no module '{error.name}' in {Path.cwd()}, nor is one installed."
         ) from error
     for name in attribute.split("."):
         try:
@@ -103,4 +104,26 @@ def resolve_custom(spec: str) -> Any:
             raise UserError(
                 f"reward '{spec}': module '{module_name}' has no '{attribute}'; check the name after the colon."
             ) from error
+    if inspect.isbuiltin(target) or _is_of_python(target):
+        raise UserError(f"reward '{spec}' is a function of Python or of a C library, and none of these is a reward.")
     return target
+
+
+def _is_of_python(target: Any) -> bool:
+    if not (inspect.isroutine(target) or inspect.isclass(target)):  # an object is its module's own, a partial say
+        return False
+    return (getattr(target, "__module__", None) or "").partition(".")[0] in sys.stdlib_module_names
+
+
+@contextmanager
+def _working_directory_first() -> Iterator[None]:
+    """Inside, modules in the working directory come first; afterwards last, for what a reward imports as it is called,
+    so that no file there takes the place of a library's."""
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
+        if here not in sys.path:
+            sys.path.append(here)

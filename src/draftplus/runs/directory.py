@@ -9,7 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from draftplus.config import Config, to_yaml
+from draftplus.config import Config, remember, to_yaml
 from draftplus.errors import UserError
 from draftplus.runs import journal
 from draftplus.runs.files import write_text
@@ -55,8 +55,12 @@ def locked(run: Path) -> Iterator[None]:
 
 
 def write_config(run: Path, config: Config) -> None:
-    """Writes config.yaml, which makes a directory a run; only once it is known that the run can start."""
+    """Writes config.yaml, which makes a directory a run; only once it is known that the run can start.
+
+    The code that it names is trusted from then on: its user typed it, or was asked.
+    """
     write_text(run / "config.yaml", to_yaml(config))
+    remember(run / "config.yaml", config)
 
 
 def forget_after(run: Path, step: int) -> None:

@@ -20,7 +20,7 @@ from draftplus.sweeps.manifest import Entry, Manifest, read_manifest
 from draftplus.sweeps.plan import Plan, PlannedRun, identity
 from draftplus.training.interrupt import interruption
 
-COMMAND = (sys.executable, "-m", "draftplus", "train")
+COMMAND = (sys.executable, "-m", "draftplus", "train", "--trust")  # planning has asked
 LOGS = "logs"
 BETWEEN_LOOKS = 0.5  # seconds
 PATIENCE = 120.0  # seconds for a run to save itself when the sweep is stopped

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from draftplus.build import refuse_unknown_reward
-from draftplus.config import Config, load_config, nearest, recipe_path, to_dict
+from draftplus.config import Config, load_config, nearest, recipe_path, refuse_untrusted, to_dict, typed
 from draftplus.data.prompts import PromptSet, load_prompts
 from draftplus.errors import UserError
 from draftplus.evaluation.held_out import evaluation_set
@@ -71,7 +71,7 @@ def plan_sweep(
     directory = parent / chosen
     prompts = cache(load_prompts)
     runs = [
-        _plan_run(directory, run, file.recipe, grid.arguments(one), prompts)
+        _plan_run(directory, run, file.recipe, grid.arguments(one), prompts, Path(recipe), over)
         for run, one in zip(_names(directory, file.recipe, settings), settings, strict=True)
     ]
     _refuse_twins(runs)
@@ -152,9 +152,16 @@ def identity(recipe: str, arguments: Sequence[str]) -> str:
     return json.dumps({**to_dict(config), "name": None}, sort_keys=True)
 
 
-def _plan_run(directory: Path, name: str, recipe: str, settings: list[str], prompts: Any) -> PlannedRun:
+def _plan_run(
+    directory: Path, name: str, recipe: str, settings: list[str], prompts: Any, file: Path, over: Collection[str]
+) -> PlannedRun:  # fmt: skip
+    """file: which gave the settings, but for those of the keys `over`, which the user typed."""
     try:
         config = settled(load_config(recipe, [*settings, f"output_dir={json.dumps(str(directory))}", f"name={name}"]))
+        theirs = [one for one in settings if one.partition("=")[0] not in over]
+        if theirs:
+            own = typed([one for one in settings if one not in theirs])
+            refuse_untrusted(config, [(file, typed(theirs))], own)
         if saved_steps(directory / name / "checkpoints"):
             plan_run(config, [])  # refuses a key that shaped the run and has changed
         for reward in (*config.reward, *config.eval.rewards):
