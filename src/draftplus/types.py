@@ -93,6 +93,11 @@ class TunedWeights(Protocol):
         """Inside, adapters are folded into float32 weights for faster inference; bit-identical afterwards."""
         ...
 
+    def widened(self) -> AbstractContextManager[None]:
+        """Inside, frozen weights in half precision are in float32; bit-identical afterwards. Backward passes of what is
+        computed inside belong inside too."""
+        ...
+
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """The parameters that training updates, by a stable name."""
         ...

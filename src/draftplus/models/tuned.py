@@ -52,6 +52,23 @@ class Tuned:
         with lora.folded(self.denoiser):
             yield
 
+    @contextmanager
+    def widened(self) -> Iterator[None]:
+        # a frozen weight is replaced by itself in float32 and rounded back, which is exact both ways: no copy is kept
+        narrow = [
+            (tensor, tensor.dtype)
+            for network in self.networks()
+            for tensor in (*network.parameters(), *network.buffers())
+            if tensor.dtype in (torch.bfloat16, torch.float16)
+        ]
+        try:
+            for tensor, _ in narrow:
+                tensor.data = tensor.data.float()
+            yield
+        finally:
+            for tensor, dtype in narrow:
+                tensor.data = tensor.data.to(dtype)
+
     def trainable(self) -> dict[str, nn.Parameter]:
         return lora.trained(self.denoiser)
 
