@@ -160,7 +160,15 @@ class Model(Protocol):
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images (b, 3, H, W) float32 (float64 stays float64), clamped to [0, 1], with gradient where enabled."""
+        """Images (b, 3, H, W) float32 (float64 stays float64), clamped to [0, 1], with gradient where enabled.
+
+        What overflowed is NaN.
+        """
+        ...
+
+    @property
+    def decoder_dtype(self) -> torch.dtype:
+        """The precision of the decoder's weights."""
         ...
 
     def blocks(self) -> Sequence[torch.nn.Module]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -114,6 +115,8 @@ def shown(metric: MetricRow) -> str:
     """A metric as mean ± standard error, with its change from the base model in brackets."""
 
     def plain(mean: float | None, error: float | None, sign: str = "") -> str:
+        if mean is None or not math.isfinite(mean):
+            return "not finite"
         return f"{mean:{sign}.3f}" + ("" if error is None else f" ± {error:.3f}")
 
     told, change = plain(metric.mean, metric.standard_error), metric.change

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,9 +15,11 @@ from draftplus.chunks import SAMPLING_BATCH, chunks
 from draftplus.config import Config
 from draftplus.data.batches import Batch, batch
 from draftplus.diffusion.objectives import Loss, kept_loss, loss, plan, prefix
+from draftplus.diffusion.overflow import Watch, check_decoded
 from draftplus.diffusion.problem import Noise, Problem, StepPlan
-from draftplus.diffusion.sampler import Rollout
+from draftplus.diffusion.sampler import Rollout, sample
 from draftplus.distributed import World
+from draftplus.errors import UserError
 from draftplus.runs.rows import reward_key
 from draftplus.training.placement import Placement
 from draftplus.training.state import State
@@ -159,9 +162,31 @@ def _tail(
     return metrics
 
 
+@torch.no_grad()
+def what_overflowed(setup: Setup, step: int) -> str | None:
+    """Which part of making this process's images of a step overflowed, and where; None where nothing does."""
+    problem, sampler, share = setup.problem, setup.problem.sampler, setup.share(step)
+    conditioning = problem.model.encode(share.prompts)
+    for rows in chunks(len(share), setup.micro):
+        noise, watch = setup.noise(step, share.indices[rows]), Watch(sampler.denoiser(conditioning.rows(rows)))
+        start, fresh = Rollout(noise("x_T", 0)), partial(noise, "solver")
+        latents = sample(watch, start, sampler.schedule, sampler.solver, noise=fresh).latents
+        try:
+            watch.check(latents, len(sampler.schedule), problem.model)
+            check_decoded(problem.model.decode(latents), problem.model.decoder_dtype)
+        except UserError as error:
+            return str(error)
+    return None
+
+
 def saturated(images: Tensor) -> Tensor:
-    """Which fraction of each image's values lies at the ends of [0, 1]. images: (b, 3, H, W). Returns (b,)."""
-    return ((images <= 0) | (images >= 1)).flatten(1).to(precise(images.device)).mean(1)
+    """Which fraction of each image's values lies at the ends of [0, 1], NaN where some are not finite.
+
+    images: (b, 3, H, W). Returns (b,).
+    """
+    flat = images.detach().flatten(1)
+    ends = ((flat <= 0) | (flat >= 1)).to(precise(images.device)).mean(1)
+    return ends.where(flat.isfinite().all(1), torch.nan)
 
 
 def precise(device: torch.device) -> torch.dtype:
