@@ -17,6 +17,7 @@ from torch import Tensor
 from draftplus.config import refuse_library
 from draftplus.errors import UserError
 from draftplus.rewards.arguments import bind, parameters_of
+from draftplus.rewards.unharmed import Unharmed
 from draftplus.types import Reward
 
 _HINT = (
@@ -33,10 +34,13 @@ class CustomReward:
     args: Mapping[str, Any]
     differentiable: bool
     compares_images: bool
+    unharmed: Unharmed
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """images: (b, 3, H, W) in [0, 1]; prompts: b strings. Returns (b,)."""
-        return self.function(images, prompts, **self.args)
+        with self.unharmed("when it was called"):
+            # copies, since what it does in place would be in the saved pictures and in the next reward's score
+            return self.function(images.clone(), list(prompts), **self.args)
 
 
 def load_custom(spec: str, path: str | None, args: Mapping[str, Any], device: Any, dtype: torch.dtype | None) -> Reward:
@@ -54,7 +58,7 @@ def load_custom(spec: str, path: str | None, args: Mapping[str, Any], device: An
     UserError for a missing module or object, one that cannot be called, arguments that do not fit, and a reward that
     compares images although the named object does not say so. Exceptions of the user's own code pass through.
     """
-    target = resolve_custom(spec)
+    target, unharmed = resolve_custom(spec), Unharmed(spec)
     if not callable(target):
         raise UserError(f"reward '{spec}' is of type {type(target).__name__}: it must be a function or a class.")
     parameters = parameters_of(spec, target)
@@ -62,8 +66,9 @@ def load_custom(spec: str, path: str | None, args: Mapping[str, Any], device: An
     keywords = bind(spec, parameters[2:] if itself else parameters, path, args, device, dtype, _HINT)
     compares = bool(getattr(target, "compares_images", False))
     if itself:
-        return CustomReward(target, keywords, bool(getattr(target, "differentiable", True)), compares)
-    made = target(**keywords)
+        return CustomReward(target, keywords, bool(getattr(target, "differentiable", True)), compares, unharmed)
+    with unharmed("when it was made"):
+        made = target(**keywords)
     if not callable(made):
         raise UserError(
             f"reward '{spec}' returned an object of type {type(made).__name__}, which cannot be called with "
@@ -78,7 +83,7 @@ def load_custom(spec: str, path: str | None, args: Mapping[str, Any], device: An
     if isinstance(made, torch.nn.Module):
         made.requires_grad_(False).eval()
     differentiable = bool(getattr(made, "differentiable", getattr(target, "differentiable", True)))
-    return CustomReward(made, {}, differentiable, compares)
+    return CustomReward(made, {}, differentiable, compares, unharmed)
 
 
 def resolve_custom(spec: str) -> Any:
@@ -91,7 +96,7 @@ def resolve_custom(spec: str) -> Any:
         raise UserError(f"reward '{spec}' is not of the form package.module:object")
     refuse_library(spec)
     try:
-        with _working_directory_first():
+        with _working_directory_first(), Unharmed(spec)("when it was imported"):
             target = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise UserError(
