@@ -5,9 +5,11 @@ Importing it does not import torch, so that the command line starts at once.
 
 from draftplus.config.facts import facts_of
 from draftplus.config.keys import (
+    ADDED,
     BASE_MODEL,
     CHANGEABLE,
     all_keys,
+    base_model_of,
     choices_of,
     describe_keys,
     flatten,
@@ -39,8 +41,8 @@ from draftplus.config.schema import (
 )  # fmt: skip
 
 __all__ = [
-    "BASE_MODEL", "CHANGEABLE", "KNOBS", "Config", "LoraConfig", "ModelConfig", "ObjectiveConfig", "RewardConfig",
-    "SamplerConfig", "StopConfig", "all_keys", "choices_of", "describe_keys", "facts_of", "flatten", "is_below",
-    "keys_that_affect", "keys_where", "load_config", "load_run_config", "nearest", "recipe_names", "recipe_path",
-    "run_name", "shaping_keys", "to_dict", "to_yaml", "with_new_names",
+    "ADDED", "BASE_MODEL", "CHANGEABLE", "KNOBS", "Config", "LoraConfig", "ModelConfig", "ObjectiveConfig",
+    "RewardConfig", "SamplerConfig", "StopConfig", "all_keys", "base_model_of", "choices_of", "describe_keys",
+    "facts_of", "flatten", "is_below", "keys_that_affect", "keys_where", "load_config", "load_run_config", "nearest",
+    "recipe_names", "recipe_path", "run_name", "shaping_keys", "to_dict", "to_yaml", "with_new_names",
 ]  # fmt: skip

@@ -35,6 +35,14 @@ class ModelConfig:
         "float32", "precision of frozen weights; trained weights are always float32",
         choices=("float32", "bfloat16", "float16"), base_model=True,
     )  # fmt: skip
+    variant: str | None = _key(
+        None, "files of which variant are loaded, such as fp16; null: those without one, or the only variant",
+        base_model=True, added=True,
+    )  # fmt: skip
+    config: str | None = _key(
+        None, "configurations of a single file: a diffusers directory, sd1, sd2 or sd2-base; null: by its weights",
+        base_model=True, added=True,
+    )  # fmt: skip
     lora: LoraConfig | None = _key(LoraConfig, "null: full fine-tuning of the denoiser")
     gradient_checkpointing: bool = _key(
         False, "recompute activations in the backward pass, which saves memory and takes more time", affects="conduct"

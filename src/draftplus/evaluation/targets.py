@@ -175,6 +175,7 @@ def model_hash(config: ModelConfig) -> str:
     """
     parts = [_source_hash(model_path(config), config.revision)]
     parts += [_source_hash(str(Path(p).expanduser()), None) if p else "" for p in (config.denoiser, config.vae)]
+    parts += [f"{name} {value}" for name, value in (("variant", config.variant), ("config", config.config)) if value]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

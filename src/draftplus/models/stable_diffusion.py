@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from draftplus.config import ModelConfig
 from draftplus.diffusion.guidance import classifier_free
 from draftplus.errors import UserError, notice
-from draftplus.models import loading
+from draftplus.models import loading, single_file
 from draftplus.models.embeddings import Embeddings
 from draftplus.models.tuned import Tuned, make_tuned
-from draftplus.models.weights import read_state_dict
 from draftplus.types import Conditioning, Raw
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -137,6 +136,7 @@ def load(
 
 def _refuse_other_families(path: str, unet: Any, vae: Any, text: Any) -> None:
     plain = unet.addition_embed_type in (None, "text") and unet.encoder_hid_dim_type is None
+    plain = plain and unet.class_embed_type is None and unet.num_class_embeds is None
     if not plain or unet.in_channels != vae.latent_channels or unet.cross_attention_dim != text.hidden_size:
         raise UserError(f"model.path '{path}' is not a text-to-image model of the {NAME} family")
 
@@ -163,36 +163,16 @@ def _components(config: ModelConfig, path: str, dtype: torch.dtype) -> tuple[Any
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    if loading.is_single_file(path):
-        for key in ("denoiser", "vae", "revision"):
-            if getattr(config, key) is not None:
-                raise UserError(
-                    f"model.{key} cannot be combined with a single-file model.path, '{path}'; convert the file to a "
-                    "diffusers directory"
-                )
-        return _single_file(str(Path(path).expanduser()), dtype)
-    path = loading.source(path)
-    hub: dict[str, Any] = {"revision": config.revision}
+    networks = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
     with loading.loading("model.path", path, NAME):
-        torch_dtype = {"torch_dtype": dtype}
-        unet = loading.load_part(
-            UNet2DConditionModel, path, "unet", torch_dtype, hub, config.denoiser, "model.denoiser"
-        )
-        vae = loading.load_part(AutoencoderKL, path, "vae", torch_dtype, hub, config.vae, "model.vae")
-        text_encoder = loading.load_part(CLIPTextModel, path, "text_encoder", {"dtype": dtype}, hub)
-        tokenizer = CLIPTokenizer.from_pretrained(path, subfolder="tokenizer", **hub)
+        if loading.is_single_file(path):
+            source = single_file.source(config, path)
+            tokenizer = single_file.tokenizer(source.directory)
+        else:
+            source = loading.source(config, path, networks, partial(_refuse_other_families, path))
+            tokenizer = CLIPTokenizer.from_pretrained(source.directory, subfolder="tokenizer")
         if tokenizer.vocab_size <= len(tokenizer.all_special_ids):  # transformers does not miss the files
             raise ValueError("its tokenizer has no vocabulary")
-        scheduler_config = DDIMScheduler.load_config(path, subfolder="scheduler", **hub)
+        unet, vae, text_encoder = (loading.load_part(cls, source, name, dtype) for name, cls in networks.items())
+        scheduler_config = DDIMScheduler.load_config(source.directory, subfolder="scheduler")
     return unet, vae, text_encoder, tokenizer, scheduler_config
-
-
-def _single_file(path: str, dtype: torch.dtype) -> tuple[Any, Any, Any, Any, Mapping[str, Any]]:
-    from diffusers import StableDiffusionPipeline
-
-    if not Path(path).is_file():
-        raise UserError(f"model.path '{path}': no such file")
-    read_state_dict(Path(path))  # refuses a pickle that needs code before any other loader sees it
-    with loading.loading("model.path", path, NAME):
-        pipe = StableDiffusionPipeline.from_single_file(path, torch_dtype=dtype, safety_checker=None)
-    return pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.scheduler.config
