@@ -26,7 +26,9 @@ from draftplus.types import Model, Reward
 
 
 def load_model(path: str = "emoji", device: str = "auto", adapter: str | Path | None = None) -> Model:
-    """A model to sample. path: built-in name, diffusers directory, hub id or single file; adapter: a run's adapter/.
+    """A model to sample. path: built-in name, diffusers directory, hub id or single file.
+
+    adapter: a run's adapter/, or any LoRA that stock diffusers loads, a file or its directory.
 
     Raises UserError where it is missing or of a family without an adapter.
     """
@@ -125,7 +127,7 @@ def evaluate(
     anneal: str | None = None,
     output: str | Path = "evaluated",
 ) -> dict[str, Any]:
-    """Measures models, runs (RUN, RUN@step, RUN@best) and adapter directories on the same prompts and seeds.
+    """Measures models, runs (RUN, RUN@step, RUN@best) and adapters (files, directories) on the same prompts and seeds.
 
     prompts: None: those that the first run holds out, or for models alone the built-in animals that are held out.
     images_per_prompt: None: as that run evaluates; image i of prompt p has seed p * images_per_prompt + i. seeds:

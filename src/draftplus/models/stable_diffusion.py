@@ -31,7 +31,8 @@ class StableDiffusion:
         self.tuned, self.vae, self.text_encoder, self.tokenizer = tuned, vae, text_encoder, tokenizer
         self.scheduler_config = scheduler_config
         self.device = next(tuned.denoiser.parameters()).device
-        self.encode = Embeddings(self._embed)
+        tuned.encoders = {"text_encoder": text_encoder}
+        self.encode = Embeddings(self._embed, tuned.encoders_state)
 
     @property
     def unet(self) -> Any:

@@ -13,10 +13,11 @@ from torch import Tensor
 from draftplus.errors import UserError
 
 
-def read_state_dict(path: Path) -> dict[str, Tensor]:
+def read_state_dict(path: Path, tensors_only: bool = False) -> dict[str, Tensor]:
     """The tensors of a .safetensors, .ckpt, .pt, .pth or .bin file; a `state_dict` inside is unwrapped.
 
-    Raises UserError for a file that is damaged, or a pickle that would need to run code.
+    Raises UserError for a file that is damaged, a pickle that would need to run code, or with `tensors_only` one in
+    which something else has a name beside them.
     """
     if path.suffix == ".safetensors":
         try:
@@ -35,6 +36,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     inner = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
     if not isinstance(inner, dict):
         raise UserError(f"{path}: expected tensors by name, found {type(loaded).__name__}")
+    other = next((name for name, value in inner.items() if not isinstance(value, Tensor)), None)
+    if tensors_only and other is not None:
+        raise UserError(f"{path}: '{other}' is a {type(inner[other]).__name__} where a tensor is expected")
     return {name: tensor for name, tensor in inner.items() if isinstance(tensor, Tensor)}
 
 
