@@ -15,6 +15,7 @@ from draftplus.errors import UserError
 from draftplus.evaluation.evaluate import compare
 from draftplus.evaluation.gallery import make_gallery, write_gallery
 from draftplus.evaluation.generate import Knobs
+from draftplus.publish import export_run
 from draftplus.report import write_report
 from draftplus.runs.plan import plan_run
 from draftplus.sweeps.grid import written_grid
@@ -150,6 +151,19 @@ def evaluate(
 
 def _listed(texts: str | Sequence[str]) -> list[str]:
     return [texts] if isinstance(texts, str) else list(texts)
+
+
+def export(target: str, format: str = "diffusers", output: str | Path | None = None) -> Path:
+    """Writes a run's trained weights for other programs, with a model card and pictures. Returns their directory.
+
+    target: RUN, RUN@step or RUN@best. format: "diffusers": as the run has them. "kohya": a LoRA file for ComfyUI,
+    AUTOMATIC1111, Forge, InvokeAI and sd-scripts. "merged": a whole pipeline, the adapter added to the weights in
+    float32 and these in the precision of the base model's. output: a directory; None: below the run's export/. What an
+    earlier export left there is replaced as a whole.
+
+    Raises UserError for a user's mistake, such as an output with something else in it.
+    """
+    return export_run(target, format, None if output is None else Path(output))
 
 
 def sweep(

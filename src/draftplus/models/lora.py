@@ -110,6 +110,15 @@ def folded(denoiser: nn.Module) -> Iterator[None]:
             _base(layer).weight.data = original
 
 
+def merge(network: Any) -> None:
+    """Adds the adapters to the weights, in the precision of these; then the layers are plain ones."""
+    with torch.no_grad():
+        for layer in layers(network):
+            weight = _base(layer).weight
+            weight += layer.get_delta_weight(ADAPTER).to(weight)
+    _detach(network)
+
+
 def _base(layer: LoraLayer) -> nn.Linear | nn.Conv2d:
     return layer.get_base_layer()
 

@@ -104,6 +104,16 @@ def load(
     return StableDiffusion(tuned, vae, text_encoder, tokenizer, scheduler_config)
 
 
+def as_pipeline(model: StableDiffusion, scheduler: Any) -> Any:
+    """The stock pipeline of a model's parts, without a safety checker."""
+    from diffusers import StableDiffusionPipeline
+
+    return StableDiffusionPipeline(
+        vae=model.vae, text_encoder=model.text_encoder, tokenizer=model.tokenizer, unet=model.unet,
+        scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
 def _refuse_other_families(path: str, unet: Any, vae: Any, text: Any) -> None:
     plain = unet.addition_embed_type in (None, "text") and unet.encoder_hid_dim_type is None
     if not plain or unet.in_channels != vae.latent_channels or unet.cross_attention_dim != text.hidden_size:

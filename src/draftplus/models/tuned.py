@@ -61,6 +61,11 @@ class Tuned:
         with lora.folded(self.denoiser):
             yield
 
+    def merge(self) -> None:
+        """Adds adapters to the weights for good; the frozen model is no longer at hand."""
+        for network in self._adaptable().values():
+            lora.merge(network)
+
     def trainable(self) -> dict[str, nn.Parameter]:
         return lora.trained(self.denoiser)
 
