@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from draftplus import __version__
-from draftplus.cli import evaluate, generate, report, sweep, train
+from draftplus.cli import evaluate, export, generate, report, sweep, train
 from draftplus.cli.shared import examples
 from draftplus.errors import Interrupted, UserError
 
@@ -46,6 +46,7 @@ app.command(epilog=generate.EXAMPLES)(generate.generate)
 app.command(epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command(epilog=sweep.EXAMPLES)(sweep.sweep)
 app.command(epilog=report.EXAMPLES)(report.report)
+app.command(epilog=export.EXAMPLES)(export.export)
 
 
 def main() -> None:

@@ -25,8 +25,8 @@ def evaluate(
         list[str],
         typer.Argument(
             metavar="MODEL|RUN|ADAPTER|KEY=VALUE",
-            help="Models, runs (also RUN@step, RUN@best) and adapter directories to measure; settings, such as "
-            "sampler.steps=25.",
+            help="Models, runs (also RUN@step, RUN@best) and adapters (LoRA files, directories) to measure; settings, "
+            "such as sampler.steps=25.",
         ),
     ],
     prompts: Annotated[

@@ -31,7 +31,8 @@ def generate(
         str, typer.Option("--seeds", help="Seeds to use for every prompt: 7, 0:16 (0 to 15) or 1,5,9.")
     ] = "0:4",
     adapter: Annotated[
-        Path | None, typer.Option("--adapter", help="Directory of trained weights to use instead of the run's.")
+        Path | None,
+        typer.Option("--adapter", help="Trained weights to use instead of the run's: a LoRA file, or a directory."),
     ] = None,
     lora_scale: LoraScale = 1.0,
     anneal: Anneal = None,

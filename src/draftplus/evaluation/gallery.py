@@ -57,6 +57,8 @@ def make_gallery(
     Raises UserError for a user's mistake, before any image is made.
     """
     weights = find_weights(target, overrides)
+    if adapter is not None and not adapter.exists():
+        raise UserError(f"--adapter '{adapter}': no such file or directory")
     config = weights.config
     quiet_libraries()
     device = pick_device(config.device)
@@ -65,9 +67,7 @@ def make_gallery(
     model = build_model(config.model, device, trainable=False)
     chosen = adapter if adapter is not None else weights.adapter
     if chosen is None and knobs != TUNED:
-        raise UserError(
-            f"'{target}' has no trained weights to scale or anneal; name a run or give an adapter directory"
-        )
+        raise UserError(f"'{target}' has no trained weights to scale or anneal; name a run or give an adapter")
     if chosen is not None:
         model.tuned.load(chosen)
     knobs.check()
