@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from draftplus.config.check import check
-from draftplus.config.keys import CHANGEABLE, all_keys, dataclass_of, flatten, nearest, to_dict
+from draftplus.config.keys import CHANGEABLE, all_keys, dataclass_of, flatten, is_below, keys_where, nearest, to_dict
 from draftplus.config.schema import Config, RewardConfig
 from draftplus.errors import UserError
 
@@ -186,6 +186,8 @@ def run_name(config: Config, recipe: str, compares_images: bool) -> str:
         return config.name
     # by the former names, so that the same command still finds a run of an earlier version
     former = {new: old for old, new in RENAMED.items()}
+    added, default = keys_where(lambda facts: facts.added), flatten(to_dict(Config()))
     shaping = shaping_keys(config, compares_images).items()
-    text = json.dumps({former.get(key, key): value for key, value in shaping}, sort_keys=True)
+    named = {former.get(k, k): v for k, v in shaping if not (is_below(k, added) and default.get(k, v) == v)}
+    text = json.dumps(named, sort_keys=True)
     return f"{recipe}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

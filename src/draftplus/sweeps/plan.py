@@ -160,7 +160,7 @@ def _plan_run(directory: Path, name: str, recipe: str, settings: list[str], prom
         for reward in (*config.reward, *config.eval.rewards):
             refuse_unknown_reward(reward)
         micro_batch_size(config, 1)
-        data: PromptSet = prompts(config.data.prompts)
+        data: PromptSet = prompts(config.data.prompts, config.data.column)
         evaluation_set(config, data)
     except UserError as error:
         raise UserError(f"{' '.join(settings)}: {error}") from None
