@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from draftplus.cli.shared import Anneal, LoraScale, examples, prompts_of, read_seeds
+from draftplus.cli.shared import PROMPTS, Anneal, LoraScale, examples, prompts_of, read_seeds
 from draftplus.errors import UserError
 from draftplus.runs.rows import REWARD, MetricRow, read_target
 
@@ -31,9 +31,7 @@ def evaluate(
     ],
     prompts: Annotated[
         str | None,
-        typer.Option(
-            "--prompts", help="Built-in prompt set, or .txt, .jsonl or .tar file. Default: the held-out prompts."
-        ),
+        typer.Option("--prompts", help=f"{PROMPTS} Default: the held-out prompts."),
     ] = None,
     images_per_prompt: Annotated[
         int | None, typer.Option("--images-per-prompt", help="Images per prompt. Default: as in the run.")
@@ -74,7 +72,7 @@ def evaluate(
         missing = f" ({settings[0]} does not exist, so it was read as a setting)" if settings else ""
         raise UserError(f"no target given; name a model or a run, such as runs/demo{missing}")
     numbers = read_seeds(seeds) if seeds is not None else None
-    chosen = prompts_of(prompts) if prompts is not None else None
+    chosen = prompts_of(prompts, settings) if prompts is not None else None
     more = f"-and-{len(targets) - 1}-more" if len(targets) > 1 else ""
     first = Path(targets[0].replace("@", "-"))
     directory = output or Path("evaluated") / ((first.name or first.resolve().name) + more)

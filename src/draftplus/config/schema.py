@@ -137,7 +137,13 @@ class RewardConfig:
 
 @dataclass
 class DataConfig:
-    prompts: str = _key("animals", "training prompts: a built-in set, or a .txt, .jsonl or WebDataset .tar file")
+    prompts: str = _key(
+        "animals",
+        "training prompts: a built-in set, a .txt, .jsonl, .json, .csv, .tsv, .parquet or .tar file, or shards",
+    )
+    column: str | None = _key(
+        None, "column or field that holds the prompt; null: the one named prompt, text or caption", added=True
+    )
     images_per_prompt: int = _key(1, "images of each prompt in a step; they are adjacent in the batch", above=0)
 
 

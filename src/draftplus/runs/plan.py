@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from draftplus.build import compares_images
-from draftplus.config import Config, load_config, load_run_config, run_name, shaping_keys
+from draftplus.config import Config, load_config, load_run_config, run_name, shaping_keys, written
 from draftplus.diffusion.methods import check_method
 from draftplus.errors import UserError
 from draftplus.models.families import resolve
@@ -50,11 +50,12 @@ def settled(config: Config) -> Config:
     return config
 
 
-def _refuse_changes(before: Config, now: Config, run: Path) -> None:
-    old, new = (shaping_keys(config, compares_images(config.reward)) for config in (before, now))
+def _refuse_changes(former: Config, now: Config, run: Path) -> None:
+    old, new = (shaping_keys(config, compares_images(config.reward)) for config in (former, now))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
+            before, after = written(old.get(key)), written(new.get(key))
             raise UserError(
-                f"{run} was started with {key}={old.get(key)}, but now it is {new.get(key)}; this key cannot change "
-                f"when a run is continued. Choose another name= for a new run, or set {key}={old.get(key)}"
+                f"{run} was started with {key}={before}, but now it is {after}; this key cannot change when a run is "
+                f"continued. Choose another name= for a new run, or set {key}={before}"
             )

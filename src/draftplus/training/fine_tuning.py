@@ -110,7 +110,7 @@ def fine_tuning(config: Config, run: Path, placement: Placement, here: World) ->
     Raises UserError for everything that is wrong with the configuration, the model, the rewards or the prompts.
     """
     micro = micro_batch_size(config, here.size)
-    prompts = load_prompts(config.data.prompts)
+    prompts = load_prompts(config.data.prompts, config.data.column)
     held_out = evaluation_set(config, prompts)
     quiet_libraries()
     model = build_model(config.model, here.device, config.seed)
