@@ -140,12 +140,14 @@ def _start(plan: Plan, manifest: Manifest, run: PlannedRun, slot: Slot) -> _Atte
 
 
 def _finish(plan: Plan, manifest: Manifest, attempt: _Attempt, otherwise: str) -> None:
-    """Notes how a run ended: finished where it says so itself, and `otherwise` where not."""
+    """Notes how a run ended: finished where it says so itself and its result is there, and `otherwise` where not."""
     code, entry = attempt.process.returncode, attempt.entry
     entry.seconds = round(attempt.before + time.monotonic() - attempt.began, 1)
-    entry.status = "finished" if code == 0 else otherwise
+    result = (plan.directory / attempt.run.name / "adapter").is_dir()
+    entry.status = "finished" if code == 0 and result else otherwise
     if entry.status == "failed":
-        entry.error = _said(log_path(plan.directory, attempt.run.name), code)
+        said = _said(log_path(plan.directory, attempt.run.name), code)
+        entry.error = said if code else "it ended without a result"
     manifest.save(plan.directory)
 
 
