@@ -14,8 +14,9 @@ from PIL import Image
 from draftplus.config import load_config, to_yaml
 from draftplus.errors import UserError
 from draftplus.metrics.intervals import paired_gain
+from draftplus.progress import duration
 from draftplus.report import write_report
-from draftplus.report.wording import duration, method_in_words, show, show_gain
+from draftplus.report.wording import method_in_words, show, show_gain
 from tests.report.page import LOADING, Page
 
 PROMPTS = ["an owl", "a crab"]

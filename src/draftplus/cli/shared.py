@@ -28,8 +28,10 @@ def prompts_of(source: str | None) -> list[str]:
     if source is None:
         return []
     from draftplus.data import prompts
+    from draftplus.progress import progress
 
-    return prompts.read_prompts(source)
+    with progress("reading prompts", None):
+        return prompts.read_prompts(source)
 
 
 def read_seeds(text: str) -> list[int]:

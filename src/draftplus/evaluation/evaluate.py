@@ -59,11 +59,12 @@ def compare(
     which = images_of(targets, prompts, images_per_prompt, seeds)
     quiet_libraries()
     make_output(output)
-    tools = instruments_of(targets, which, rewards, metrics, features)
+    with progress("loading the rewards and metrics", None):
+        tools = instruments_of(targets, which, rewards, metrics, features)
     rows: list[dict[str, Any]] = []
     base: Measured | None = None
     targets.sort(key=lambda target: target.adapter is not None)  # the base model first: others are measured against it
-    with progress("evaluating", len(targets) * len(which.jobs())) as advance:
+    with progress("evaluating", len(targets) * len(which.jobs()), unit="images") as advance:
         for number, target in enumerate(targets):
             measured = _measure(
                 target, which, tools, base, output, _shifted(advance, number * len(which.jobs()), target)

@@ -12,11 +12,12 @@ from typing import Any
 
 from draftplus import __version__
 from draftplus.config import Config, flatten, to_dict
+from draftplus.progress import duration
 from draftplus.report import summary
 from draftplus.report.curves import curves
 from draftplus.report.pictures import before_and_after
 from draftplus.report.read import Run
-from draftplus.report.wording import duration, method_in_words, setting, show, show_gain
+from draftplus.report.wording import method_in_words, setting, show, show_gain
 
 
 def render(run: Run) -> str:

@@ -8,11 +8,12 @@ from html import escape
 from typing import TypeGuard
 
 from draftplus.config import flatten
+from draftplus.progress import duration
 from draftplus.report import summary
 from draftplus.report.grouping import Comparison, differing_keys, finished, last_step, seed_of, settings_of
 from draftplus.report.inputs import Evaluated
 from draftplus.report.read import Run
-from draftplus.report.wording import duration, setting, show
+from draftplus.report.wording import setting, show
 from draftplus.runs.rows import HeldOut, MetricRow
 
 
