@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -32,6 +33,12 @@ def prompts_of(source: str | None) -> list[str]:
 
     with progress("reading prompts", None):
         return prompts.read_prompts(source)
+
+
+def identity(target: str) -> str:
+    """A target by its place, where it has one: runs of two sweeps may have one name."""
+    path, at, step = target.partition("@")
+    return f"{Path(path).resolve()}{at}{step}" if Path(path).exists() else target
 
 
 def read_seeds(text: str) -> list[int]:

@@ -90,13 +90,13 @@ def ended(run: Run) -> str:
     """How a run ended, in words."""
     if run.stopped:
         return f"stopped at step {run.stopped.get('step', '?')}: {run.stopped.get('reason', 'no reason given')}"
-    if finished(run):
+    if finished(run) and not run.running:
         return "finished"
-    flat = flatten(run.config)
+    flat, how = flatten(run.config), "running" if run.running else "not finished"
     if flat.get("train.epochs"):
-        return f"not finished: evaluated to step {max(0, last_step(run))} of {flat['train.epochs']} epochs"
+        return f"{how}: evaluated to step {max(0, last_step(run))} of {flat['train.epochs']} epochs"
     planned = flat.get("train.steps")
-    return f"not finished: evaluated to step {max(0, last_step(run))} of {planned}"
+    return f"{how}: evaluated to step {max(0, last_step(run))} of {planned}"
 
 
 def evaluations_table(targets: Sequence[Evaluated]) -> str:

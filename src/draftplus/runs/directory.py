@@ -36,7 +36,7 @@ def locked(run: Path) -> Iterator[None]:
 
     Raises UserError where it cannot be written, or another process trains in it.
     """
-    lock = FileLock(run / ".lock", timeout=0)
+    lock = FileLock(run / ".lock", timeout=1)  # a look at whether it is held, `is_held`, takes no longer
     try:
         run.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -52,6 +52,21 @@ def locked(run: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def is_held(run: Path) -> bool:
+    """Whether a process is training in a run directory. The kernel releases its lock when it ends, however it ends."""
+    if not (run / ".lock").is_file():
+        return False
+    lock = FileLock(run / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        return True
+    except OSError:  # another user's directory, of which nothing is known
+        return False
+    lock.release()
+    return False
 
 
 def write_config(run: Path, config: Config) -> None:
