@@ -54,7 +54,7 @@ class FineTuning:
         return (gradient_step if differentiates else ddpo_step)(self.setup, state, abandonable)
 
     def note(self, row: Row) -> str:
-        return f"reward {row['reward']:.3f}  kl {row['kl']:.2e}"
+        return f"reward {row['reward']:.3f}, kl {row['kl']:.2e}"
 
     def evaluate(self, step: int, advance: Advance) -> Row:
         note = self._evaluating(step, advance)
