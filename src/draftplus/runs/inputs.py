@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from draftplus.build import REWARDS, reward_loader
-from draftplus.config import Config, ModelConfig, RewardConfig
+from draftplus.config import Config, ModelConfig, RewardConfig, values
 from draftplus.distributed import World
 from draftplus.errors import UserError
 from draftplus.models.families import model_path
@@ -17,14 +17,13 @@ from draftplus.runs.checksums import files_hash, named_hash, text_hash
 from draftplus.runs.directory import saved_steps
 from draftplus.runs.origin import ORIGIN, read_origin
 
-PATHS = ("model.path", "model.denoiser", "model.vae", "data.prompts")
 PARTS = ("unet", "transformer", "vae", "text_encoder", "tokenizer", "scheduler")  # of a model, with those numbered _2
 CONFIGS = (".json", ".txt", ".model")
 
 
-def is_path(key: str) -> bool:
-    """Whether a key names a file whose content shapes the run."""
-    return key in PATHS or (key.startswith("reward.") and key.endswith(".path"))
+def file_keys(config: Config) -> set[str]:
+    """The keys that name files or directories, those of its rewards too."""
+    return {key for key, facts, _ in values(config) if facts.file}
 
 
 def source_hash(path: str, revision: str | None, index: str = "model_index.json") -> str:
@@ -56,10 +55,11 @@ def _looked_at(config: Config, run: Path, prompts: Sequence[str]) -> dict[str, s
     for name, reward in config.reward.items():
         now |= _reward(name, reward)
     before = read_origin(run) if saved_steps(run / "checkpoints") else None
+    files = file_keys(config)
     for key in sorted(now.keys() | before.inputs.keys()) if before else ():
         assert before is not None
         # what only one of two versions of draftplus looks at is no change; a file that was none before is
-        if now.get(key) != before.inputs.get(key) and (is_path(key) or (key in now and key in before.inputs)):
+        if now.get(key) != before.inputs.get(key) and (key in files or (key in now and key in before.inputs)):
             since = f"at step {before.step}" if before.step else "when it was started"
             return UserError(
                 f"{run}: {key} has another content than {since}; restore it, or choose another name= for a new run. "
@@ -82,16 +82,17 @@ def _model(config: ModelConfig) -> dict[str, str]:
             given = Path(getattr(config, key)).expanduser()
             files = {file.name: file for file in _loaded(given)} if given.is_dir() else {"": given}
             hashes[f"model.{key}"] = named_hash(files)
+    if config.config is not None and Path(config.config).expanduser().is_dir():
+        hashes["model.config"] = files_hash(Path(config.config).expanduser())
     return hashes
 
 
 def _loaded(part: Path) -> list[Path]:
-    """The files of a part of a model that are loaded: its configurations, and one set of weights."""
+    """The files of a part of a model that are loaded: its configurations, and its weights, of every variant."""
     inside = [path for path in part.iterdir() if path.is_file() and not path.name.startswith(".")]
     weights = [path for path in inside if path.suffix == ".safetensors"] or [p for p in inside if p.suffix == ".bin"]
-    plain = [path for path in weights if "." not in path.stem]  # fp16 and the like have it in their name
     configs = [path for path in inside if path.suffix in CONFIGS and not path.name.endswith(".index.json")]
-    return [*(plain or weights), *configs]
+    return [*weights, *configs]
 
 
 def _reward(name: str, config: RewardConfig) -> dict[str, str]:

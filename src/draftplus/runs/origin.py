@@ -9,11 +9,11 @@ import copy
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any
 
-from draftplus.config import Config, flatten, load_run_config, to_dict
+from draftplus.config import Config, flatten, load_run_config, to_dict, values
 from draftplus.data.prompts import BUILT_IN
 from draftplus.distributed import is_main_process
 from draftplus.errors import UserError
@@ -85,12 +85,15 @@ def _tell(line: str) -> None:
 def absolute_paths(config: Config) -> Config:
     """The configuration with whole paths to the files that it names, so that it means the same in any directory."""
     told = copy.deepcopy(config)
-    rewards = [*told.reward.values(), *told.eval.rewards.values()]
-    places: list[tuple[Any, str]] = [(told.model, key) for key in ("path", "denoiser", "vae")]
-    places += [(told.data, "prompts"), (told.eval, "prompts"), *((reward, "path") for reward in rewards)]
-    for section, key in places:
-        setattr(section, key, _absolute(getattr(section, key)))
+    for key, facts, value in list(values(told)):
+        if facts.file:
+            *sections, last = key.split(".")
+            setattr(reduce(_inside, sections, told), last, _absolute(value))
     return told
+
+
+def _inside(node: Any, name: str) -> Any:
+    return node[name] if isinstance(node, dict) else getattr(node, name)
 
 
 def _absolute(path: str | None) -> str | None:

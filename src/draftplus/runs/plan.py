@@ -11,7 +11,7 @@ from draftplus.diffusion.methods import check_method
 from draftplus.errors import UserError
 from draftplus.models.families import resolve
 from draftplus.runs.directory import is_run, saved_steps
-from draftplus.runs.inputs import is_path
+from draftplus.runs.inputs import file_keys
 from draftplus.runs.origin import absolute_paths, differences, read_origin, run_config
 
 
@@ -56,9 +56,9 @@ def _refuse_changes(config: Config, run: Path) -> None:
     origin = read_origin(run)
     then = origin.config if origin else flatten(to_dict(absolute_paths(resolve(run_config(run)))))
     now = flatten(to_dict(absolute_paths(config)))
-    shaping = shaping_keys(config, compares_images(config.reward))
+    shaping, files = shaping_keys(config, compares_images(config.reward)), file_keys(config)
     for key, (old, new) in sorted(differences(then, now).items()):
-        if origin and is_path(key):  # its content decides, which is looked at once the run starts
+        if origin and key in files:  # its content decides, which is looked at once the run starts
             continue
         if key in shaping or key not in now:
             before, after = written(old), written(new)
