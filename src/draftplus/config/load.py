@@ -114,6 +114,8 @@ def _recipe_layers(recipe: str | Path, children: tuple[Path, ...] = ()) -> list[
         raise UserError(f"{path} extends itself through {children[-1]}; remove extends from one of the recipes")
     try:
         loaded = OmegaConf.to_container(OmegaConf.load(path))
+    except OSError:
+        raise
     except Exception as error:  # yaml's errors share no base class with OmegaConf's
         raise UserError(f"{path}: not a YAML file: {str(error).splitlines()[0]}") from None
     if not isinstance(loaded, dict):

@@ -18,6 +18,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
     Raises UserError for a file that is damaged, or a pickle that would need to run code.
     """
+    if path.is_file():
+        path.open("rb").close()  # one that may not be read raises here, rather than being called damaged
     if path.suffix == ".safetensors":
         try:
             return load_file(path)

@@ -16,6 +16,7 @@ from PIL import Image
 
 from draftplus.config import Config, with_new_names
 from draftplus.errors import UserError
+from draftplus.runs.origin import edited
 from draftplus.runs.rows import EvaluationRow, are_numbers, ill_formed, read_evaluation
 
 STEP_DIRECTORY = re.compile(r"step-(\d+)")
@@ -84,6 +85,14 @@ def _read_config(run: Run) -> dict[str, Any]:
     if not isinstance(config, dict):
         run.missing.append("config.yaml (not a configuration)")
         return {}
+    try:
+        changed = edited(run.directory)
+    except UserError as error:
+        run.missing.append(f"config.yaml ({error})")
+        return {}
+    run.missing += [
+        f"config.yaml ({key} was {then}, is {now}: edited or damaged)" for key, (then, now) in changed.items()
+    ]
     config = with_new_names(config)
     lacking = [field.name for field in dataclasses.fields(Config) if field.name not in config]
     if lacking:
@@ -173,6 +182,9 @@ def _is_whole(path: Path) -> bool:
 
 def _read_object(run: Run, name: str) -> dict[str, Any]:
     value = _read_json(run, name)
+    if isinstance(value, dict) and type(value.get("step")) is not int:
+        run.missing.append(f"{name} (without a step)")
+        return {}
     if isinstance(value, dict) or not (run.directory / name).is_file():
         return value or {}
     if value is not None or (run.directory / name).read_text(encoding="utf-8", errors="replace").strip() == "null":
