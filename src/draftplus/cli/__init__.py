@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from draftplus import __version__
-from draftplus.cli import evaluate, generate, report, sweep, train
+from draftplus.cli import evaluate, export, generate, report, sweep, train
 from draftplus.cli.shared import examples
 from draftplus.errors import Interrupted, UserError
 
@@ -49,6 +49,7 @@ app.command(epilog=generate.EXAMPLES)(generate.generate)
 app.command(epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command(epilog=sweep.EXAMPLES)(sweep.sweep)
 app.command(epilog=report.EXAMPLES)(report.report)
+app.command(epilog=export.EXAMPLES)(export.export)
 
 
 def main() -> None:
@@ -70,6 +71,10 @@ def main() -> None:
         sys.exit(1)
     except typer.Abort:
         sys.exit(1)
+    except PermissionError as error:
+        _fail(
+            f"{error.filename or 'a file'}: {error.strerror or error}; ask its owner, or use another file or directory"
+        )
     except Exception:
         traceback.print_exc()
         sys.exit(1)

@@ -13,7 +13,7 @@ from draftplus.config import Config, ModelConfig, load_config
 from draftplus.errors import UserError
 from draftplus.evaluation.generate import TUNED, Knobs
 from draftplus.models.families import model_path
-from draftplus.models.lora import LORA_FILE
+from draftplus.models.lora_files import lora_file
 from draftplus.runs.checksums import files_hash
 from draftplus.runs.directory import is_run
 from draftplus.runs.inputs import source_hash
@@ -100,7 +100,8 @@ def _find(name: str, overrides: Sequence[str], knobs: Knobs, settings: Config | 
         raise UserError(
             f"'{name}' is a fully fine-tuned denoiser, which has no LoRA scale; use anneal instead, such as linear"
         )
-    step = adapter.name.removeprefix("step-") if run is not None else ""
+    holder = adapter if adapter.is_dir() else adapter.parent
+    step = holder.name.removeprefix("step-") if run is not None else ""
     return Target(
         name, f"{label} {knobs.label}".strip(), config, run, int(step) if step.isdigit() else None, adapter, knobs,
         model_hash(config.model), files_hash(adapter),
@@ -112,7 +113,7 @@ def _run_of(name: str) -> Path | None:
     if is_run(name.partition("@")[0]):
         return Path(name.partition("@")[0])
     path = Path(name)
-    return next((up for up in (path.parent, path.parent.parent) if _is_adapter(path) and is_run(up)), None)
+    return next((up for up in list(path.parents)[:3] if _is_adapter(path) and is_run(up)), None)
 
 
 def _inside_run(name: str) -> str:
@@ -120,9 +121,11 @@ def _inside_run(name: str) -> str:
 
 
 def _is_adapter(path: Path) -> bool:
-    """Whether a path is what a model's `tuned.save` writes: the directory of a LoRA file, or of a denoiser."""
+    """Whether a path is what a model's `tuned.load` reads: a LoRA file, or the directory of one or of a denoiser."""
+    if lora_file(path) is not None:
+        return True
     denoiser = (path / "config.json").is_file() and any(path.glob("*.safetensors"))
-    return (path / LORA_FILE).is_file() or (denoiser and not (path / "model_index.json").is_file())
+    return denoiser and not (path / "model_index.json").is_file()
 
 
 def _refuse_other(target: Target, first: Target) -> None:
@@ -148,4 +151,5 @@ def model_hash(config: ModelConfig) -> str:
     """
     parts = [source_hash(model_path(config), config.revision)]
     parts += [source_hash(str(Path(p).expanduser()), None) if p else "" for p in (config.denoiser, config.vae)]
+    parts += [f"{name} {value}" for name, value in (("variant", config.variant), ("config", config.config)) if value]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -41,7 +41,8 @@ def locked(run: Path) -> Iterator[None]:
     """
     try:
         run.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(run / ".lock", timeout=0, mode=file_mode(run))
+        # a look at whether it is held, `is_held`, takes no longer than the timeout
+        lock = FileLock(run / ".lock", timeout=1, mode=file_mode(run))
         lock.acquire()
     except Timeout:
         raise UserError(
@@ -55,6 +56,21 @@ def locked(run: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def is_held(run: Path) -> bool:
+    """Whether a process is training in a run directory. The kernel releases its lock when it ends, however it ends."""
+    if not (run / ".lock").is_file():
+        return False
+    lock = FileLock(run / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        return True
+    except OSError:  # another user's directory, of which nothing is known
+        return False
+    lock.release()
+    return False
 
 
 def write_config(run: Path, config: Config) -> None:

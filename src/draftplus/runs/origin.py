@@ -18,6 +18,7 @@ from draftplus.data.prompts import BUILT_IN
 from draftplus.distributed import is_main_process
 from draftplus.errors import UserError
 from draftplus.models.families import MODELS
+from draftplus.models.single_file import PACKAGED
 from draftplus.runs.checksums import seal, unseal
 from draftplus.runs.files import write_text
 
@@ -86,7 +87,7 @@ def absolute_paths(config: Config) -> Config:
     """The configuration with whole paths to the files that it names, so that it means the same in any directory."""
     told = copy.deepcopy(config)
     rewards = [*told.reward.values(), *told.eval.rewards.values()]
-    places: list[tuple[Any, str]] = [(told.model, key) for key in ("path", "denoiser", "vae")]
+    places: list[tuple[Any, str]] = [(told.model, key) for key in ("path", "denoiser", "vae", "config")]
     places += [(told.data, "prompts"), (told.eval, "prompts"), *((reward, "path") for reward in rewards)]
     for section, key in places:
         setattr(section, key, _absolute(getattr(section, key)))
@@ -94,7 +95,7 @@ def absolute_paths(config: Config) -> Config:
 
 
 def _absolute(path: str | None) -> str | None:
-    if path is None or path in MODELS or path in BUILT_IN:
+    if path is None or path in (*MODELS, *BUILT_IN, *PACKAGED):
         return path
     local = Path(path).expanduser()
     if local.exists() or set(path) & set("*?[{"):

@@ -10,6 +10,7 @@ from pathlib import Path
 from draftplus.config import Config, load_config, nearest
 from draftplus.errors import UserError
 from draftplus.models.families import MODELS, resolve
+from draftplus.models.lora_files import lora_file
 from draftplus.runs.checksums import verify
 from draftplus.runs.directory import is_run, saved_steps, step_name
 from draftplus.runs.origin import run_config
@@ -34,6 +35,10 @@ def find_weights(target: str, overrides: Sequence[str] = ()) -> Weights:
         if at:
             raise UserError(f"'{target}': {path} is not a run directory, so it has no '{at}'")
         _refuse_missing(target)
+        if lora_file(Path(target).expanduser()) is not None:
+            raise UserError(
+                f"'{target}' is an adapter; name the model or run that it is for, and give it as the adapter"
+            )
         config = load_config(None, [f"model.path={json.dumps(target)}", *overrides])
         if config.model.path != target:
             raise UserError(f"'{target}' is given but model.path={config.model.path} is set too; remove one of them")

@@ -90,7 +90,7 @@ def _train(plan: Plan, manifest: Manifest, waiting: list[PlannedRun], jobs: int 
     (plan.directory / LOGS).mkdir(exist_ok=True)
     free, active = slots([run.config.device for run in waiting], jobs), list[_Attempt]()
     total = sum(run.steps for run in plan.runs)
-    with interruption() as interrupt, progress("sweep", total) as advance, _ended(active, plan, manifest):
+    with interruption() as interrupt, progress("sweep", total, unit="steps") as advance, _ended(active, plan, manifest):
         while waiting or active:
             if interrupt.asked:
                 raise Interrupted
@@ -101,6 +101,7 @@ def _train(plan: Plan, manifest: Manifest, waiting: list[PlannedRun], jobs: int 
                 active.remove(attempt)
                 free.append(attempt.slot)
                 _finish(plan, manifest, attempt, "failed")
+                _show(plan, manifest, active, advance.event)
             _show(plan, manifest, active, advance)
 
 
@@ -188,9 +189,8 @@ def _show(plan: Plan, manifest: Manifest, active: Sequence[_Attempt], advance: A
     done = sum(run.steps for run in plan.runs if run.name in over)
     done += sum(_steps(plan.directory / name) for name in under_way)
     over_count = sum(run.name in over for run in plan.runs)
-    advance(
-        done, f"steps; run {min(over_count + 1, len(plan.runs))} of {len(plan.runs)}: {', '.join(sorted(under_way))}"
-    )
+    names = f": {', '.join(sorted(under_way))}" if under_way else ""
+    advance(done, f"run {min(over_count + 1, len(plan.runs))} of {len(plan.runs)}{names}")
 
 
 def _steps(run: Path) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from draftplus.config import Config, to_dict
@@ -24,8 +24,13 @@ from draftplus.training.state import State, initial_state
 from draftplus.training.task import Abandonable, Task
 
 
-def drive(task: Task, config: Config, run: Path, placement: Placement, here: World) -> None:
+def drive(
+    task: Task, config: Config, run: Path, placement: Placement, here: World,
+    told: Callable[[Path], None] | None = None,
+) -> None:  # fmt: skip
     """Trains from the newest checkpoint in `run`, or from the start, to the last step or until a guard stops it.
+
+    told: called with the run after each evaluation, on the main process.
 
     Raises UserError for a user's mistake, and Interrupted, once the last complete step is saved, where the process is
     asked to stop.
@@ -76,14 +81,20 @@ def drive(task: Task, config: Config, run: Path, placement: Placement, here: Wor
         except Exception as error:  # that of the training is the one to be told
             print(f"the state after step {state.step} could not be saved: {error}", file=sys.stderr)
 
-    with interruption() as interrupt, progress("training", task.total, here.is_main) as advance:
+    note = ""  # on the last step
+
+    with interruption() as interrupt, progress("training", task.total, here.is_main, "steps") as advance:
+
+        def evaluating(done: int, doing: str) -> None:
+            advance(done, ", ".join(filter(None, [doing, note])))
+
         try:
             while True:
                 stopped = task.stop_reason(evaluations)
                 last = state.step >= task.total or stopped is not None
                 if state.step not in evaluated and (state.step % config.eval.every == 0 or last):
                     with state.averaged(), interrupt.abandonable():
-                        row = task.evaluate(state.step, advance)
+                        row = task.evaluate(state.step, evaluating)
                     evaluated.add(state.step)
                     evaluations.append(row)
                     _save_weights(task, state, run / "adapters" / step_name(state.step), here)
@@ -91,18 +102,22 @@ def drive(task: Task, config: Config, run: Path, placement: Placement, here: Wor
                         journal.append_row(run / "eval.jsonl", row)
                         task.write_best(evaluations)
                         _log(loggers, "held_out/", row, state.step)
+                        if told is not None:
+                            told(run)
+                    advance.event(state.step, ", ".join(filter(None, [_measured(row), note])))
                     continue  # what it found may end the run
                 if state.step % config.checkpoint.every == 0 or last:
                     save_state()
                 if last:
                     with state.averaged(), interrupt.abandonable():
-                        task.finish(state.step, advance)
+                        task.finish(state.step, evaluating)
                     break
 
                 row = _step(task, state, config, interrupt.abandonable, run if here.is_main else None)
                 if here.is_main:
                     _log(loggers, "train/", row, state.step)
-                advance(state.step, task.note(row))
+                note = task.note(row)
+                advance(state.step, note)
         except Interrupted:
             save_last()
             raise
@@ -135,6 +150,11 @@ def _step(task: Task, state: State, config: Config, abandonable: Abandonable, ru
         if run is not None:
             journal.append_row(run / "metrics.jsonl", row)
     return row
+
+
+def _measured(row: Row) -> str:
+    known = (("held-out reward", row.get("reward")), ("LPIPS", row.get("lpips")))
+    return ", ".join(f"{name} {value:.4g}" for name, value in known if isinstance(value, float))
 
 
 def _save_weights(task: Task, state: State, target: Path, here: World) -> None:

@@ -54,7 +54,7 @@ class FineTuning:
         return (gradient_step if differentiates else ddpo_step)(self.setup, state, abandonable)
 
     def note(self, row: Row) -> str:
-        return f"reward {row['reward']:.3f}  kl {row['kl']:.2e}"
+        return f"reward {row['reward']:.3f}, kl {row['kl']:.2e}"
 
     def evaluate(self, step: int, advance: Advance) -> Row:
         note = self._evaluating(step, advance)
@@ -115,7 +115,7 @@ def fine_tuning(config: Config, run: Path, placement: Placement, here: World) ->
     Raises UserError for everything that is wrong with the configuration, the model, the rewards or the prompts.
     """
     micro = micro_batch_size(config, here.size)
-    prompts = load_prompts(config.data.prompts)
+    prompts = load_prompts(config.data.prompts, config.data.column)
     held_out = evaluation_set(config, prompts)
     quiet_libraries()
     model = build_model(config.model, here.device, config.seed)
