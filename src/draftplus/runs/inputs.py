@@ -12,6 +12,7 @@ from draftplus.config import Config, ModelConfig, RewardConfig, values
 from draftplus.distributed import World
 from draftplus.errors import UserError
 from draftplus.models.families import model_path
+from draftplus.models.single_file import PACKAGED
 from draftplus.rewards.arguments import parameters_of
 from draftplus.runs.checksums import files_hash, named_hash, text_hash
 from draftplus.runs.directory import saved_steps
@@ -73,26 +74,31 @@ def _model(config: ModelConfig) -> dict[str, str]:
     if path.is_dir():
         files = {"model_index.json": path / "model_index.json"}
         for part in (part for name in PARTS for part in path.glob(f"{name}*") if part.is_dir()):
-            files |= {f"{part.name}/{file.name}": file for file in _loaded(part)}
+            files |= {f"{part.name}/{file.name}": file for file in _loaded(part, config.variant)}
         hashes = {"model.path": named_hash(files)}
     else:
         hashes = {"model.path": source_hash(str(path), config.revision)}
     for key in ("denoiser", "vae"):
         if getattr(config, key) is not None:
             given = Path(getattr(config, key)).expanduser()
-            files = {file.name: file for file in _loaded(given)} if given.is_dir() else {"": given}
+            files = {file.name: file for file in _loaded(given, config.variant)} if given.is_dir() else {"": given}
             hashes[f"model.{key}"] = named_hash(files)
-    if config.config is not None and Path(config.config).expanduser().is_dir():
-        hashes["model.config"] = files_hash(Path(config.config).expanduser())
+    if config.config is not None:
+        given = Path(config.config).expanduser()
+        packaged = config.config in PACKAGED or not given.is_dir()
+        files = {} if packaged else {str(file.relative_to(given)): file for file in given.rglob("*.json")}
+        hashes["model.config"] = config.config if packaged else named_hash(files)
     return hashes
 
 
-def _loaded(part: Path) -> list[Path]:
-    """The files of a part of a model that are loaded: its configurations, and its weights, of every variant."""
+def _loaded(part: Path, variant: str | None) -> list[Path]:
+    """The files of a part of a model that are loaded: its configurations, and one set of weights."""
     inside = [path for path in part.iterdir() if path.is_file() and not path.name.startswith(".")]
     weights = [path for path in inside if path.suffix == ".safetensors"] or [p for p in inside if p.suffix == ".bin"]
+    named = [path for path in weights if f".{variant}" in path.stem]
+    plain = [path for path in weights if "." not in path.stem]
     configs = [path for path in inside if path.suffix in CONFIGS and not path.name.endswith(".index.json")]
-    return [*weights, *configs]
+    return [*(named or plain or weights), *configs]
 
 
 def _reward(name: str, config: RewardConfig) -> dict[str, str]:

@@ -18,6 +18,7 @@ from draftplus.data.prompts import BUILT_IN
 from draftplus.distributed import is_main_process
 from draftplus.errors import UserError
 from draftplus.models.families import MODELS
+from draftplus.models.single_file import PACKAGED
 from draftplus.runs.checksums import seal, unseal
 from draftplus.runs.files import write_text
 
@@ -97,7 +98,7 @@ def _inside(node: Any, name: str) -> Any:
 
 
 def _absolute(path: str | None) -> str | None:
-    if path is None or path in MODELS or path in BUILT_IN:
+    if path is None or path in (*MODELS, *BUILT_IN, *PACKAGED):
         return path
     local = Path(path).expanduser()
     if local.exists() or set(path) & set("*?[{"):
