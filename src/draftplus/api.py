@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,17 +53,25 @@ def load_reward(
 
 
 def train(recipe: Config | str | Path = "emoji", overrides: Sequence[str] = ()) -> Path:
-    """Trains, or continues, and writes the report. Returns the run directory.
+    """Trains, or continues, and writes the report, at each evaluation too. Returns the run directory.
 
     recipe: a configuration, a recipe's name or file, or a run directory. overrides: `key=value` strings.
 
     Raises UserError for a user's mistake.
     """
     config, run = plan_run(recipe, overrides)
-    _train(config, run)
+    _train(config, run, _report_so_far)
     if is_main_process():
         write_report(run)
     return run
+
+
+def _report_so_far(run: Path) -> None:
+    """Writes the report of a run that goes on, so that it can be looked at. No fault of a page ends a training."""
+    try:
+        write_report(run)
+    except Exception as error:
+        print(f"{run / 'report.html'} is not written: {error}; the training goes on", file=sys.stderr)
 
 
 def describe(recipe: Config | str | Path = "emoji", overrides: Sequence[str] = ()) -> str:
@@ -127,6 +136,7 @@ def evaluate(
     lora_scale: float = 1.0,
     anneal: str | None = None,
     output: str | Path = "evaluated",
+    latents: str | Path | None = None,
 ) -> dict[str, Any]:
     """Measures models, runs (RUN, RUN@step, RUN@best) and adapters (files, directories) on the same prompts and seeds.
 
@@ -138,14 +148,14 @@ def evaluate(
     one unless given. lora_scale, anneal: for all that has trained weights. The base model is always measured too.
 
     Returns what is in `output`/eval.json, beside which the pictures lie. Images that were made before, for the same
-    files and settings, are not made again.
+    files and settings, are not made again, if their latents are in `latents`, which is `output`/latents unless given.
 
     Raises UserError for a user's mistake.
     """
     return compare(
         _listed(targets), _listed(overrides), Path(output), None if prompts is None else _listed(prompts),
         images_per_prompt, list(seeds) if seeds is not None else None, _listed(rewards), _listed(metrics), features,
-        Knobs(lora_scale, anneal),
+        Knobs(lora_scale, anneal), None if latents is None else Path(latents),
     )  # fmt: skip
 
 

@@ -35,6 +35,14 @@ class ModelConfig:
         "float32", "precision of frozen weights; trained weights are always float32",
         choices=("float32", "bfloat16", "float16"), base_model=True,
     )  # fmt: skip
+    variant: str | None = _key(
+        None, "files of which variant are loaded, such as fp16; null: those without one, or the only variant",
+        base_model=True, added=True,
+    )  # fmt: skip
+    config: str | None = _key(
+        None, "configurations of a single file: a diffusers directory, sd1, sd2 or sd2-base; null: by its weights",
+        base_model=True, added=True,
+    )  # fmt: skip
     lora: LoraConfig | None = _key(LoraConfig, "null: full fine-tuning of the denoiser")
     gradient_checkpointing: bool = _key(
         False, "recompute activations in the backward pass, which saves memory and takes more time", affects="conduct"
@@ -129,7 +137,13 @@ class RewardConfig:
 
 @dataclass
 class DataConfig:
-    prompts: str = _key("animals", "training prompts: a built-in set, or a .txt, .jsonl or WebDataset .tar file")
+    prompts: str = _key(
+        "animals",
+        "training prompts: a built-in set, a .txt, .jsonl, .json, .csv, .tsv, .parquet or .tar file, or shards",
+    )
+    column: str | None = _key(
+        None, "column or field that holds the prompt; null: the one named prompt, text or caption", added=True
+    )
     images_per_prompt: int = _key(1, "images of each prompt in a step; they are adjacent in the batch", above=0)
 
 

@@ -25,6 +25,7 @@ from draftplus.errors import UserError
 Prediction = Literal["epsilon", "v_prediction", "sample", "flow"]
 SPACINGS = choices_of("sampler.spacing")
 SOLVERS = tuple(name for name in choices_of("sampler.solver") if name != "auto")
+CONSISTENCY = ("LCMScheduler", "TCDScheduler")  # of distilled models, whose few steps no other solver replaces
 
 
 class Step(NamedTuple):
@@ -96,6 +97,11 @@ def make_schedule(
         raise UserError(f"sampler.solver: unknown solver '{solver}'; choose auto, {', '.join(SOLVERS)}")
     if spacing is not None and spacing not in SPACINGS:
         raise UserError(f"sampler.spacing: unknown spacing '{spacing}'; choose {', '.join(SPACINGS)}")
+    if solver == "auto" and config.get("_class_name") in CONSISTENCY:
+        raise UserError(
+            f"the model's scheduler is {config['_class_name']}, which is not supported; to sample with another solver "
+            "than it was made for, set sampler.solver=ddim"
+        )
     train_steps = int(config.get("num_train_timesteps", 1000))
     if not 1 <= steps <= train_steps:
         raise UserError(f"sampler.steps is {steps}; this model takes 1 to {train_steps}")

@@ -64,7 +64,8 @@ def make_gallery(
     device = pick_device(config.device)
     known = {**config.reward, **config.eval.rewards}
     scorers = {name: build_reward(name, known.get(name, RewardConfig()), device) for name in rewards}
-    model = build_model(config.model, device, trainable=False)
+    with progress("loading the model", None):
+        model = build_model(config.model, device, trainable=False)
     chosen = adapter if adapter is not None else weights.adapter
     if chosen is None and knobs != TUNED:
         raise UserError(f"'{target}' has no trained weights to scale or anneal; name a run or give an adapter")
@@ -73,9 +74,10 @@ def make_gallery(
     knobs.check()
     jobs = jobs_of(prompts, seeds)
     size = config.train.sampling_batch_size or SAMPLING_BATCH
-    with progress("generating", len(jobs)) as advance:
+    with progress("generating", len(jobs), unit="images") as advance:
         images = generate_images(model, jobs, config.sampler, size, knobs=knobs, advance=advance)
-    return Gallery(jobs, images, score_images(scorers, images, [job.prompt for job in jobs], device))
+        scores = score_images(scorers, images, [job.prompt for job in jobs], device)
+    return Gallery(jobs, images, scores)
 
 
 def write_gallery(

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from PIL import Image
 
 from draftplus.config import Config, with_new_names
 from draftplus.errors import UserError
+from draftplus.runs.directory import is_held
 from draftplus.runs.rows import EvaluationRow, are_numbers, ill_formed, read_evaluation
 
 STEP_DIRECTORY = re.compile(r"step-(\d+)")
@@ -28,7 +30,7 @@ class Run:
 
     steps: the rows of metrics.jsonl. evaluations: those of eval.jsonl. samples: by step, the picture of each
     (prompt index, seed). best, stopped: best.json, and stopped.json of a run that a guard ended. missing: what was
-    not there, in words.
+    not there, in words. running: whether a process is training in it.
     """
 
     directory: Path
@@ -41,6 +43,7 @@ class Run:
     best: dict[str, Any] = field(default_factory=dict)
     stopped: dict[str, Any] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
+    running: bool = False
     alias: str = ""
 
     @property
@@ -56,7 +59,7 @@ def read_run(directory: Path) -> Run:
     """
     if not directory.is_dir():
         raise UserError(f"{directory}: no such run directory")
-    run = Run(directory)
+    run = Run(directory, running=is_held(directory))
     run.config = _read_config(run)
     run.steps = _read_rows(run, "metrics.jsonl", "no training curves", _not_numbers)
     evaluated = _read_rows(run, "eval.jsonl", "no held-out numbers", ill_formed)
@@ -161,11 +164,19 @@ def _read_samples(run: Run) -> None:
 def _is_whole(path: Path) -> bool:
     """Whether a PNG file is all there, by its checksums; a copy or a write that broke off is not."""
     try:
+        state = path.stat()
+    except OSError:
+        return False
+    return _checked(path, state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=100_000)  # a running job's report is written at every evaluation
+def _checked(path: Path, size: int, changed: int) -> bool:
+    try:
         with Image.open(path) as image:
             image.verify()
-            path_end = path.stat().st_size
         with path.open("rb") as file:
-            file.seek(max(0, path_end - 8))
+            file.seek(max(0, size - 8))
             return file.read(4) == b"IEND"
     except (OSError, SyntaxError, ValueError):
         return False
