@@ -130,3 +130,13 @@ def breakable(images: Tensor, prompts: Sequence[str]) -> Tensor:
             raise ZeroDivisionError("of the user's own code")
         CALLS.append(len(prompts))
     return redness(images, prompts)
+
+
+def stubborn(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """`patient`, which takes as long to clean up when it is interrupted."""
+    try:
+        return patient(images, prompts)
+    finally:
+        if Path("waiting").exists():
+            Path("cleaning").touch()
+            time.sleep(600)

@@ -71,6 +71,10 @@ def main() -> None:
         sys.exit(1)
     except typer.Abort:
         sys.exit(1)
+    except PermissionError as error:
+        _fail(
+            f"{error.filename or 'a file'}: {error.strerror or error}; ask its owner, or use another file or directory"
+        )
     except Exception:
         traceback.print_exc()
         sys.exit(1)

@@ -20,6 +20,7 @@ from draftplus.config.keys import (
     nearest,
     to_dict,
     to_yaml,
+    values,
 )
 from draftplus.config.load import (
     load_config,
@@ -48,5 +49,5 @@ __all__ = [
     "RewardConfig", "SamplerConfig", "StopConfig", "all_keys", "base_model_of", "choices_of", "describe_keys",
     "facts_of", "flatten", "is_below", "is_text", "keys_that_affect", "keys_where", "load_config",
     "load_run_config", "nearest", "read_yaml", "recipe_names", "recipe_path", "refuse_bad_name", "run_name",
-    "shaping_keys", "to_dict", "to_yaml", "with_new_names", "written",
+    "shaping_keys", "to_dict", "to_yaml", "values", "with_new_names", "written",
 ]  # fmt: skip

@@ -21,7 +21,7 @@ from draftplus.evaluation.scores import score_images
 from draftplus.progress import progress
 from draftplus.runs.files import make_output, write_text
 from draftplus.runs.rows import reward_key
-from draftplus.runs.weights import find_weights
+from draftplus.runs.weights import find_weights, intact
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def make_gallery(
     scorers = {name: build_reward(name, known.get(name, RewardConfig()), device) for name in rewards}
     with progress("loading the model", None):
         model = build_model(config.model, device, trainable=False)
-    chosen = adapter if adapter is not None else weights.adapter
+    chosen = intact(adapter) if adapter is not None else weights.adapter
     if chosen is None and knobs != TUNED:
         raise UserError(f"'{target}' has no trained weights to scale or anneal; name a run or give an adapter")
     if chosen is not None:

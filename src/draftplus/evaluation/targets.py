@@ -17,7 +17,7 @@ from draftplus.models.lora_files import lora_file
 from draftplus.runs.checksums import files_hash
 from draftplus.runs.directory import is_run
 from draftplus.runs.inputs import source_hash
-from draftplus.runs.weights import find_weights
+from draftplus.runs.weights import find_weights, intact
 
 BASE = "base"
 
@@ -89,7 +89,7 @@ def _find(name: str, overrides: Sequence[str], knobs: Knobs, settings: Config | 
         return Target(name, weights.label, config, None, None, None, TUNED, model_hash(config.model), None)
     if _is_adapter(path):
         config = settings or find_weights(load_config(None, list(overrides)).model.path, overrides).config
-        adapter, label = path, path.resolve().name if run is None else f"{run.name}/{path.name}"
+        adapter, label = intact(path), path.resolve().name if run is None else f"{run.name}/{path.name}"
     else:
         weights = find_weights(name, overrides)
         assert weights.adapter is not None

@@ -8,23 +8,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from draftplus.build import REWARDS, reward_loader
-from draftplus.config import Config, ModelConfig, RewardConfig
+from draftplus.config import Config, ModelConfig, RewardConfig, values
 from draftplus.distributed import World
 from draftplus.errors import UserError
 from draftplus.models.families import model_path
+from draftplus.models.single_file import PACKAGED
 from draftplus.rewards.arguments import parameters_of
 from draftplus.runs.checksums import files_hash, named_hash, text_hash
 from draftplus.runs.directory import saved_steps
 from draftplus.runs.origin import ORIGIN, read_origin
 
-PATHS = ("model.path", "model.denoiser", "model.vae", "data.prompts")
 PARTS = ("unet", "transformer", "vae", "text_encoder", "tokenizer", "scheduler")  # of a model, with those numbered _2
 CONFIGS = (".json", ".txt", ".model")
 
 
-def is_path(key: str) -> bool:
-    """Whether a key names a file whose content shapes the run."""
-    return key in PATHS or (key.startswith("reward.") and key.endswith(".path"))
+def file_keys(config: Config) -> set[str]:
+    """The keys that name files or directories, those of its rewards too."""
+    return {key for key, facts, _ in values(config) if facts.file}
 
 
 def source_hash(path: str, revision: str | None, index: str = "model_index.json") -> str:
@@ -56,10 +56,11 @@ def _looked_at(config: Config, run: Path, prompts: Sequence[str]) -> dict[str, s
     for name, reward in config.reward.items():
         now |= _reward(name, reward)
     before = read_origin(run) if saved_steps(run / "checkpoints") else None
+    files = file_keys(config)
     for key in sorted(now.keys() | before.inputs.keys()) if before else ():
         assert before is not None
         # what only one of two versions of draftplus looks at is no change; a file that was none before is
-        if now.get(key) != before.inputs.get(key) and (is_path(key) or (key in now and key in before.inputs)):
+        if now.get(key) != before.inputs.get(key) and (key in files or (key in now and key in before.inputs)):
             since = f"at step {before.step}" if before.step else "when it was started"
             return UserError(
                 f"{run}: {key} has another content than {since}; restore it, or choose another name= for a new run. "
@@ -73,25 +74,31 @@ def _model(config: ModelConfig) -> dict[str, str]:
     if path.is_dir():
         files = {"model_index.json": path / "model_index.json"}
         for part in (part for name in PARTS for part in path.glob(f"{name}*") if part.is_dir()):
-            files |= {f"{part.name}/{file.name}": file for file in _loaded(part)}
+            files |= {f"{part.name}/{file.name}": file for file in _loaded(part, config.variant)}
         hashes = {"model.path": named_hash(files)}
     else:
         hashes = {"model.path": source_hash(str(path), config.revision)}
     for key in ("denoiser", "vae"):
         if getattr(config, key) is not None:
             given = Path(getattr(config, key)).expanduser()
-            files = {file.name: file for file in _loaded(given)} if given.is_dir() else {"": given}
+            files = {file.name: file for file in _loaded(given, config.variant)} if given.is_dir() else {"": given}
             hashes[f"model.{key}"] = named_hash(files)
+    if config.config is not None:
+        given = Path(config.config).expanduser()
+        packaged = config.config in PACKAGED or not given.is_dir()
+        files = {} if packaged else {str(file.relative_to(given)): file for file in given.rglob("*.json")}
+        hashes["model.config"] = config.config if packaged else named_hash(files)
     return hashes
 
 
-def _loaded(part: Path) -> list[Path]:
+def _loaded(part: Path, variant: str | None) -> list[Path]:
     """The files of a part of a model that are loaded: its configurations, and one set of weights."""
     inside = [path for path in part.iterdir() if path.is_file() and not path.name.startswith(".")]
     weights = [path for path in inside if path.suffix == ".safetensors"] or [p for p in inside if p.suffix == ".bin"]
-    plain = [path for path in weights if "." not in path.stem]  # fp16 and the like have it in their name
+    named = [path for path in weights if f".{variant}" in path.stem]
+    plain = [path for path in weights if "." not in path.stem]
     configs = [path for path in inside if path.suffix in CONFIGS and not path.name.endswith(".index.json")]
-    return [*(plain or weights), *configs]
+    return [*(named or plain or weights), *configs]
 
 
 def _reward(name: str, config: RewardConfig) -> dict[str, str]:

@@ -9,15 +9,16 @@ import copy
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any
 
-from draftplus.config import Config, flatten, load_run_config, to_dict
+from draftplus.config import Config, flatten, load_run_config, to_dict, values
 from draftplus.data.prompts import BUILT_IN
 from draftplus.distributed import is_main_process
 from draftplus.errors import UserError
 from draftplus.models.families import MODELS
+from draftplus.models.single_file import PACKAGED
 from draftplus.runs.checksums import seal, unseal
 from draftplus.runs.files import write_text
 
@@ -85,16 +86,19 @@ def _tell(line: str) -> None:
 def absolute_paths(config: Config) -> Config:
     """The configuration with whole paths to the files that it names, so that it means the same in any directory."""
     told = copy.deepcopy(config)
-    rewards = [*told.reward.values(), *told.eval.rewards.values()]
-    places: list[tuple[Any, str]] = [(told.model, key) for key in ("path", "denoiser", "vae")]
-    places += [(told.data, "prompts"), (told.eval, "prompts"), *((reward, "path") for reward in rewards)]
-    for section, key in places:
-        setattr(section, key, _absolute(getattr(section, key)))
+    for key, facts, value in list(values(told)):
+        if facts.file:
+            *sections, last = key.split(".")
+            setattr(reduce(_inside, sections, told), last, _absolute(value))
     return told
 
 
+def _inside(node: Any, name: str) -> Any:
+    return node[name] if isinstance(node, dict) else getattr(node, name)
+
+
 def _absolute(path: str | None) -> str | None:
-    if path is None or path in MODELS or path in BUILT_IN:
+    if path is None or path in (*MODELS, *BUILT_IN, *PACKAGED):
         return path
     local = Path(path).expanduser()
     if local.exists() or set(path) & set("*?[{"):

@@ -6,12 +6,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from draftplus.build import compares_images
-from draftplus.config import Config, flatten, load_config, run_name, shaping_keys, to_dict, written
+from draftplus.config import (
+    CHANGEABLE,
+    Config,
+    flatten,
+    is_below,
+    load_config,
+    run_name,
+    shaping_keys,
+    to_dict,
+    written,
+)
 from draftplus.diffusion.methods import check_method
 from draftplus.errors import UserError
 from draftplus.models.families import resolve
 from draftplus.runs.directory import is_run, saved_steps
-from draftplus.runs.inputs import is_path
+from draftplus.runs.inputs import file_keys
 from draftplus.runs.origin import absolute_paths, differences, read_origin, run_config
 
 
@@ -56,11 +66,11 @@ def _refuse_changes(config: Config, run: Path) -> None:
     origin = read_origin(run)
     then = origin.config if origin else flatten(to_dict(absolute_paths(resolve(run_config(run)))))
     now = flatten(to_dict(absolute_paths(config)))
-    shaping = shaping_keys(config, compares_images(config.reward))
+    shaping, files = shaping_keys(config, compares_images(config.reward)), file_keys(config)
     for key, (old, new) in sorted(differences(then, now).items()):
-        if origin and is_path(key):  # its content decides, which is looked at once the run starts
+        if origin and key in files:  # its content decides, which is looked at once the run starts
             continue
-        if key in shaping or key not in now:
+        if key in shaping or not is_below(key, CHANGEABLE):  # `shaping` lacks new keys that are as they always were
             before, after = written(old), written(new)
             raise UserError(
                 f"{run} was started with {key}={before}, but now it is {after}; this key cannot change when a run is "

@@ -58,13 +58,14 @@ def drive(
     task.before(sorted(evaluated), state.step)
     logs = here.is_main and (state.step < task.total or state.step not in evaluated)  # a finished run says nothing
     loggers = journal.open_loggers(config.log.to if logs else (), run, to_dict(config), state.step)
-    saved = state.step
+    saved = tried = state.step
 
     def save_state() -> None:
-        nonlocal saved
+        nonlocal saved, tried
         if state.step > saved:
-            saved = state.step  # also where it fails: an error is no reason to try again
+            tried = state.step
             checkpoint.save(run / "checkpoints", state, config.checkpoint.keep, placement, here)
+            saved = state.step
 
     def save_last() -> None:
         if not state.torn:
@@ -73,7 +74,7 @@ def drive(
             print(f"stopped after step {saved}; continue with: draftplus train {run}", file=sys.stderr)
 
     def save_after_error() -> None:
-        if state.step == 0:
+        if state.step == 0 or tried > saved:  # nothing to save, or saving is what failed
             return
         try:
             save_last()

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeGuard
 
 from draftplus.config import RewardConfig, StopConfig
 from draftplus.runs.files import write_text
@@ -45,7 +46,7 @@ def stop_reason(rows: Sequence[Row], stop: StopConfig, held_out: Iterable[str]) 
     return None
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, float) and math.isfinite(value)
 
 
