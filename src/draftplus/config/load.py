@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -55,15 +57,23 @@ def with_new_names(tree: Mapping[Any, Any], prefix: str = "") -> dict[Any, Any]:
     return told
 
 
+_hints = cache(get_type_hints)
+
+
+@cache
+def _defaults() -> Any:
+    return OmegaConf.structured(Config)  # takes far longer than a copy, and a sweep reads a thousand configurations
+
+
 def _merged(recipe: Sequence[dict[str, Any]], overrides: Sequence[str], base: Config | None = None) -> Config:
     layers = [*recipe, *map(_parse_override, overrides)]
-    merged = OmegaConf.structured(base or Config)
+    merged = copy.deepcopy(_defaults()) if base is None else OmegaConf.structured(base)
     for layer in layers:
         _check_keys(layer, Config)
         if isinstance(layer.get("reward"), Mapping) and layer.pop("__replace_reward__", False):
             merged.reward = {}
         try:
-            merged = OmegaConf.merge(merged, layer)
+            merged = OmegaConf.unsafe_merge(merged, layer)  # a copy at each layer would take most of the time
         except (OmegaConfBaseException, TypeError) as error:
             raise UserError(_said(error, ", ".join(flatten(layer)))) from None
     try:
@@ -158,7 +168,7 @@ def _check_keys(layer: Mapping[str, Any], node: Any, prefix: str = "") -> None:
             near = nearest(f"{prefix}{key}", [*(k for k, _ in all_keys()), *(f"{prefix}{name}" for name in known)])
             raise UserError(f"unknown key '{prefix}{key}'; {near or 'draftplus train --help lists all keys'}")
         child = dataclass_of(known[key])
-        if get_type_hints(node)[key] == dict[str, RewardConfig] and isinstance(value, Mapping):
+        if _hints(node)[key] == dict[str, RewardConfig] and isinstance(value, Mapping):
             for name, settings in value.items():
                 if isinstance(settings, Mapping):
                     _check_keys(settings, RewardConfig, f"{prefix}{key}.{name}.")
