@@ -22,7 +22,7 @@ LAYERS = [
     ["runs"],
     ["evaluation"],
     ["training"],
-    ["__main__", "cli", "api", "sweeps", "report"],
+    ["__main__", "cli", "api", "publish", "sweeps", "report"],
 ]
 BELOW_ALL = {"draftplus"}  # the package itself holds the version and lazy names; anyone may import it
 

@@ -8,9 +8,8 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from draftplus.config.facts import Affects, Facts, facts_of
+from draftplus.config.reading import write_yaml
 from draftplus.config.schema import Config
 
 
@@ -112,7 +111,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def to_yaml(config: Config) -> str:
     """The complete configuration as YAML; `load_config` reads it back."""
-    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+    return write_yaml(to_dict(config))
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_type_hints
-
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from typing import Any, NamedTuple
 
 from draftplus.config.check import check
-from draftplus.config.keys import CHANGEABLE, all_keys, dataclass_of, flatten, is_below, keys_where, nearest, to_dict
-from draftplus.config.schema import Config, RewardConfig
+from draftplus.config.keys import CHANGEABLE, flatten, is_below, keys_where, nearest, to_dict
+from draftplus.config.reading import read_text, read_value, read_yaml
+from draftplus.config.schema import Config
+from draftplus.config.typed import RENAMED, assigned, is_text
 from draftplus.errors import UserError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
-RENAMED = {"model.unet": "model.denoiser"}  # a key in runs of earlier versions -> its name now, in the same section
+LAST_SECTION = "log"  # of the schema, in the files of every version: what is cut off has lost it
 
 
 def load_config(recipe: str | Path | None = None, overrides: Sequence[str] = (), base: Config | None = None) -> Config:
@@ -39,10 +38,15 @@ def load_run_config(run: Path, overrides: Sequence[str] = ()) -> Config:
 
     run: a run directory. It may use key names of earlier versions; overrides may not.
 
-    Raises UserError as `load_config` does.
+    Raises UserError as `load_config` does, and for a file whose end is missing.
     """
     *parents, own = _recipe_layers(run / "config.yaml")
-    return _merged([*parents, with_new_names(own)], overrides)
+    if not any(LAST_SECTION in layer.tree for layer in [*parents, own]):
+        raise UserError(
+            f"{run / 'config.yaml'} is empty or cut off, so the settings of this run are not known; put back a copy of "
+            "it, or repeat the command that started the run"
+        )
+    return _merged([*parents, own._replace(tree=with_new_names(own.tree))], overrides)
 
 
 def with_new_names(tree: Mapping[Any, Any], prefix: str = "") -> dict[Any, Any]:
@@ -55,29 +59,26 @@ def with_new_names(tree: Mapping[Any, Any], prefix: str = "") -> dict[Any, Any]:
     return told
 
 
-def _merged(recipe: Sequence[dict[str, Any]], overrides: Sequence[str], base: Config | None = None) -> Config:
-    layers = [*recipe, *map(_parse_override, overrides)]
-    merged = OmegaConf.structured(base or Config)
-    for layer in layers:
-        _check_keys(layer, Config)
-        if isinstance(layer.get("reward"), Mapping) and layer.pop("__replace_reward__", False):
-            merged.reward = {}
-        try:
-            merged = OmegaConf.merge(merged, layer)
-        except (OmegaConfBaseException, TypeError) as error:
-            raise UserError(_said(error, ", ".join(flatten(layer)))) from None
-    try:
-        config = OmegaConf.to_object(merged)  # resolves references, such as ${oc.env:HOME}
-    except OmegaConfBaseException as error:
-        raise UserError(_said(error, "configuration")) from None
-    assert isinstance(config, Config)
+class _Layer(NamedTuple):
+    """Settings over those before. where: the file that they are from, to be shown before a key; empty: none.
+
+    replaces: whether its rewards are instead of those before.
+    """
+
+    tree: Mapping[Any, Any]
+    where: str = ""
+    replaces: bool = True
+
+
+def _merged(recipe: Sequence[_Layer], overrides: Sequence[str], base: Config | None = None) -> Config:
+    given = [] if base is None else [_Layer(to_dict(base))]
+    config = Config()
+    for tree, where, replaces in [*given, *recipe, *map(_parse_override, overrides)]:
+        if replaces and isinstance(tree.get("reward"), Mapping):
+            config = replace(config, reward={})
+        config = assigned(Config, tree, config, "", where)
     check(config)
     return config
-
-
-def _said(error: Exception, where: str) -> str:
-    key, message = getattr(error, "full_key", None) or where, getattr(error, "msg", None) or str(error)
-    return f"{key}: {message.splitlines()[0]}"
 
 
 def recipe_names() -> list[str]:
@@ -102,17 +103,14 @@ def recipe_path(recipe: str | Path) -> Path:
     )
 
 
-def _recipe_layers(recipe: str | Path, children: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
+def _recipe_layers(recipe: str | Path, children: tuple[Path, ...] = ()) -> list[_Layer]:
     path = recipe_path(recipe)
     if path.resolve() in children:
         raise UserError(f"{path} extends itself through {children[-1]}; remove extends from one of the recipes")
-    try:
-        loaded = OmegaConf.to_container(OmegaConf.load(path))
-    except Exception as error:  # yaml's errors share no base class with OmegaConf's
-        raise UserError(f"{path}: not a YAML file: {str(error).splitlines()[0]}") from None
-    if not isinstance(loaded, dict):
-        raise UserError(f"{path}: expected keys and values, found {type(loaded).__name__}")
-    parent, own = loaded.pop("extends", None), _normalise_reward(loaded, replace=True)
+    if path.suffix.lower() not in (".yaml", ".yml"):  # a recipe of somebody else may not look into any file
+        raise UserError(f"{path}: the name of a recipe ends in .yaml; rename it if it is one")
+    loaded, where = read_yaml(path), f"{path}: "
+    parent, own = loaded.pop("extends", None), _Layer(_normalise_reward(loaded, where), where)
     if parent is None:
         return [own]
     if not isinstance(parent, str):
@@ -121,49 +119,28 @@ def _recipe_layers(recipe: str | Path, children: tuple[Path, ...] = ()) -> list[
     return [*_recipe_layers(beside if beside.is_file() else parent, (*children, path.resolve())), own]
 
 
-def _parse_override(text: str) -> dict[str, Any]:
-    key, equals, _ = text.partition("=")
+def _parse_override(text: str) -> _Layer:
+    key, equals, value = text.partition("=")
     if not equals or not key:
         raise UserError(f"'{text}': expected KEY=VALUE, such as optim.lr=1e-4")
-    try:
-        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
-    except Exception as error:
-        raise UserError(f"{text}: cannot read the value: {str(error).splitlines()[0]}") from None
-    assert isinstance(parsed, dict)
-    return _normalise_reward(parsed, replace=key == "reward")
+    tree: Any = read_text(value) if is_text(key) else read_value(value, key)
+    for name in reversed(key.split(".")):
+        tree = {name: tree}
+    return _Layer(_normalise_reward(tree), replaces=key == "reward")
 
 
-def _normalise_reward(layer: dict[Any, Any], replace: bool) -> dict[str, Any]:
-    """Makes a mapping of a reward's bare name. replace: whether the rewards of earlier layers are dropped."""
+def _normalise_reward(layer: Mapping[Any, Any], where: str = "") -> Mapping[Any, Any]:
+    """Makes a mapping of a reward's bare name."""
     if "reward" not in layer:
         return layer
     reward = layer["reward"]
     if isinstance(reward, str):
         reward = {reward: {}}
-    if not isinstance(reward, dict) or not reward:
+    if not isinstance(reward, Mapping) or not reward:
         raise UserError(
-            f"reward: expected a name or a mapping of names, got {reward!r}; for example, reward=emoji_clip"
+            f"{where}reward: expected a name or a mapping of names, got {reward!r}; for example, reward=emoji_clip"
         )
-    return {**layer, "reward": {name: value or {} for name, value in reward.items()}, "__replace_reward__": replace}
-
-
-def _check_keys(layer: Mapping[str, Any], node: Any, prefix: str = "") -> None:
-    known = {f.name: f for f in dataclasses.fields(node)}
-    for key, value in layer.items():
-        if key == "__replace_reward__":
-            continue
-        if key not in known:
-            if f"{prefix}{key}" in RENAMED:
-                raise UserError(f"unknown key '{prefix}{key}'; it is now called '{RENAMED[f'{prefix}{key}']}'")
-            near = nearest(f"{prefix}{key}", [*(k for k, _ in all_keys()), *(f"{prefix}{name}" for name in known)])
-            raise UserError(f"unknown key '{prefix}{key}'; {near or 'draftplus train --help lists all keys'}")
-        child = dataclass_of(known[key])
-        if get_type_hints(node)[key] == dict[str, RewardConfig] and isinstance(value, Mapping):
-            for name, settings in value.items():
-                if isinstance(settings, Mapping):
-                    _check_keys(settings, RewardConfig, f"{prefix}{key}.{name}.")
-        elif child is not None and isinstance(value, Mapping):
-            _check_keys(value, child, f"{prefix}{key}.")
+    return {**layer, "reward": {name: {} if value is None else value for name, value in reward.items()}}
 
 
 def shaping_keys(config: Config, compares_images: bool) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def evaluation_prompts(config: Config, prompts: PromptSet) -> list[str]:
                 "name some in eval.prompts"
             )
     else:
-        chosen = list(dict.fromkeys(read_prompts(config.eval.prompts)))
+        chosen = list(dict.fromkeys(read_prompts(config.eval.prompts, config.data.column)))
         trained = {normalized(prompt) for prompt in prompts.train}
         for prompt in chosen:
             if normalized(prompt) in trained:

@@ -32,7 +32,8 @@ class StableDiffusion:
         self.tuned, self.vae, self.text_encoder, self.tokenizer = tuned, vae, text_encoder, tokenizer
         self.scheduler_config = scheduler_config
         self.device = next(tuned.denoiser.parameters()).device
-        self.encode = Embeddings(self._embed)
+        tuned.encoders = {"text_encoder": text_encoder}
+        self.encode = Embeddings(self._embed, tuned.encoders_state)
         self._told_of_length = False
 
     @property
@@ -133,6 +134,16 @@ def load(
         unet.enable_gradient_checkpointing()
         vae.enable_gradient_checkpointing()
     return StableDiffusion(tuned, vae, text_encoder, tokenizer, scheduler_config)
+
+
+def as_pipeline(model: StableDiffusion, scheduler: Any) -> Any:
+    """The stock pipeline of a model's parts, without a safety checker."""
+    from diffusers import StableDiffusionPipeline
+
+    return StableDiffusionPipeline(
+        vae=model.vae, text_encoder=model.text_encoder, tokenizer=model.tokenizer, unet=model.unet,
+        scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
 
 
 def _refuse_other_families(path: str, unet: Any, vae: Any, text: Any) -> None:

@@ -27,10 +27,11 @@ class _ReadPast:
         return OrderedDict()  # which the unpickler fills, whether the class kept attributes or was a dictionary
 
 
-def read_state_dict(path: Path) -> dict[str, Tensor]:
+def read_state_dict(path: Path, tensors_only: bool = False) -> dict[str, Tensor]:
     """The tensors of a .safetensors, .ckpt, .pt, .pth or .bin file; a `state_dict` inside is unwrapped.
 
-    Raises UserError for a file that is damaged, or a pickle that would need to run code.
+    Raises UserError for a file that is damaged, a pickle that would need to run code, or with `tensors_only` one in
+    which something else has a name beside them.
     """
     refuse_pointer(path)
     if path.suffix == ".safetensors":
@@ -43,6 +44,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         loaded = loaded["state_dict"]
     if not isinstance(loaded, dict):
         raise UserError(f"{path}: expected tensors by name, found {type(loaded).__name__}")
+    other = next((name for name, value in loaded.items() if not isinstance(value, Tensor)), None)
+    if tensors_only and other is not None:
+        raise UserError(f"{path}: '{other}' is a {type(loaded[other]).__name__} where a tensor is expected")
     return {name: tensor for name, tensor in loaded.items() if isinstance(tensor, Tensor)}
 
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from draftplus.config import base_model_of, flatten
+from draftplus.progress import duration
 from draftplus.report import mosaics, summary, tables
 from draftplus.report.grouping import Comparison, comparisons, evaluated_prompts, finished, seed_of
 from draftplus.report.inputs import Evaluated
 from draftplus.report.points import Figures, complete, figures_of
 from draftplus.report.read import Run
-from draftplus.report.wording import duration
 
 
 @dataclass(frozen=True)

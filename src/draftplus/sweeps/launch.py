@@ -90,7 +90,7 @@ def _train(plan: Plan, manifest: Manifest, waiting: list[PlannedRun], jobs: int 
     (plan.directory / LOGS).mkdir(exist_ok=True)
     free, active = slots([run.config.device for run in waiting], jobs), list[_Attempt]()
     total = sum(run.steps for run in plan.runs)
-    with interruption() as interrupt, progress("sweep", total) as advance, _ended(active, plan, manifest):
+    with interruption() as interrupt, progress("sweep", total, unit="steps") as advance, _ended(active, plan, manifest):
         while waiting or active:
             if interrupt.asked:
                 raise Interrupted
@@ -101,6 +101,7 @@ def _train(plan: Plan, manifest: Manifest, waiting: list[PlannedRun], jobs: int 
                 active.remove(attempt)
                 free.append(attempt.slot)
                 _finish(plan, manifest, attempt, "failed")
+                _show(plan, manifest, active, advance.event)
             _show(plan, manifest, active, advance)
 
 
@@ -140,12 +141,14 @@ def _start(plan: Plan, manifest: Manifest, run: PlannedRun, slot: Slot) -> _Atte
 
 
 def _finish(plan: Plan, manifest: Manifest, attempt: _Attempt, otherwise: str) -> None:
-    """Notes how a run ended: finished where it says so itself, and `otherwise` where not."""
+    """Notes how a run ended: finished where it says so itself and its result is there, and `otherwise` where not."""
     code, entry = attempt.process.returncode, attempt.entry
     entry.seconds = round(attempt.before + time.monotonic() - attempt.began, 1)
-    entry.status = "finished" if code == 0 else otherwise
+    result = (plan.directory / attempt.run.name / "adapter").is_dir()
+    entry.status = "finished" if code == 0 and result else otherwise
     if entry.status == "failed":
-        entry.error = _said(log_path(plan.directory, attempt.run.name), code)
+        said = _said(log_path(plan.directory, attempt.run.name), code)
+        entry.error = said if code else "it ended without a result"
     manifest.save(plan.directory)
 
 
@@ -186,9 +189,8 @@ def _show(plan: Plan, manifest: Manifest, active: Sequence[_Attempt], advance: A
     done = sum(run.steps for run in plan.runs if run.name in over)
     done += sum(_steps(plan.directory / name) for name in under_way)
     over_count = sum(run.name in over for run in plan.runs)
-    advance(
-        done, f"steps; run {min(over_count + 1, len(plan.runs))} of {len(plan.runs)}: {', '.join(sorted(under_way))}"
-    )
+    names = f": {', '.join(sorted(under_way))}" if under_way else ""
+    advance(done, f"run {min(over_count + 1, len(plan.runs))} of {len(plan.runs)}{names}")
 
 
 def _steps(run: Path) -> int:

@@ -23,12 +23,13 @@ def update(state: State, config: OptimConfig, means: Mapping[str, float], placem
     """
     norm = placement.clip(state.parameters, config.grad_clip)
     if math.isfinite(norm) and math.isfinite(means["loss"]):
-        for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate(config, state.step)
-        state.optimizer.step()
-        if state.ema is not None:
-            state.ema.update(state.parameters)
-        state.skipped_in_a_row = 0
+        with state.changing():
+            for group in state.optimizer.param_groups:
+                group["lr"] = learning_rate(config, state.step)
+            state.optimizer.step()
+            if state.ema is not None:
+                state.ema.update(state.parameters)
+            state.skipped_in_a_row = 0
     else:
         skip(state, means, norm)
     state.optimizer.zero_grad(set_to_none=True)
@@ -36,10 +37,10 @@ def update(state: State, config: OptimConfig, means: Mapping[str, float], placem
 
 
 def skip(state: State, means: Mapping[str, float], norm: float) -> None:
-    """Counts an update that is not made. Raises as `update` does."""
-    state.skipped += 1
-    state.skipped_in_a_row += 1
-    if state.step > 0 and state.skipped_in_a_row < MOST_SKIPPED_IN_A_ROW:
+    """Counts an update that is not made. Raises as `update` does, and then counts nothing: its step is done again."""
+    if state.step > 0 and state.skipped_in_a_row + 1 < MOST_SKIPPED_IN_A_ROW:
+        state.skipped += 1
+        state.skipped_in_a_row += 1
         return
     bad = [name for name, value in {**means, "grad_norm": norm}.items() if not math.isfinite(value)]
     rewards = reward_names(bad)
