@@ -14,7 +14,7 @@ from torch import Tensor
 
 from draftplus.config import Config, ModelConfig, RewardConfig, SamplerConfig, nearest
 from draftplus.config.schema import DdpoConfig
-from draftplus.diffusion.methods import METHODS, check_method
+from draftplus.diffusion.methods import METHODS, check_method, check_windows
 from draftplus.diffusion.problem import Problem
 from draftplus.diffusion.sampler import Sampler
 from draftplus.diffusion.schedule import make_schedule
@@ -223,4 +223,6 @@ def build_problem(config: Config, model: Model, rewards: Mapping[str, Reward]) -
             )
     scorer = Combined({reward: (rewards[reward], settings.weight) for reward, settings in config.reward.items()})
     ddpo = None if differentiates else config.objective.ddpo
-    return Problem(build_sampler(model, config.sampler, ddpo), scorer, config.objective)
+    sampler = build_sampler(model, config.sampler, ddpo)
+    check_windows(config, sampler.schedule)
+    return Problem(sampler, scorer, config.objective)

@@ -24,8 +24,9 @@ from draftplus.errors import UserError
 from draftplus.models import lora
 from draftplus.models.lora_files import LORA_FILE
 from draftplus.runs.rows import read_held_out
+from tests.support.ldm import as_single_file
 from tests.support.runs import rows, save_small, small_settings, train_here
-from tests.tiny import stock_pipeline
+from tests.tiny import randomize, stock_pipeline, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 PROMPT, SEEDS = "a cat", [0, 1]
@@ -202,6 +203,24 @@ def test_merged_weights_keep_the_base_models_precision(
     assert torch.equal(made["unet"][f"{layer}.weight"], (base[f"{layer}.weight"].float() + delta).to(dtype))
     assert f"rounded to {str(dtype).removeprefix('torch.')}" in (tmp_path / "out" / "README.md").read_text()
     assert from_snippet(tmp_path / "out", monkeypatch).size == (32, 32)
+
+
+def test_a_single_file_is_merged_too(tiny_path: Path, tmp_path: Path, run: Path) -> None:
+    from draftplus.config import load_config
+    from draftplus.publish import write
+
+    save_file(as_single_file(tiny_path), tmp_path / "model.safetensors")
+    made = tiny_model(tiny_path, torch.float32)
+    randomize(made, size=0.3)
+    made.tuned.save(tmp_path / "adapter")
+    config = load_config(None, [f"model.path={tmp_path / 'model.safetensors'}", f"model.config={tiny_path}"])
+    what = write.Export(write.read_run(run), config, tmp_path / "adapter", 1, "x")
+    assert write._merged(what, tmp_path / "out") == {"dtype": "float32"}
+    tuned = stock_pipeline(tiny_path, torch.float32)
+    base = drawn(tuned)
+    tuned.load_lora_weights(tmp_path / "adapter")
+    assert (drawn(StableDiffusionPipeline.from_pretrained(tmp_path / "out")) - drawn(tuned)).abs().max() < 1e-3
+    assert (drawn(tuned) - base).abs().max() > 1e-2
 
 
 def test_what_stands_there_is_kept(refused: Callable[..., None], draftplus: Callable[..., Any], run: Path,

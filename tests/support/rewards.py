@@ -140,3 +140,8 @@ def stubborn(images: Tensor, prompts: Sequence[str]) -> Tensor:
         if Path("waiting").exists():
             Path("cleaning").touch()
             time.sleep(600)
+
+
+def flat(images: Tensor, prompts: Sequence[str], slope: float = 0.0) -> Tensor:
+    """Differentiable, and the same for every image, or all but the same."""
+    return images.mean((1, 2, 3)) * slope + 1

@@ -16,7 +16,7 @@ from draftplus.build import build_sampler
 from draftplus.chunks import SAMPLING_BATCH, chunks
 from draftplus.config import SamplerConfig
 from draftplus.diffusion.annealing import anneal_weights, annealed
-from draftplus.diffusion.sampler import Rollout, sample
+from draftplus.diffusion.sampler import sample
 from draftplus.errors import UserError
 from draftplus.progress import Advance
 from draftplus.types import Model
@@ -118,7 +118,7 @@ def sampled_latents(
                     frozen = sampler.frozen(model.encode(prompts))
                 denoise = annealed(denoise, frozen, weights)
             noise = partial(_solver_noise, shape, seeds, model.device)
-            start = Rollout(rng.stock_noise(shape, seeds).to(model.device))
+            start = sampler.start(rng.stock_noise(shape, seeds).to(model.device))
             yield rows, sample(denoise, start, sampler.schedule, sampler.solver, noise=noise).latents
 
 

@@ -15,11 +15,10 @@ from diffusers.utils import (
     convert_state_dict_to_peft,
     convert_unet_state_dict_to_peft,
 )
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from draftplus.errors import UserError
-from draftplus.models.weights import first_line, read_state_dict
+from draftplus.models.weights import first_line, read_header, read_state_dict
 
 LORA_FILE = LORA_WEIGHT_NAME_SAFE
 PICKLES = (".bin", ".pt", ".pth")
@@ -96,9 +95,8 @@ def _holds_lora(file: Path) -> bool:
     if file.suffix != ".safetensors":
         return file.suffix in PICKLES and not file.name.startswith(("diffusion_pytorch_model", "pytorch_model"))
     try:
-        with safe_open(file, framework="pt") as opened:
-            return any("lora" in name or any(kind in name for kind in KINDS) for name in opened.keys())  # noqa: SIM118
-    except (SafetensorError, OSError):
+        return any("lora" in name or any(kind in name for kind in KINDS) for name in read_header(file)[0])
+    except UserError:
         return file.name == LORA_FILE  # which is damaged; reading it tells how
 
 
@@ -129,8 +127,7 @@ def read_lora(file: Path) -> LoraFile:
 def _metadata(file: Path) -> dict[str, Any] | None:
     if file.suffix != ".safetensors":
         return None
-    with safe_open(file, framework="pt") as opened:
-        told = (opened.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY)
+    told = read_header(file)[1].get(LORA_ADAPTER_METADATA_KEY)
     try:
         read = json.loads(told) if told else None
     except ValueError:

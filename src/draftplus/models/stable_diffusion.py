@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from draftplus.config import ModelConfig
 from draftplus.diffusion.guidance import classifier_free
+from draftplus.diffusion.levels import saved
 from draftplus.errors import UserError, notice
 from draftplus.models import loading, single_file
 from draftplus.models.embeddings import Embeddings
@@ -133,7 +134,7 @@ def load(
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
         vae.enable_gradient_checkpointing()
-    return StableDiffusion(tuned, vae, text_encoder, tokenizer, scheduler_config)
+    return StableDiffusion(tuned, vae, text_encoder, tokenizer, _mended(path, scheduler_config))
 
 
 def as_pipeline(model: StableDiffusion, scheduler: Any) -> Any:
@@ -169,6 +170,20 @@ def _repair(path: str, unet: Any, vae: Any, text_encoder: Any, tokenizer: Any) -
             f"model.path '{path}': its unet/config.json, of diffusers {unet.config._diffusers_version}, says "
             f"sample_size {before}; {unet.config.sample_size} is used instead, as stock diffusers does"
         )
+
+
+def _mended(path: str, scheduler_config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A scheduler's configuration as the constructor of the stock pipeline mends it, for latent models of this family.
+
+    `from_config` of another scheduler class forgets the mend, where the file has no such key.
+    """
+    given = saved(scheduler_config)
+    mended = {**given, "steps_offset": 1, "clip_sample": False}
+    was = {"steps_offset": given.get("steps_offset", 0), "clip_sample": bool(given.get("clip_sample", False))}
+    changed = [f"{key} {str(was[key]).lower()} as {str(mended[key]).lower()}" for key in was if was[key] != mended[key]]
+    if changed:
+        notice(f"model.path '{path}': its scheduler_config.json is read as stock diffusers does, {', '.join(changed)}")
+    return mended
 
 
 def _components(config: ModelConfig, path: str, dtype: torch.dtype) -> tuple[Any, Any, Any, Any, Mapping[str, Any]]:

@@ -26,8 +26,14 @@ def stored_dtype(config: ModelConfig) -> torch.dtype | None:
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
     if not files or not (path.is_dir() or is_single_file(str(path)) or config.denoiser):
         return None
-    plain = [file for file in files if file.name.count(".") == 1]  # before variants, such as .fp16.safetensors
-    return _dtype_of((plain or files)[0])
+    wanted = [file for file in files if _variant(file) == config.variant]
+    return _dtype_of((wanted or files)[0])
+
+
+def _variant(file: Path) -> str | None:
+    """Such as fp16, of diffusion_pytorch_model.fp16.safetensors."""
+    parts = file.name.split(".")
+    return parts[1].partition("-")[0] if len(parts) > 2 else None
 
 
 def _cached(config: ModelConfig) -> Path:

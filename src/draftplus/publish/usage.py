@@ -52,8 +52,9 @@ def snippet(config: Config, form: str, lora: bool, file: str, dtype: str | None,
             base = json.dumps(config.model.path, ensure_ascii=False)
         load = "from_single_file" if is_single_file(config.model.path) else "from_pretrained"
         revision = f", revision={json.dumps(config.model.revision)}" if config.model.revision else ""
+        told_config = f", config={json.dumps(config.model.config)}" if config.model.config else ""
         unet = ", unet=UNet2DConditionModel.from_pretrained(here)" if whole else ""
-        lines.append(f"pipeline = StableDiffusionPipeline.{load}({base}{revision}{unet})")
+        lines.append(f"pipeline = StableDiffusionPipeline.{load}({base}{revision}{told_config}{unet})")
         told = "".join(f", {key}={value!r}" for key, value in changes.items())
         lines.append(f"pipeline.scheduler = {name}.from_config(pipeline.scheduler.config{told})")
         if lora:

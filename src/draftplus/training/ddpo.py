@@ -82,7 +82,9 @@ def ddpo_step(setup: Setup, state: State, abandonable: Abandonable) -> dict[str,
         for rows in parts:
             with abandonable():
                 means = setup.complete(accumulate_update(setup, made, planned, rows, mine))
-            means["grad_norm"] = update(state, setup.config.optim, {**scores, **means}, setup.placement)
+            # later passes may find every ratio clipped, and equal rewards give no advantage
+            learns = len(parts) == 1 and bool(advantages.any())
+            means["grad_norm"] = update(state, setup.config.optim, {**scores, **means}, setup.placement, learns)
             done.append(means)
     state.history = history
     return {

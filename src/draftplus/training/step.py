@@ -75,7 +75,9 @@ def gradient_step(setup: Setup, state: State, abandonable: Abandonable) -> dict[
     """One step of any method but DDPO, which is one update of the weights. Returns its means, by name."""
     with abandonable():
         means = setup.complete(accumulate(setup, state.step))
-    return {**means, "grad_norm": update(state, setup.config.optim, means, setup.placement)}
+    objective = setup.config.objective
+    learns = objective.method != "refl" or objective.refl.hinge is None  # all rewards may be beyond the hinge
+    return {**means, "grad_norm": update(state, setup.config.optim, means, setup.placement, learns)}
 
 
 @dataclass(frozen=True)
