@@ -126,7 +126,8 @@ def load(
     frozen = dtype or getattr(torch, config.dtype)
     unet, vae, text_encoder, tokenizer, scheduler_config = _components(config, path, frozen)
     _refuse_other_families(path, unet.config, vae.config, text_encoder.config)
-    _repair(path, unet, vae, text_encoder, tokenizer)
+    with loading.loading("model.path", path, NAME):
+        _repair(path, unet, vae, text_encoder, tokenizer)
     for part in (unet, vae, text_encoder):
         part.requires_grad_(False).eval().to(device)
     tuned = make_tuned(unet, "unet", config.lora, seed, trainable, ATTENTION)

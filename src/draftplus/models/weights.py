@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,8 @@ TRAINERS = ("pytorch_lightning.", "lightning.", "lightning_fabric.")  # whose ch
 class _ReadPast:
     """What stands for a trainer's class: nothing of that class is imported or run, and what it held is dropped."""
 
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        pass
+    def __new__(cls, *args: object) -> OrderedDict[str, object]:  # type: ignore[misc]
+        return OrderedDict()  # which the unpickler fills, whether the class kept attributes or was a dictionary
 
 
 def read_state_dict(path: Path, tensors_only: bool = False) -> dict[str, Tensor]:
