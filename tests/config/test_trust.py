@@ -55,7 +55,7 @@ def run_of(text: str) -> Path:
     """A run directory as somebody else made it."""
     run = Path("runs/theirs")
     (run / "adapter").mkdir(parents=True)
-    recipe(text, "runs/theirs/config.yaml")
+    recipe(f"{text}\nlog: {{to: []}}", "runs/theirs/config.yaml")
     return run
 
 
@@ -83,12 +83,14 @@ def test_nor_what_a_run_names(theirs: str) -> None:
     (run / "checkpoints" / "step-000001").mkdir(parents=True)
     for command in (
         lambda: draftplus.train(run),
-        lambda: draftplus.train("emoji", ["output_dir=runs", "name=theirs"]),
         lambda: draftplus.evaluate(str(run)),
         lambda: draftplus.api.write_images("out", str(run), ["a cat"], rewards=[f"{theirs}:score"]),
     ):
         is_refused(command, "config.yaml: reward")
+    with pytest.raises(UserError, match="was started with reward"):  # compared, and not imported
+        draftplus.train("emoji", ["output_dir=runs", "name=theirs"])
     assert find_weights(str(run), code=()).adapter == run / "adapter"  # as `generate` does, which imports nothing
+    assert not Path("imported").exists()
 
 
 def test_nor_what_a_sweep_file_names(theirs: str) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from draftplus.cli.shared import Anneal, LoraScale, Trust, examples, prompts_of, read_seeds
+from draftplus.cli.shared import PROMPTS, Anneal, LoraScale, Trust, examples, identity, prompts_of, read_seeds
 from draftplus.errors import UserError
 from draftplus.runs.rows import REWARD, MetricRow, read_target
 
@@ -26,15 +26,13 @@ def evaluate(
         list[str],
         typer.Argument(
             metavar="MODEL|RUN|ADAPTER|KEY=VALUE",
-            help="Models, runs (also RUN@step, RUN@best) and adapter directories to measure; settings, such as "
-            "sampler.steps=25.",
+            help="Models, runs (also RUN@step, RUN@best) and adapters (LoRA files, directories) to measure; settings, "
+            "such as sampler.steps=25.",
         ),
     ],
     prompts: Annotated[
         str | None,
-        typer.Option(
-            "--prompts", help="Built-in prompt set, or .txt, .jsonl or .tar file. Default: the held-out prompts."
-        ),
+        typer.Option("--prompts", help=f"{PROMPTS} Default: the held-out prompts."),
     ] = None,
     images_per_prompt: Annotated[
         int | None, typer.Option("--images-per-prompt", help="Images per prompt. Default: as in the run.")
@@ -65,7 +63,11 @@ def evaluate(
     anneal: Anneal = None,
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", help="Directory for eval.json and the images. Default: evaluated/NAME."),
+        typer.Option(
+            "-o",
+            "--output",
+            help="Directory for eval.json and the images. Default: evaluated/NAME, after the target and the settings.",
+        ),
     ] = None,
     trust: Trust = False,
 ) -> None:
@@ -76,16 +78,25 @@ def evaluate(
         missing = f" ({settings[0]} does not exist, so it was read as a setting)" if settings else ""
         raise UserError(f"no target given; name a model or a run, such as runs/demo{missing}")
     numbers = read_seeds(seeds) if seeds is not None else None
-    chosen = prompts_of(prompts) if prompts is not None else None
+    chosen = prompts_of(prompts, settings) if prompts is not None else None
     more = f"-and-{len(targets) - 1}-more" if len(targets) > 1 else ""
     first = Path(targets[0].replace("@", "-"))
-    directory = output or Path("evaluated") / ((first.name or first.resolve().name) + more)
     from draftplus import api
+    from draftplus.cli.output import knobs, output_directory, record
 
+    scale = None if lora_scale == 1 else lora_scale
+    given = knobs(
+        settings, prompts=prompts, images_per_prompt=images_per_prompt, seeds=seeds, reward=reward, metric=metric,
+        features=features, lora_scale=scale, anneal=anneal,
+    )  # fmt: skip
+    name, asked = (first.name or first.resolve().name) + more, {"targets": [*map(identity, targets)], **given}
+    directory = output or output_directory("evaluated", name, given, asked, "eval.json")
     told = api.evaluate(
         targets, settings, chosen, images_per_prompt, numbers, reward or [], metric or [], features, lora_scale,
-        anneal, directory, trust,
+        anneal, directory, None if output else Path("evaluated") / name / "latents", trust,
     )  # fmt: skip
+    if output is None:
+        record(directory, asked)
     print_evaluation(told)
     print(f"numbers:  {directory / 'eval.json'}\npictures: {directory / 'pictures'}")
 

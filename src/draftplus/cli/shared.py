@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -28,13 +30,26 @@ def examples(text: str) -> str:
     return "\n\n".join("\b\n" + paragraph for paragraph in text.split("\n\n"))
 
 
-def prompts_of(source: str | None) -> list[str]:
-    """The prompts of `--prompts`; none if it is not given."""
+PROMPTS = "Built-in prompt set, or a file or shards of prompts, as for data.prompts."
+
+
+def prompts_of(source: str | None, settings: Sequence[str]) -> list[str]:
+    """The prompts of `--prompts`; none if it is not given. settings: KEY=VALUE, of which data.column counts here."""
     if source is None:
         return []
+    from draftplus.config import load_config
     from draftplus.data import prompts
+    from draftplus.progress import progress
 
-    return prompts.read_prompts(source)
+    column = [text for text in settings if text.startswith("data.column=")]
+    with progress("reading prompts", None):
+        return prompts.read_prompts(source, load_config(None, column).data.column)
+
+
+def identity(target: str) -> str:
+    """A target by its place, where it has one: runs of two sweeps may have one name."""
+    path, at, step = target.partition("@")
+    return f"{Path(path).resolve()}{at}{step}" if Path(path).exists() else target
 
 
 def read_seeds(text: str) -> list[int]:

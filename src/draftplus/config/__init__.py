@@ -3,11 +3,14 @@
 Importing it does not import torch, so that the command line starts at once.
 """
 
+from draftplus.config.check import refuse_bad_name
 from draftplus.config.facts import facts_of
 from draftplus.config.keys import (
+    ADDED,
     BASE_MODEL,
     CHANGEABLE,
     all_keys,
+    base_model_of,
     choices_of,
     describe_keys,
     flatten,
@@ -17,17 +20,19 @@ from draftplus.config.keys import (
     nearest,
     to_dict,
     to_yaml,
+    values,
 )
 from draftplus.config.load import (
+    given_by,
     load_config,
     load_run_config,
     recipe_names,
     recipe_path,
     run_name,
     shaping_keys,
-    typed,
     with_new_names,
 )
+from draftplus.config.reading import read_yaml, written
 from draftplus.config.schema import (
     KNOBS,
     Config,
@@ -39,11 +44,13 @@ from draftplus.config.schema import (
     StopConfig,
 )  # fmt: skip
 from draftplus.config.trust import refuse_library, refuse_untrusted, remember, trusting
+from draftplus.config.typed import is_text
 
 __all__ = [
-    "BASE_MODEL", "CHANGEABLE", "KNOBS", "Config", "LoraConfig", "ModelConfig", "ObjectiveConfig", "RewardConfig",
-    "SamplerConfig", "StopConfig", "all_keys", "choices_of", "describe_keys", "facts_of", "flatten", "is_below",
-    "keys_that_affect", "keys_where", "load_config", "load_run_config", "nearest", "recipe_names", "recipe_path",
-    "refuse_library", "refuse_untrusted", "remember", "run_name", "shaping_keys", "to_dict", "to_yaml", "trusting",
-    "typed", "with_new_names",
+    "ADDED", "BASE_MODEL", "CHANGEABLE", "KNOBS", "Config", "LoraConfig", "ModelConfig", "ObjectiveConfig",
+    "RewardConfig", "SamplerConfig", "StopConfig", "all_keys", "base_model_of", "choices_of", "describe_keys",
+    "facts_of", "flatten", "given_by", "is_below", "is_text", "keys_that_affect", "keys_where", "load_config",
+    "load_run_config", "nearest", "read_yaml", "recipe_names", "recipe_path", "refuse_bad_name", "refuse_library",
+    "refuse_untrusted", "remember", "run_name", "shaping_keys", "to_dict", "to_yaml", "trusting", "values",
+    "with_new_names", "written",
 ]  # fmt: skip

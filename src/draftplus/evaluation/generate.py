@@ -13,12 +13,12 @@ from torch import Tensor
 
 from draftplus import rng
 from draftplus.build import build_sampler
-from draftplus.chunks import SAMPLING_BATCH, chunks
 from draftplus.config import SamplerConfig
 from draftplus.diffusion.annealing import anneal_weights, annealed
 from draftplus.diffusion.overflow import Watch, check_decoded
-from draftplus.diffusion.sampler import Rollout, sample
+from draftplus.diffusion.sampler import sample
 from draftplus.errors import UserError
+from draftplus.evaluation.chunks import SAMPLING_BATCH, chunks
 from draftplus.progress import Advance
 from draftplus.types import Model
 
@@ -120,12 +120,14 @@ def sampled_latents(
     with _prepared(model, knobs, weights):
         for rows in chunks(len(jobs), batch_size):
             seeds = [job.seed for job in jobs[rows]]
-            conditioning = model.encode([job.prompt for job in jobs[rows]])
-            denoise = sampler.denoiser(conditioning)
+            prompts = [job.prompt for job in jobs[rows]]
+            denoise = sampler.denoiser(model.encode(prompts))
             if set(weights) not in ({0.0}, {1.0}):
-                denoise = annealed(denoise, sampler.frozen(conditioning), weights)
+                with model.tuned.reference():  # an adapter of the text encoder changes the embeddings too
+                    frozen = sampler.frozen(model.encode(prompts))
+                denoise = annealed(denoise, frozen, weights)
             noise = partial(_solver_noise, shape, seeds, model.device)
-            start, watch = Rollout(rng.stock_noise(shape, seeds).to(model.device)), Watch(denoise)
+            start, watch = sampler.start(rng.stock_noise(shape, seeds).to(model.device)), Watch(denoise)
             latents = sample(watch, start, sampler.schedule, sampler.solver, noise=noise).latents
             watch.check(latents, len(sampler.schedule), model)
             yield rows, latents

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from draftplus import rng
-from draftplus.chunks import SAMPLING_BATCH, chunks
 from draftplus.config import Config
 from draftplus.data.batches import Batch, batch
 from draftplus.diffusion.objectives import Loss, kept_loss, loss, plan, prefix
@@ -20,6 +19,7 @@ from draftplus.diffusion.problem import Noise, Problem, StepPlan
 from draftplus.diffusion.sampler import Rollout, sample
 from draftplus.distributed import World
 from draftplus.errors import UserError
+from draftplus.evaluation.chunks import SAMPLING_BATCH, chunks
 from draftplus.runs.rows import reward_key
 from draftplus.training.placement import Placement
 from draftplus.training.state import State
@@ -79,7 +79,9 @@ def gradient_step(setup: Setup, state: State, abandonable: Abandonable) -> dict[
     """One step of any method but DDPO, which is one update of the weights. Returns its means, by name."""
     with abandonable():
         means = setup.complete(accumulate(setup, state.step))
-    return {**means, "grad_norm": update(state, setup.config.optim, means, setup.placement)}
+    objective = setup.config.objective
+    learns = objective.method != "refl" or objective.refl.hinge is None  # all rewards may be beyond the hinge
+    return {**means, "grad_norm": update(state, setup.config.optim, means, setup.placement, learns)}
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ def what_overflowed(setup: Setup, step: int) -> str | None:
     conditioning = problem.model.encode(share.prompts)
     for rows in chunks(len(share), setup.micro):
         noise, watch = setup.noise(step, share.indices[rows]), Watch(sampler.denoiser(conditioning.rows(rows)))
-        start, fresh = Rollout(noise("x_T", 0)), partial(noise, "solver")
+        start, fresh = sampler.start(noise("x_T", 0)), partial(noise, "solver")
         latents = sample(watch, start, sampler.schedule, sampler.solver, noise=fresh).latents
         try:
             watch.check(latents, len(sampler.schedule), problem.model)
