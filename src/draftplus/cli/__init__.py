@@ -12,7 +12,6 @@ from draftplus import __version__
 from draftplus.cli import evaluate, generate, report, sweep, train
 from draftplus.cli.shared import examples
 from draftplus.errors import Interrupted, UserError
-from draftplus.launcher import end_with_launcher
 
 # typer brings its own copy of click in some versions, so its base class is reached through typer
 CommandLineError: Any = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
@@ -51,7 +50,6 @@ app.command(epilog=report.EXAMPLES)(report.report)
 
 def main() -> None:
     """Runs a command. Exit status 0 for success, 2 for a user's mistake, 1 for anything else."""
-    end_with_launcher()
     try:
         app(sys.argv[1:] or ["--help"], prog_name="draftplus", standalone_mode=False)
     except UserError as error:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
+from draftplus.distributed import SWEEP
 from draftplus.errors import Interrupted, UserError
-from draftplus.launcher import SWEEP
 from draftplus.progress import Advance, progress
 from draftplus.runs.directory import is_held, locked
 from draftplus.sweeps.manifest import Entry, Manifest, read_manifest
