@@ -30,6 +30,18 @@ objective: {method: draft, grad_steps: 3, kl_coeff: 0.2}
 train: {steps: 200}
 ```
 
+Where a key's value is text, `key=value` takes it literally, whatever YAML would make of it: `name=007`,
+`sampler.negative_prompt=no`, `'sampler.negative_prompt=[deformed | disfigured], poorly drawn # really'`. Two things are
+special: `null` means none, and text that is as a whole in quotes is what stands between them, so that
+`'sampler.negative_prompt="null"'` is the word. All other values are read as YAML: numbers, lists, mappings, a reward's
+`args`. In a YAML file a word that YAML takes for something else (`no`, `on`, `1e5`, `007`, `12:30`) is refused for a
+key that is text, with the advice to put it in quotes. `config.yaml` of a run keeps every text as it was.
+
+References such as `${oc.env:NAME}` are not resolved, because the files of a run would keep what they stand for: they
+are refused, and `\\${` writes the text `${` in a YAML file. Give such a value on the command line, where the shell
+resolves `$NAME`; what a configuration says is in `config.yaml` and in the report, so a secret does not belong there.
+The name of a recipe ends in `.yaml` or `.yml`.
+
 For an unknown key, the command stops with one line that names the nearest valid key; for a value of the wrong type,
 with one line that names the key. `draftplus train ... --dry-run` prints the resolved configuration and stops. Every run
 directory contains its complete configuration in `config.yaml`. This file is itself a recipe, so
@@ -47,6 +59,11 @@ training: if one of these has changed, the command stops and names it. Only the 
 may change when a run continues:
 
 {keys}
+
+The same holds for the content of what they name: prompts, model files, a reward's code and weights. They may be moved,
+but not changed; `origin.json` in the run directory holds what they were. In `config.yaml` paths are whole, so that a
+run can be continued from any directory. Settings are changed by `key=value` on the command line: if the file itself was
+edited, that is told, and only the keys above are taken from it.
 """
 
 NOTES = {

@@ -16,6 +16,7 @@ from draftplus.errors import UserError
 from draftplus.evaluation.evaluate import compare
 from draftplus.evaluation.gallery import make_gallery, write_gallery
 from draftplus.evaluation.generate import Knobs
+from draftplus.publish import export_run
 from draftplus.report import write_report
 from draftplus.runs.plan import plan_run
 from draftplus.sweeps.grid import written_grid
@@ -27,7 +28,9 @@ from draftplus.types import Model, Reward
 
 
 def load_model(path: str = "emoji", device: str = "auto", adapter: str | Path | None = None) -> Model:
-    """A model to sample. path: built-in name, diffusers directory, hub id or single file; adapter: a run's adapter/.
+    """A model to sample. path: built-in name, diffusers directory, hub id or single file.
+
+    adapter: a run's adapter/, or any LoRA that stock diffusers loads, a file or its directory.
 
     Raises UserError where it is missing or of a family without an adapter.
     """
@@ -135,7 +138,7 @@ def evaluate(
     output: str | Path = "evaluated",
     latents: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Measures models, runs (RUN, RUN@step, RUN@best) and adapter directories on the same prompts and seeds.
+    """Measures models, runs (RUN, RUN@step, RUN@best) and adapters (files, directories) on the same prompts and seeds.
 
     prompts: None: those that the first run holds out, or for models alone the built-in animals that are held out.
     images_per_prompt: None: as that run evaluates; image i of prompt p has seed p * images_per_prompt + i. seeds:
@@ -158,6 +161,19 @@ def evaluate(
 
 def _listed(texts: str | Sequence[str]) -> list[str]:
     return [texts] if isinstance(texts, str) else list(texts)
+
+
+def export(target: str, format: str = "diffusers", output: str | Path | None = None) -> Path:
+    """Writes a run's trained weights for other programs, with a model card and pictures. Returns their directory.
+
+    target: RUN, RUN@step or RUN@best. format: "diffusers": as the run has them. "kohya": a LoRA file for ComfyUI,
+    AUTOMATIC1111, Forge, InvokeAI and sd-scripts. "merged": a whole pipeline, the adapter added to the weights in
+    float32 and these in the precision of the base model's. output: a directory; None: below the run's export/. What an
+    earlier export left there is replaced as a whole.
+
+    Raises UserError for a user's mistake, such as an output with something else in it.
+    """
+    return export_run(target, format, None if output is None else Path(output))
 
 
 def sweep(

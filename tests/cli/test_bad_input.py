@@ -121,7 +121,7 @@ def test_a_pickle_inside_a_model_directory(
 
 
 def test_prompt_files(refused: Refused, settings: list[str], tmp_path: Path) -> None:
-    (tmp_path / "empty.txt").write_text("\n# nothing\n")
+    (tmp_path / "empty.txt").write_text("\n \n")
     refused(["train", *settings, f"data.prompts={tmp_path / 'empty.txt'}"], "empty.txt", "no prompts")
     with tarfile.open(tmp_path / "whole.tar", "w") as tar:
         for number in range(20):

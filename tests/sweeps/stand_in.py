@@ -7,6 +7,9 @@ import sys
 import time
 from pathlib import Path
 
+from draftplus.launcher import end_with_launcher
+
+end_with_launcher()
 settings = dict(argument.split("=", 1) for argument in sys.argv[2:])
 run = Path(json.loads(settings["output_dir"])) / settings["name"]
 run.mkdir(exist_ok=True)
@@ -19,14 +22,12 @@ if how == "1" and not (run / "mended").exists():
 if how == "2":
     os.kill(os.getpid(), signal.SIGKILL)
 if how == "3" and not (run / "saved").exists():
-    from draftplus.distributed import end_with_launcher
 
     def leave(*_: object) -> None:
         (run / "saved").touch()
         sys.exit(1)
 
     signal.signal(signal.SIGTERM, leave)
-    end_with_launcher()
     (run / "waiting").touch()
     time.sleep(60)
 if how == "4":

@@ -124,7 +124,7 @@ def test_values_of_a_file_come_back_as_they_were():
 
     values = [0, 1.5, 1e-5, True, None, "draft_lv", "null", "1e-3", "power:2", "a: b", "x, y", [0.9, 0.99], {"rank": 4}]
     for value in values:
-        assert _parse_override(f"k={written(value)}")["k"] == value
+        assert _parse_override(f"k={written(value)}").tree["k"] == value
     told = written_grid({"optim.betas": [[0.9, 0.99]], "seed": range(2), "train.steps": 4}, "grid")
     assert arguments(expand(told)[1]) == ["optim.betas=[0.9, 0.99]", "seed=1", "train.steps=4"]
     with pytest.raises(UserError, match="seed has no values"):

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from draftplus.cli.shared import Anneal, LoraScale, examples, identity, prompts_of, read_seeds
+from draftplus.cli.shared import PROMPTS, Anneal, LoraScale, examples, identity, prompts_of, read_seeds
 from draftplus.errors import UserError
 
 EXAMPLES = examples(
@@ -24,14 +24,13 @@ def generate(
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings, such as sampler.steps=25.")
     ] = None,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="A prompt; may be repeated.")] = None,
-    prompts: Annotated[
-        str | None, typer.Option("--prompts", help="Built-in prompt set, or .txt, .jsonl or .tar file.")
-    ] = None,
+    prompts: Annotated[str | None, typer.Option("--prompts", help=PROMPTS)] = None,
     seeds: Annotated[
         str, typer.Option("--seeds", help="Seeds to use for every prompt: 7, 0:16 (0 to 15) or 1,5,9.")
     ] = "0:4",
     adapter: Annotated[
-        Path | None, typer.Option("--adapter", help="Directory of trained weights to use instead of the run's.")
+        Path | None,
+        typer.Option("--adapter", help="Trained weights to use instead of the run's: a LoRA file, or a directory."),
     ] = None,
     lora_scale: LoraScale = 1.0,
     anneal: Anneal = None,
@@ -48,7 +47,7 @@ def generate(
     ] = None,
 ) -> None:
     """Generate images from a model or run. With --reward, they are also scored."""
-    chosen = list(dict.fromkeys([*(prompt or []), *prompts_of(prompts)]))
+    chosen = list(dict.fromkeys([*(prompt or []), *prompts_of(prompts, settings or [])]))
     if not chosen:
         raise UserError("no prompt given; add --prompt 'a cat' or --prompts FILE")
     numbers = read_seeds(seeds)

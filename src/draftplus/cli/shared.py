@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -24,15 +25,20 @@ def examples(text: str) -> str:
     return "\n\n".join("\b\n" + paragraph for paragraph in text.split("\n\n"))
 
 
-def prompts_of(source: str | None) -> list[str]:
-    """The prompts of `--prompts`; none if it is not given."""
+PROMPTS = "Built-in prompt set, or a file or shards of prompts, as for data.prompts."
+
+
+def prompts_of(source: str | None, settings: Sequence[str]) -> list[str]:
+    """The prompts of `--prompts`; none if it is not given. settings: KEY=VALUE, of which data.column counts here."""
     if source is None:
         return []
+    from draftplus.config import load_config
     from draftplus.data import prompts
     from draftplus.progress import progress
 
+    column = [text for text in settings if text.startswith("data.column=")]
     with progress("reading prompts", None):
-        return prompts.read_prompts(source)
+        return prompts.read_prompts(source, load_config(None, column).data.column)
 
 
 def identity(target: str) -> str:

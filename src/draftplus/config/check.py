@@ -15,6 +15,7 @@ from draftplus.config.keys import nearest, values
 from draftplus.config.schema import KNOBS, Config
 from draftplus.errors import UserError
 
+LONGEST_NAME = 200  # in bytes; file systems end at 255, and suffixes are added
 CUSTOM_REWARD = re.compile(r"[^\W\d][\w.]*:[^\W\d][\w.]*")
 
 
@@ -25,6 +26,10 @@ def check(config: Config) -> None:
     """
     for key, facts, value in values(config):
         _check_value(key, facts, value)
+    if config.name is not None:
+        refuse_bad_name("name", config.name)
+    if not config.output_dir.strip():
+        raise UserError("output_dir is empty; name a directory, such as output_dir=runs")
     if config.train.steps is None and config.train.epochs is None:
         raise UserError("train.steps and train.epochs are both null; set one of them")
     if not config.reward:
@@ -52,6 +57,24 @@ def check(config: Config) -> None:
     if config.stop.held_out_drop is not None and not config.eval.rewards:
         raise UserError("stop.held_out_drop needs a held-out reward; name one in eval.rewards")
     _check_variants(config)
+
+
+def refuse_bad_name(key: str, name: str) -> None:
+    """UserError for a name of a directory of results that commands could not reach, or that leaves its place."""
+    parts, why = name.split("/"), None
+    if not name.strip():
+        why = "it is empty; leave it out, or give a word"
+    elif any(sign in name for sign in "@=\\") or not name.isprintable():
+        why = "it must not contain @, =, a backslash or control characters, by which commands could not reach it"
+    elif {"", ".", ".."} & {*parts} or name[0] in "~-":
+        why = "it must be a name below the directory of its kind, without . or .. or an empty part, or ~ or - in front"
+    elif any(part != part.strip() for part in parts):
+        why = "it must not begin or end with a space"
+    elif max(len(part.encode()) for part in parts) > LONGEST_NAME:
+        why = f"it is longer than {LONGEST_NAME} bytes"
+    if why is not None:
+        shown = name if len(name) <= 80 else f"{name[:80]}…"
+        raise UserError(f"{key} {shown!r}: {why}")
 
 
 def _check_value(key: str, facts: Facts, value: Any) -> None:

@@ -8,9 +8,8 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from draftplus.config.facts import Affects, Facts, facts_of
+from draftplus.config.reading import write_yaml
 from draftplus.config.schema import Config
 
 
@@ -71,6 +70,15 @@ def is_below(key: str, keys: Iterable[str]) -> bool:
 
 CHANGEABLE = keys_that_affect("length", "conduct", "record")  # those that may change when a run is continued
 BASE_MODEL = keys_where(lambda facts: facts.base_model)  # what is tuned
+ADDED = keys_where(lambda facts: facts.added)
+
+
+def base_model_of(flat: Mapping[str, Any]) -> list[Any]:
+    """What is tuned, by a configuration's dotted keys: one value for each key, of later keys only where it is set.
+
+    So files that an earlier version wrote still compare as equal.
+    """
+    return [flat.get(key) for key in BASE_MODEL if key not in ADDED or flat.get(key) is not None]
 
 
 def describe_keys() -> str:
@@ -103,7 +111,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def to_yaml(config: Config) -> str:
     """The complete configuration as YAML; `load_config` reads it back."""
-    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+    return write_yaml(to_dict(config))
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

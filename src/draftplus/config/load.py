@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from functools import cache
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_type_hints
-
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from typing import Any, NamedTuple
 
 from draftplus.config.check import check
-from draftplus.config.keys import CHANGEABLE, all_keys, dataclass_of, flatten, nearest, to_dict
-from draftplus.config.schema import Config, RewardConfig
+from draftplus.config.keys import CHANGEABLE, flatten, is_below, keys_where, nearest, to_dict
+from draftplus.config.reading import read_text, read_value, read_yaml
+from draftplus.config.schema import Config
+from draftplus.config.typed import RENAMED, assigned, is_text
 from draftplus.errors import UserError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
-RENAMED = {"model.unet": "model.denoiser"}  # a key in runs of earlier versions -> its name now, in the same section
+LAST_SECTION = "log"  # of the schema, in the files of every version: what is cut off has lost it
 
 
 def load_config(recipe: str | Path | None = None, overrides: Sequence[str] = (), base: Config | None = None) -> Config:
@@ -41,10 +38,15 @@ def load_run_config(run: Path, overrides: Sequence[str] = ()) -> Config:
 
     run: a run directory. It may use key names of earlier versions; overrides may not.
 
-    Raises UserError as `load_config` does.
+    Raises UserError as `load_config` does, and for a file whose end is missing.
     """
     *parents, own = _recipe_layers(run / "config.yaml")
-    return _merged([*parents, with_new_names(own)], overrides)
+    if not any(LAST_SECTION in layer.tree for layer in [*parents, own]):
+        raise UserError(
+            f"{run / 'config.yaml'} is empty or cut off, so the settings of this run are not known; put back a copy of "
+            "it, or repeat the command that started the run"
+        )
+    return _merged([*parents, own._replace(tree=with_new_names(own.tree))], overrides)
 
 
 def with_new_names(tree: Mapping[Any, Any], prefix: str = "") -> dict[Any, Any]:
@@ -57,37 +59,26 @@ def with_new_names(tree: Mapping[Any, Any], prefix: str = "") -> dict[Any, Any]:
     return told
 
 
-_hints = cache(get_type_hints)
+class _Layer(NamedTuple):
+    """Settings over those before. where: the file that they are from, to be shown before a key; empty: none.
+
+    replaces: whether its rewards are instead of those before.
+    """
+
+    tree: Mapping[Any, Any]
+    where: str = ""
+    replaces: bool = True
 
 
-@cache
-def _defaults() -> Any:
-    return OmegaConf.structured(Config)  # takes far longer than a copy, and a sweep reads a thousand configurations
-
-
-def _merged(recipe: Sequence[dict[str, Any]], overrides: Sequence[str], base: Config | None = None) -> Config:
-    layers = [*recipe, *map(_parse_override, overrides)]
-    merged = copy.deepcopy(_defaults()) if base is None else OmegaConf.structured(base)
-    for layer in layers:
-        _check_keys(layer, Config)
-        if isinstance(layer.get("reward"), Mapping) and layer.pop("__replace_reward__", False):
-            merged.reward = {}
-        try:
-            merged = OmegaConf.unsafe_merge(merged, layer)  # a copy at each layer would take most of the time
-        except (OmegaConfBaseException, TypeError) as error:
-            raise UserError(_said(error, ", ".join(flatten(layer)))) from None
-    try:
-        config = OmegaConf.to_object(merged)  # resolves references, such as ${oc.env:HOME}
-    except OmegaConfBaseException as error:
-        raise UserError(_said(error, "configuration")) from None
-    assert isinstance(config, Config)
+def _merged(recipe: Sequence[_Layer], overrides: Sequence[str], base: Config | None = None) -> Config:
+    given = [] if base is None else [_Layer(to_dict(base))]
+    config = Config()
+    for tree, where, replaces in [*given, *recipe, *map(_parse_override, overrides)]:
+        if replaces and isinstance(tree.get("reward"), Mapping):
+            config = replace(config, reward={})
+        config = assigned(Config, tree, config, "", where)
     check(config)
     return config
-
-
-def _said(error: Exception, where: str) -> str:
-    key, message = getattr(error, "full_key", None) or where, getattr(error, "msg", None) or str(error)
-    return f"{key}: {message.splitlines()[0]}"
 
 
 def recipe_names() -> list[str]:
@@ -112,17 +103,14 @@ def recipe_path(recipe: str | Path) -> Path:
     )
 
 
-def _recipe_layers(recipe: str | Path, children: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
+def _recipe_layers(recipe: str | Path, children: tuple[Path, ...] = ()) -> list[_Layer]:
     path = recipe_path(recipe)
     if path.resolve() in children:
         raise UserError(f"{path} extends itself through {children[-1]}; remove extends from one of the recipes")
-    try:
-        loaded = OmegaConf.to_container(OmegaConf.load(path))
-    except Exception as error:  # yaml's errors share no base class with OmegaConf's
-        raise UserError(f"{path}: not a YAML file: {str(error).splitlines()[0]}") from None
-    if not isinstance(loaded, dict):
-        raise UserError(f"{path}: expected keys and values, found {type(loaded).__name__}")
-    parent, own = loaded.pop("extends", None), _normalise_reward(loaded, replace=True)
+    if path.suffix.lower() not in (".yaml", ".yml"):  # a recipe of somebody else may not look into any file
+        raise UserError(f"{path}: the name of a recipe ends in .yaml; rename it if it is one")
+    loaded, where = read_yaml(path), f"{path}: "
+    parent, own = loaded.pop("extends", None), _Layer(_normalise_reward(loaded, where), where)
     if parent is None:
         return [own]
     if not isinstance(parent, str):
@@ -131,49 +119,28 @@ def _recipe_layers(recipe: str | Path, children: tuple[Path, ...] = ()) -> list[
     return [*_recipe_layers(beside if beside.is_file() else parent, (*children, path.resolve())), own]
 
 
-def _parse_override(text: str) -> dict[str, Any]:
-    key, equals, _ = text.partition("=")
+def _parse_override(text: str) -> _Layer:
+    key, equals, value = text.partition("=")
     if not equals or not key:
         raise UserError(f"'{text}': expected KEY=VALUE, such as optim.lr=1e-4")
-    try:
-        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
-    except Exception as error:
-        raise UserError(f"{text}: cannot read the value: {str(error).splitlines()[0]}") from None
-    assert isinstance(parsed, dict)
-    return _normalise_reward(parsed, replace=key == "reward")
+    tree: Any = read_text(value) if is_text(key) else read_value(value, key)
+    for name in reversed(key.split(".")):
+        tree = {name: tree}
+    return _Layer(_normalise_reward(tree), replaces=key == "reward")
 
 
-def _normalise_reward(layer: dict[Any, Any], replace: bool) -> dict[str, Any]:
-    """Makes a mapping of a reward's bare name. replace: whether the rewards of earlier layers are dropped."""
+def _normalise_reward(layer: Mapping[Any, Any], where: str = "") -> Mapping[Any, Any]:
+    """Makes a mapping of a reward's bare name."""
     if "reward" not in layer:
         return layer
     reward = layer["reward"]
     if isinstance(reward, str):
         reward = {reward: {}}
-    if not isinstance(reward, dict) or not reward:
+    if not isinstance(reward, Mapping) or not reward:
         raise UserError(
-            f"reward: expected a name or a mapping of names, got {reward!r}; for example, reward=emoji_clip"
+            f"{where}reward: expected a name or a mapping of names, got {reward!r}; for example, reward=emoji_clip"
         )
-    return {**layer, "reward": {name: value or {} for name, value in reward.items()}, "__replace_reward__": replace}
-
-
-def _check_keys(layer: Mapping[str, Any], node: Any, prefix: str = "") -> None:
-    known = {f.name: f for f in dataclasses.fields(node)}
-    for key, value in layer.items():
-        if key == "__replace_reward__":
-            continue
-        if key not in known:
-            if f"{prefix}{key}" in RENAMED:
-                raise UserError(f"unknown key '{prefix}{key}'; it is now called '{RENAMED[f'{prefix}{key}']}'")
-            near = nearest(f"{prefix}{key}", [*(k for k, _ in all_keys()), *(f"{prefix}{name}" for name in known)])
-            raise UserError(f"unknown key '{prefix}{key}'; {near or 'draftplus train --help lists all keys'}")
-        child = dataclass_of(known[key])
-        if _hints(node)[key] == dict[str, RewardConfig] and isinstance(value, Mapping):
-            for name, settings in value.items():
-                if isinstance(settings, Mapping):
-                    _check_keys(settings, RewardConfig, f"{prefix}{key}.{name}.")
-        elif child is not None and isinstance(value, Mapping):
-            _check_keys(value, child, f"{prefix}{key}.")
+    return {**layer, "reward": {name: {} if value is None else value for name, value in reward.items()}}
 
 
 def shaping_keys(config: Config, compares_images: bool) -> dict[str, Any]:
@@ -196,6 +163,8 @@ def run_name(config: Config, recipe: str, compares_images: bool) -> str:
         return config.name
     # by the former names, so that the same command still finds a run of an earlier version
     former = {new: old for old, new in RENAMED.items()}
+    added, default = keys_where(lambda facts: facts.added), flatten(to_dict(Config()))
     shaping = shaping_keys(config, compares_images).items()
-    text = json.dumps({former.get(key, key): value for key, value in shaping}, sort_keys=True)
+    named = {former.get(k, k): v for k, v in shaping if not (is_below(k, added) and default.get(k, v) == v)}
+    text = json.dumps(named, sort_keys=True)
     return f"{recipe}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

@@ -1,21 +1,22 @@
-"""Prompt sets: built-in, or read from a .txt, .jsonl or WebDataset .tar file, with a held-out part."""
+"""Prompt sets: built-in, or read from files, with a held-out part."""
 
 from __future__ import annotations
 
 import difflib
-import json
+import glob
 import math
-import tarfile
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from draftplus.data.formats import READERS, TARS, Row, kind_of
 from draftplus.errors import UserError
 
 BUILT_IN = ("animals",)
+MOST_FILES = 100_000
 _DIRECTORY = Path(__file__).parents[1] / "assets" / "prompts"
-_FIELDS = ("prompt", "text", "caption")
-_SPLITS = ("train", "held_out")
+_KNOWN = "a .txt, .jsonl, .json, .csv, .tsv, .parquet or .tar file, or a directory of .tar files"
 
 
 @dataclass(frozen=True)
@@ -26,29 +27,27 @@ class PromptSet:
     held_out: list[str]
 
 
-@dataclass(frozen=True)
-class _Row:
-    prompt: str
-    split: str | None
-    place: str
+def load_prompts(source: str | Path, column: str | None = None) -> PromptSet:
+    """The prompts of a built-in set ("animals"), or of files: see `prompt_files` for which.
 
+    - .txt: one prompt per line; empty lines are left out.
+    - .jsonl: one object per line; .json: a list of strings or of objects; .csv, .tsv: a table whose first line names
+      its columns; .parquet. The prompt is the field `column`, or "prompt", "text" or "caption"; a field "split" may say
+      "train" or "held_out".
+    - .tar, also compressed: a WebDataset shard, of each sample its .txt, .caption or .json member.
 
-def load_prompts(source: str | Path) -> PromptSet:
-    """The prompts of a built-in set ("animals"), or of a file.
+    Files without splits hold out a tenth of their distinct prompts, rounded up and at most 50, evenly spaced over the
+    files; fewer than 5 are all trained on and none is held out. Repeated prompts stay repeated in `train`.
 
-    - .txt: one prompt per line; empty lines and lines starting with # are left out.
-    - .jsonl: one object per line with "prompt", "text" or "caption", and optionally "split": "train" or "held_out".
-    - .tar: a WebDataset shard, its `txt` members.
-
-    A file without splits holds out a tenth of its distinct prompts, rounded up and at most 50, evenly spaced over the
-    file; fewer than 5 are all trained on and none is held out. Repeated prompts stay repeated in `train`.
-
-    UserError for a missing, empty, broken or unknown source, and for a prompt that is in both splits.
+    UserError for a missing, empty, broken or unknown source, a column that it does not have, and for a prompt that is
+    in both splits.
     """
+    if column is not None and not has_columns(source):
+        raise UserError(f"data.column is '{column}', but '{source}' has no columns: leave data.column out.")
     if str(source) in BUILT_IN:
-        train, held_out = (_read_txt(_DIRECTORY / f"{source}{suffix}.txt") for suffix in ("", "_held_out"))
+        train, held_out = (_read(_DIRECTORY / f"{source}{suffix}.txt") for suffix in ("", "_held_out"))
         return PromptSet([row.prompt for row in train], [row.prompt for row in held_out])
-    rows = _read(source)
+    rows = _read(source, column)
     if all(row.split is None for row in rows):
         return hold_out([row.prompt for row in rows])
     train = [row for row in rows if row.split != "held_out"]
@@ -65,12 +64,15 @@ def load_prompts(source: str | Path) -> PromptSet:
     return PromptSet([row.prompt for row in train], list(dict.fromkeys(row.prompt for row in held_out)))
 
 
-def read_prompts(source: str | Path) -> list[str]:
-    """All prompts of a source of `load_prompts`, whatever their split, in its order (built in: held-out ones last)."""
+def read_prompts(source: str | Path, column: str | None = None) -> list[str]:
+    """All prompts of a source of `load_prompts`, whatever their split, in its order (built in: held-out ones last).
+
+    column: of files that have columns.
+    """
     if str(source) in BUILT_IN:
         prompts = load_prompts(source)
         return prompts.train + prompts.held_out
-    return [row.prompt for row in _read(source)]
+    return [row.prompt for row in _read(source, column)]
 
 
 def hold_out(prompts: Sequence[str]) -> PromptSet:
@@ -89,91 +91,67 @@ def normalized(prompt: str) -> str:
     return " ".join(prompt.split()).casefold()
 
 
-def _read(source: str | Path) -> list[_Row]:
+def has_columns(source: str | Path) -> bool:
+    """Whether the prompts of a source stand in a field with a name."""
+    return str(source) not in BUILT_IN and not str(source).lower().endswith(".txt")
+
+
+def prompt_files(source: str | Path) -> list[Path]:
+    """The files that a source names, in order: a file; the .tar files of a directory; those that match a glob such as
+    `shards/*.tar`; a range such as `{00000..00099}.tar`, every file of which must be there.
+
+    UserError for a source that names none.
+    """
     path = Path(source).expanduser()
-    readers: dict[str, Callable[[Path], list[_Row]]] = {".txt": _read_txt, ".jsonl": _read_jsonl, ".tar": _read_tar}
-    known = "a .txt, .jsonl or .tar file"
     if path.is_dir():
-        raise UserError(f"prompts '{source}' is a directory: give {known}.")
-    if not path.exists():
-        if path.suffix:
-            raise UserError(f"no prompt file '{source}': check data.prompts, eval.prompts or the command line.")
-        near = difflib.get_close_matches(str(source), BUILT_IN, n=1, cutoff=0.0)
-        raise UserError(f"no prompt set '{source}': did you mean the built-in set '{near[0]}'? Otherwise give {known}.")
-    if path.suffix.lower() not in readers:
-        raise UserError(f"cannot read prompts from '{source}': give {known}.")
-    rows = readers[path.suffix.lower()](path)
+        shards = sorted(one for one in path.iterdir() if one.name.lower().endswith(TARS))
+        if not shards:
+            raise UserError(f"prompts '{source}' is a directory without .tar files: give {_KNOWN}.")
+        return shards
+    if path.exists():
+        return [path]
+    files = [one for name in _expanded(str(path)) for one in _matching(name)]
+    absent = [one for one in files if not one.exists()]
+    if files and not absent:
+        return files
+    if kind_of(path) or path.suffix:
+        more = f" ({absent[0]} and {len(absent) - 1} more)" if len(absent) > 1 else ""
+        more = more or (f" ({absent[0]} is missing)" if len(files) > 1 else "")
+        raise UserError(f"no prompt file '{source}'{more}: check data.prompts, eval.prompts or the command line.")
+    near = difflib.get_close_matches(str(source), BUILT_IN, n=1, cutoff=0.0)
+    raise UserError(f"no prompt set '{source}': did you mean the built-in set '{near[0]}'? Otherwise give {_KNOWN}.")
+
+
+def _expanded(text: str) -> list[str]:
+    import braceexpand
+
+    # braceexpand makes every name before it gives the first
+    sizes = (abs(int(end) - int(begin)) + 1 for begin, end in re.findall(r"{(-?\d+)\.\.(-?\d+)", text))
+    if math.prod(sizes) > MOST_FILES:
+        raise UserError(f"prompts '{text}' names more than {MOST_FILES:,} files; give fewer.")
+    try:
+        return list(braceexpand.braceexpand(text, escape=False))
+    except ValueError:  # braces that do not match
+        return [text]
+
+
+def _matching(name: str) -> list[Path]:
+    return [Path(one) for one in sorted(glob.glob(name, recursive=True))] if glob.has_magic(name) else [Path(name)]
+
+
+def _read(source: str | Path, column: str | None = None) -> list[Row]:
+    files = prompt_files(source)
+    rows: list[Row] = []
+    for path in files:
+        kind = kind_of(path)
+        if kind is None:
+            raise UserError(f"cannot read prompts from '{path}': give {_KNOWN}.")
+        if not path.is_file():
+            raise UserError(f"cannot read prompts from '{path}', which is not a file: give {_KNOWN}.")
+        found = READERS[kind](path, column if has_columns(path) else None)
+        rows += [row._replace(place=f"{path}, {row.place}") for row in found] if len(files) > 1 else found
     if not rows:
-        member = ".txt member" if path.suffix.lower() == ".tar" else "prompt"
+        tar = all(kind_of(path) in TARS for path in files)
+        member = ".txt member, .caption member or .json member" if tar else "prompt"
         raise UserError(f"'{source}' has no prompts: it needs at least one {member}.")
     return rows
-
-
-def _read_txt(path: Path) -> list[_Row]:
-    lines = enumerate(_text(path.read_bytes(), str(path)).splitlines(), start=1)
-    return [_Row(line.strip(), None, f"line {n}") for n, line in lines if line.strip() and not line.startswith("#")]
-
-
-def _read_jsonl(path: Path) -> list[_Row]:
-    # split at newlines only: splitlines would also cut at U+2028, which JSON allows inside a string
-    lines = enumerate(_text(path.read_bytes(), str(path)).split("\n"), start=1)
-    return [_json_row(line, f"{path}, line {n}", n) for n, line in lines if line.strip()]
-
-
-def _json_row(line: str, place: str, number: int) -> _Row:
-    example = '{"prompt": "a cat"}'
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{place}: not valid JSON ({error}); each line must be an object such as {example}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{place}: {line.strip()[:40]} is not an object; each line must be an object such as {example}")
-    field = next((name for name in _FIELDS if name in value), None)
-    if field is None:
-        raise UserError(
-            f"{place}: none of the fields {', '.join(_FIELDS)}, but only {', '.join(value) or 'an empty object'}: "
-            "rename the field that holds the prompt."
-        )
-    prompt, split = value[field], value.get("split")
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise UserError(f"{place}: {field} is {json.dumps(prompt)[:40]}; it must be a string that is not empty.")
-    if split is not None and split not in _SPLITS:
-        raise UserError(f"{place}: split is {json.dumps(split)[:40]}; it must be {' or '.join(_SPLITS)}.")
-    return _Row(prompt.strip(), split, f"line {number}")
-
-
-def _read_tar(path: Path) -> list[_Row]:
-    from webdataset.tariterators import group_by_keys, tar_file_expander
-
-    try:
-        _require_complete(path)
-        with path.open("rb") as stream:
-            files = tar_file_expander([{"url": str(path), "stream": stream}], select_files=lambda n: n.endswith(".txt"))
-            texts = [(sample["__key__"], sample["txt"]) for sample in group_by_keys(files) if "txt" in sample]
-    except (tarfile.TarError, ValueError) as error:
-        raise UserError(
-            f"'{path}' is truncated or not a tar file ({error.args[0]}): download or create it again."
-        ) from error
-    prompts = [_text(data, f"{path}, member {key}.txt").strip() for key, data in texts]
-    return [_Row(prompt, None, f"member {key}.txt") for prompt, (key, _) in zip(prompts, texts, strict=True) if prompt]
-
-
-def _require_complete(path: Path) -> None:
-    # tarfile takes a cut between two members, or a header that makes no sense, for the end of the archive: only the
-    # block of zeros in the place of the next header shows that nothing is missing
-    end = 0
-    with tarfile.open(path, "r:") as tar:
-        for member in tar:
-            end = member.offset_data + math.ceil(member.size / tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-    with path.open("rb") as file:
-        file.seek(end)
-        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise tarfile.ReadError(f"neither a member nor the end mark at byte {end}")
-
-
-def _text(data: bytes, place: str) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{place} is not UTF-8 text (byte {error.start}, line {line}): save it as UTF-8.") from error

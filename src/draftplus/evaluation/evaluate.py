@@ -17,8 +17,8 @@ from draftplus.build import (
     build_model,
     quiet_libraries,
 )
-from draftplus.chunks import chunks
-from draftplus.config import BASE_MODEL, flatten, to_dict
+from draftplus.config import base_model_of, flatten, to_dict
+from draftplus.evaluation.chunks import chunks
 from draftplus.evaluation.generate import TUNED, Knobs, decoded
 from draftplus.evaluation.images import Images, images_of
 from draftplus.evaluation.instruments import Instruments, instruments_of
@@ -74,7 +74,7 @@ def compare(
         "draftplus": __version__,
         "prompts": which.prompts,
         "seeds": [job.seed for job in which.jobs()],
-        "model": [flatten(to_dict(targets[0].config))[key] for key in BASE_MODEL],
+        "model": base_model_of(flatten(to_dict(targets[0].config))),
         "sampler": asdict(targets[0].config.sampler),
         "rewards": tools.described,
         "features": (features or "emoji_clip") if tools.features is not None else None,

@@ -11,17 +11,17 @@ from typing import Any
 from torch import Tensor
 
 from draftplus.build import build_model, build_reward, quiet_libraries
-from draftplus.chunks import SAMPLING_BATCH
 from draftplus.config import RewardConfig
 from draftplus.distributed import pick_device
 from draftplus.errors import UserError
+from draftplus.evaluation.chunks import SAMPLING_BATCH
 from draftplus.evaluation.generate import TUNED, Job, Knobs, generate_images, jobs_of
 from draftplus.evaluation.pictures import save_pictures
 from draftplus.evaluation.scores import score_images
 from draftplus.progress import progress
 from draftplus.runs.files import make_output, write_text
 from draftplus.runs.rows import reward_key
-from draftplus.runs.weights import find_weights
+from draftplus.runs.weights import find_weights, intact
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ def make_gallery(
     Raises UserError for a user's mistake, before any image is made.
     """
     weights = find_weights(target, overrides)
+    if adapter is not None and not adapter.exists():
+        raise UserError(f"--adapter '{adapter}': no such file or directory")
     config = weights.config
     quiet_libraries()
     device = pick_device(config.device)
@@ -64,11 +66,9 @@ def make_gallery(
     scorers = {name: build_reward(name, known.get(name, RewardConfig()), device) for name in rewards}
     with progress("loading the model", None):
         model = build_model(config.model, device, trainable=False)
-    chosen = adapter if adapter is not None else weights.adapter
+    chosen = intact(adapter) if adapter is not None else weights.adapter
     if chosen is None and knobs != TUNED:
-        raise UserError(
-            f"'{target}' has no trained weights to scale or anneal; name a run or give an adapter directory"
-        )
+        raise UserError(f"'{target}' has no trained weights to scale or anneal; name a run or give an adapter")
     if chosen is not None:
         model.tuned.load(chosen)
     knobs.check()

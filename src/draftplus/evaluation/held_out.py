@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from draftplus.chunks import SAMPLING_BATCH
 from draftplus.config import Config
 from draftplus.data.prompts import PromptSet, normalized, read_prompts
 from draftplus.distributed import World
 from draftplus.errors import UserError
+from draftplus.evaluation.chunks import SAMPLING_BATCH
 from draftplus.evaluation.generate import TUNED, Job, Knobs, generate_images
 from draftplus.evaluation.pictures import save_pictures
 from draftplus.evaluation.scores import Rewards, score_images
@@ -97,7 +97,7 @@ def evaluation_prompts(config: Config, prompts: PromptSet) -> list[str]:
                 "name some in eval.prompts"
             )
     else:
-        chosen = list(dict.fromkeys(read_prompts(config.eval.prompts)))
+        chosen = list(dict.fromkeys(read_prompts(config.eval.prompts, config.data.column)))
         trained = {normalized(prompt) for prompt in prompts.train}
         for prompt in chosen:
             if normalized(prompt) in trained:

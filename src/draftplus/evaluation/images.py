@@ -56,10 +56,12 @@ def images_of(
 
 def _held_out(targets: Sequence[Target]) -> list[str]:
     first = first_run(targets)
-    chosen = evaluation_prompts(first.config, load_prompts(first.config.data.prompts))
+    chosen = evaluation_prompts(first.config, load_prompts(first.config.data.prompts, first.config.data.column))
     for target in targets:
         if target.run is not None:
-            others = evaluation_prompts(target.config, load_prompts(target.config.data.prompts))
+            others = evaluation_prompts(
+                target.config, load_prompts(target.config.data.prompts, target.config.data.column)
+            )
             if others != chosen:
                 raise UserError(
                     f"'{first.name}' and '{target.name}' use different held-out prompts; give one set of prompts "

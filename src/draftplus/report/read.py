@@ -19,6 +19,7 @@ from PIL import Image
 from draftplus.config import Config, with_new_names
 from draftplus.errors import UserError
 from draftplus.runs.directory import is_held
+from draftplus.runs.origin import edited
 from draftplus.runs.rows import EvaluationRow, are_numbers, ill_formed, read_evaluation
 
 LARGEST = 1e30  # that matplotlib can place
@@ -89,6 +90,14 @@ def _read_config(run: Run) -> dict[str, Any]:
     if not isinstance(config, dict):
         run.missing.append("config.yaml (not a configuration)")
         return {}
+    try:
+        changed = edited(run.directory)
+    except UserError as error:
+        run.missing.append(f"config.yaml ({error})")
+        return {}
+    run.missing += [
+        f"config.yaml ({key} was {then}, is {now}: edited or damaged)" for key, (then, now) in changed.items()
+    ]
     config = with_new_names(config)
     lacking = [field.name for field in dataclasses.fields(Config) if field.name not in config]
     if lacking:
@@ -195,6 +204,9 @@ def _checked(path: Path, size: int, changed: int) -> bool:
 
 def _read_object(run: Run, name: str) -> dict[str, Any]:
     value = _read_json(run, name)
+    if isinstance(value, dict) and type(value.get("step")) is not int:
+        run.missing.append(f"{name} (without a step)")
+        return {}
     if isinstance(value, dict) or not (run.directory / name).is_file():
         return value or {}
     if value is not None or (run.directory / name).read_text(encoding="utf-8", errors="replace").strip() == "null":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,8 @@ from filelock import FileLock, Timeout
 from draftplus.config import Config, to_yaml
 from draftplus.errors import UserError
 from draftplus.runs import journal
-from draftplus.runs.files import write_text
+from draftplus.runs.files import clean, file_mode, remove, write_text
+from draftplus.runs.origin import ORIGIN, absolute_paths
 
 
 def is_run(target: str | Path) -> bool:
@@ -27,7 +27,10 @@ def step_name(step: int) -> str:
 
 def saved_steps(directory: Path) -> list[int]:
     """The steps that are saved below a directory, ascending."""
-    return sorted(int(p.name[5:]) for p in directory.glob("step-*") if p.name[5:].isdigit())
+    if not directory.is_dir():
+        return []
+    names = [path.name for path in directory.iterdir()]  # not glob, for which a directory that is unreadable is empty
+    return sorted(int(name[5:]) for name in names if name.startswith("step-") and name[5:].isdigit())
 
 
 @contextmanager
@@ -36,9 +39,10 @@ def locked(run: Path) -> Iterator[None]:
 
     Raises UserError where it cannot be written, or another process trains in it.
     """
-    lock = FileLock(run / ".lock", timeout=1)  # a look at whether it is held, `is_held`, takes no longer
     try:
         run.mkdir(parents=True, exist_ok=True)
+        # a look at whether it is held, `is_held`, takes no longer than the timeout
+        lock = FileLock(run / ".lock", timeout=1, mode=file_mode(run))
         lock.acquire()
     except Timeout:
         raise UserError(
@@ -71,14 +75,21 @@ def is_held(run: Path) -> bool:
 
 def write_config(run: Path, config: Config) -> None:
     """Writes config.yaml, which makes a directory a run; only once it is known that the run can start."""
-    write_text(run / "config.yaml", to_yaml(config))
+    write_text(run / "config.yaml", to_yaml(absolute_paths(config)))
 
 
 def forget_after(run: Path, step: int) -> None:
-    """Removes what a run wrote past the step that it is restored to; -1: everything, for a run that starts anew."""
+    """Removes what a run wrote past the step that it is restored to; -1: everything, for a run that starts anew.
+
+    And what a process that died left half written or half removed.
+    """
+    for parent in (run, run / "samples", run / "adapters", run / "checkpoints"):
+        clean(parent)
+    if step < 0:
+        (run / ORIGIN).unlink(missing_ok=True)
     for name in ("metrics.jsonl", "eval.jsonl"):
         journal.drop_rows_after(run / name, step)
     for parent in (run / "samples", run / "adapters"):
         for late in saved_steps(parent):
             if late > step:
-                shutil.rmtree(parent / step_name(late))
+                remove(parent / step_name(late))

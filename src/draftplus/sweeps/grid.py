@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from draftplus.config import KNOBS, is_below, keys_that_affect
+from draftplus.config import KNOBS, is_below, is_text, keys_that_affect, written
 from draftplus.errors import UserError
 
 MOST_RUNS = 1000
@@ -19,7 +19,6 @@ LONGEST_NAME = 80
 
 Settings = dict[str, str]  # key -> value, as they are written in KEY=VALUE
 
-PLAIN = re.compile(r"[\w./:+-]+")  # text that needs no quotes, unless YAML reads it as a number or the like
 CLOSES = {"(": ")", "[": "]", "{": "}"}
 OWNED = {"name": "each run is named after its settings", "output_dir": "the runs go to the sweep's own directory"}
 
@@ -72,23 +71,21 @@ def parse_grid(arguments: Sequence[str]) -> dict[str, list[str]]:
     return grid
 
 
-def written(value: Any) -> str:
-    """A value of a YAML file or of Python as it is written in KEY=VALUE."""
-    if isinstance(value, str) and PLAIN.fullmatch(value) and list(OmegaConf.create(f"[{value}]")) == [value]:
-        return value
-    return json.dumps(value, ensure_ascii=False)
-
-
 def written_grid(grid: Mapping[str, Any], where: str) -> dict[str, list[str]]:
     """A grid whose values may be lists, as text. A value that is itself a list stands in a list of its own.
 
-    Raises UserError for a key without values.
+    Raises UserError for a key without values, and for a word of a text key that YAML takes for something else.
     """
     told: dict[str, list[str]] = {}
     for key, values in grid.items():
         many = list(values) if isinstance(values, (list, tuple, range)) else [values]
         if not many:
             raise UserError(f"{where}: {key} has no values; give at least one")
+        for value in many:
+            if is_text(str(key)) and isinstance(value, (bool, int, float)):
+                raise UserError(
+                    f"{where}: YAML reads a word of {key} as {value}; write it in quotes, because it is text"
+                )
         told[str(key)] = [written(value) for value in many]
     return told
 

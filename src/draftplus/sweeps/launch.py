@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from draftplus.distributed import SWEEP
 from draftplus.errors import Interrupted, UserError
+from draftplus.launcher import SWEEP
 from draftplus.progress import Advance, progress
 from draftplus.runs.directory import is_held, locked
 from draftplus.sweeps.manifest import Entry, Manifest, read_manifest
@@ -155,12 +155,14 @@ def _process(plan: Plan, run: PlannedRun, slot: Slot) -> subprocess.Popen[bytes]
 
 
 def _finish(plan: Plan, manifest: Manifest, attempt: _Attempt, otherwise: str) -> None:
-    """Notes how a run ended: finished where it says so itself, and `otherwise` where not."""
+    """Notes how a run ended: finished where it says so itself and its result is there, and `otherwise` where not."""
     code, entry = attempt.process.returncode if attempt.process is not None else 1, attempt.entry
     entry.seconds = round(attempt.before + time.monotonic() - attempt.began, 1)
-    entry.status = "finished" if code == 0 else otherwise
+    result = (plan.directory / attempt.run.name / "adapter").is_dir()
+    entry.status = "finished" if code == 0 and result else otherwise
     if entry.status == "failed":
-        entry.error = _said(log_path(plan.directory, attempt.run.name), code)
+        said = _said(log_path(plan.directory, attempt.run.name), code)
+        entry.error = said if code else "it ended without a result"
     manifest.save(plan.directory)
 
 

@@ -10,10 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from draftplus.build import refuse_unknown_reward
-from draftplus.config import Config, load_config, nearest, recipe_path, to_dict
+from draftplus.config import Config, load_config, nearest, read_yaml, recipe_path, refuse_bad_name, to_dict
 from draftplus.data.prompts import PromptSet, load_prompts
 from draftplus.distributed import is_main_process
 from draftplus.errors import UserError
@@ -66,9 +64,12 @@ def plan_sweep(
     file = read_sweep_file(recipe)
     cells = {**file.grid, **{key: list(values) for key, values in over.items()}}
     settings = grid.expand(grid.with_variants(cells), [grid.with_variants(run) for run in file.runs])
+    if name is not None and not name.strip():
+        raise UserError("--name is empty; give a plain name, or leave it out")
     chosen = name or (file.name if not over else None) or f"{Path(recipe).stem}-{_hash(file.recipe, settings)}"
     if "/" in chosen or chosen in (".", "..") or "=" in chosen:
         raise UserError(f"name '{chosen}': give a plain name without / or =; the sweep goes to {parent / 'NAME'}")
+    refuse_bad_name("name", chosen)
     recipe_path(file.recipe)  # an unknown recipe is reported once, not for a run
     directory = parent / chosen
     prompts = cache(load_prompts)
@@ -98,11 +99,8 @@ def read_sweep_file(path: str | Path) -> SweepFile:
     """
     if not Path(path).is_file():
         return SweepFile(str(path), None, {}, [])
-    try:
-        loaded = OmegaConf.to_container(OmegaConf.load(path))
-    except Exception as error:  # yaml's errors share no base class with OmegaConf's
-        raise UserError(f"{path}: not a YAML file: {str(error).splitlines()[0]}") from None
-    if not isinstance(loaded, dict) or not {"grid", "runs", "recipe"} & loaded.keys():
+    loaded = read_yaml(path)
+    if not {"grid", "runs", "recipe"} & loaded.keys():
         return SweepFile(str(path), None, {}, [])  # a recipe, which is checked with its settings
     for key in _strings(loaded):
         if key not in FILE_KEYS:
@@ -163,7 +161,7 @@ def _plan_run(directory: Path, name: str, recipe: str, settings: list[str], prom
         for reward in (*config.reward, *config.eval.rewards):
             refuse_unknown_reward(reward)
         micro_batch_size(config, 1)
-        data: PromptSet = prompts(config.data.prompts)
+        data: PromptSet = prompts(config.data.prompts, config.data.column)
         evaluation_set(config, data)
     except UserError as error:
         raise UserError(f"{' '.join(settings)}: {error}") from None

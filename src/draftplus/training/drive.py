@@ -39,11 +39,16 @@ def drive(
     restored = checkpoint.restore(run / "checkpoints", state, placement)
     if len(set(here.gather(state.step))) > 1:
         raise UserError(f"{run}: the processes found different checkpoints; output_dir must be shared by all machines")
+    if state.step > task.total:
+        raise UserError(
+            f"{run} has done {state.step} steps already, more than the {task.total} that train.steps or train.epochs "
+            f"now asks for; set train.steps={state.step} or more. Weights of earlier steps are at {run}@STEP"
+        )
     if here.is_main:
         forget_after(run, state.step if restored else -1)
         write_config(run, config)
     here.barrier()
-    rows = here.gather(journal.read_rows(run / "eval.jsonl"))[0]
+    rows = here.gather(journal.read_evaluations(run / "eval.jsonl"))[0]
     evaluated = {row["step"] for row in rows}
     evaluations = task.comparable(rows)
     if here.is_main:
@@ -53,18 +58,28 @@ def drive(
     task.before(sorted(evaluated), state.step)
     logs = here.is_main and (state.step < task.total or state.step not in evaluated)  # a finished run says nothing
     loggers = journal.open_loggers(config.log.to if logs else (), run, to_dict(config), state.step)
-    saved = state.step
+    saved = tried = state.step
 
     def save_state() -> None:
-        nonlocal saved
+        nonlocal saved, tried
         if state.step > saved:
+            tried = state.step
             checkpoint.save(run / "checkpoints", state, config.checkpoint.keep, placement, here)
             saved = state.step
 
-    def save_interrupted() -> None:
-        save_state()
+    def save_last() -> None:
+        if not state.torn:
+            save_state()
         if here.is_main:
-            print(f"stopped after step {state.step}; continue with: draftplus train {run}", file=sys.stderr)
+            print(f"stopped after step {saved}; continue with: draftplus train {run}", file=sys.stderr)
+
+    def save_after_error() -> None:
+        if state.step == 0 or tried > saved:  # nothing to save, or saving is what failed
+            return
+        try:
+            save_last()
+        except Exception as error:  # that of the training is the one to be told
+            print(f"the state after step {state.step} could not be saved: {error}", file=sys.stderr)
 
     note = ""  # on the last step
 
@@ -98,20 +113,19 @@ def drive(
                         task.finish(state.step, evaluating)
                     break
 
-                row = _step(task, state, config, interrupt.abandonable)
+                row = _step(task, state, config, interrupt.abandonable, run if here.is_main else None)
                 if here.is_main:
-                    journal.append_row(run / "metrics.jsonl", row)
                     _log(loggers, "train/", row, state.step)
                 note = task.note(row)
                 advance(state.step, note)
         except Interrupted:
-            save_interrupted()
+            save_last()
             raise
-        except RuntimeError:
-            if not interrupt.asked:  # another process that left first breaks the communication of this one
-                raise
-            save_interrupted()
-            raise Interrupted from None
+        except Exception as error:
+            save_after_error()
+            if interrupt.asked and isinstance(error, RuntimeError):
+                raise Interrupted from None  # another process that left first breaks the communication of this one
+            raise
 
     if here.is_main:
         write_stopped(run, state.step, stopped)
@@ -121,17 +135,21 @@ def drive(
     here.barrier()
 
 
-def _step(task: Task, state: State, config: Config, abandonable: Abandonable) -> Row:
-    """Takes one step. Returns its row of metrics.jsonl."""
+def _step(task: Task, state: State, config: Config, abandonable: Abandonable, run: Path | None) -> Row:
+    """Takes one step. Returns its row of metrics.jsonl, which is written there if there is a run."""
     began = time.perf_counter()
     means = task.step(state, abandonable)
     rate = learning_rate(config.optim, state.step)
-    state.step += 1
-    state.images += config.train.global_batch_size
-    return {
-        "step": state.step, **means, "lr": rate, "images": state.images, "skipped": state.skipped,
-        "seconds": round(time.perf_counter() - began, 4),
-    }  # fmt: skip
+    with state.changing():  # a step without its row is not complete
+        state.step += 1
+        state.images += config.train.global_batch_size
+        row = {
+            "step": state.step, **means, "lr": rate, "images": state.images, "skipped": state.skipped,
+            "seconds": round(time.perf_counter() - began, 4),
+        }  # fmt: skip
+        if run is not None:
+            journal.append_row(run / "metrics.jsonl", row)
+    return row
 
 
 def _measured(row: Row) -> str:
@@ -144,7 +162,7 @@ def _save_weights(task: Task, state: State, target: Path, here: World) -> None:
         if not here.is_main:
             task.save(None)
             return
-        with whole_directory(target) as building:
+        with whole_directory(target, checksums=True) as building:
             task.save(building)
 
 

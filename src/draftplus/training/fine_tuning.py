@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from draftplus.build import build_model, build_problem, build_rewards, compares_images, quiet_libraries
@@ -17,7 +17,9 @@ from draftplus.evaluation.held_out import EvaluationSet, evaluate_held_out, eval
 from draftplus.evaluation.scores import Rewards
 from draftplus.evaluation.variants import add_variants, check_checkpoints
 from draftplus.progress import Advance
+from draftplus.runs.inputs import same_inputs
 from draftplus.runs.journal import Row
+from draftplus.runs.origin import write_origin
 from draftplus.training.ddpo import ddpo_step
 from draftplus.training.guards import stop_reason, write_best
 from draftplus.training.optim import Parameters
@@ -30,13 +32,14 @@ from draftplus.types import Model
 
 @dataclass(frozen=True)
 class FineTuning:
-    """The task. rewards: those that are trained on and those that are held out, by name."""
+    """The task. rewards: those that are trained on and those that are held out, by name. inputs: `same_inputs`."""
 
     setup: Setup
     rewards: Rewards
     held_out: EvaluationSet
     run: Path
     total: int
+    inputs: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def model(self) -> Model:
@@ -88,6 +91,8 @@ class FineTuning:
 
     def before(self, evaluated: Sequence[int], step: int) -> None:
         check_checkpoints(self.setup.config, evaluated, step)
+        if self.setup.here.is_main:
+            write_origin(self.run, self.setup.config, self.inputs, step)
 
     def finish(self, step: int, advance: Advance) -> None:
         """Measures `eval.variants`."""
@@ -110,7 +115,7 @@ def fine_tuning(config: Config, run: Path, placement: Placement, here: World) ->
     Raises UserError for everything that is wrong with the configuration, the model, the rewards or the prompts.
     """
     micro = micro_batch_size(config, here.size)
-    prompts = load_prompts(config.data.prompts)
+    prompts = load_prompts(config.data.prompts, config.data.column)
     held_out = evaluation_set(config, prompts)
     quiet_libraries()
     model = build_model(config.model, here.device, config.seed)
@@ -119,7 +124,8 @@ def fine_tuning(config: Config, run: Path, placement: Placement, here: World) ->
     problem = build_problem(config, model, rewards)
     shape = model.latent_shape(config.sampler.height, config.sampler.width)
     setup = Setup(config, problem, prompts.train, shape, micro, here, placement)
-    return FineTuning(setup, rewards, held_out, run, total_steps(config, len(prompts.train)))
+    inputs = same_inputs(config, run, prompts.train, here)
+    return FineTuning(setup, rewards, held_out, run, total_steps(config, len(prompts.train)), inputs)
 
 
 def total_steps(config: Config, prompts: int) -> int:

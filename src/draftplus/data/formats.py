@@ -1,0 +1,264 @@
+"""Reading the prompts of one file: text, JSON, tables, and tar archives of captions."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import lzma
+import math
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from draftplus.errors import UserError
+
+FIELDS = ("prompt", "text", "caption")
+SPLITS = ("train", "held_out")
+TARS = (".tar", ".tar.gz", ".tgz")
+MOST_LINES = 50  # of a caption: what is longer than any text encoder reads is a list of prompts
+_EXAMPLE = '{"prompt": "a cat"}'
+
+
+class Row(NamedTuple):
+    """A prompt, the part of the set that its file puts it in, and where it stands, such as "line 3"."""
+
+    prompt: str
+    split: str | None
+    place: str
+
+
+def kind_of(path: Path) -> str | None:
+    """The ending by which a file is read, whatever its case; None where it is no file of prompts."""
+    return next((kind for kind in READERS if path.name.lower().endswith(kind)), None)
+
+
+def _text(path: Path, column: str | None) -> Iterator[Row]:
+    for number, line in _lines(path):
+        if line.strip():
+            yield Row(line.strip(), None, f"line {number}")
+
+
+def _jsonl(path: Path, column: str | None) -> Iterator[Row]:
+    for number, line in _lines(path):
+        if line.strip():
+            place = f"line {number}"
+            value = _parsed(line, f"{path}, {place}", f"; each line must be an object such as {_EXAMPLE}")
+            if not isinstance(value, dict):
+                said = f"{line.strip()[:40]} is not an object; each line must be an object such as {_EXAMPLE}"
+                raise UserError(f"{path}, {place}: {said}")
+            yield _row(value, column, path, place)
+
+
+def _json(path: Path, column: str | None) -> Iterator[Row]:
+    wanted = f"a list of strings or of objects such as {_EXAMPLE}"
+    entries = _parsed(_decoded(path.read_bytes(), str(path)), str(path), f"; it must be {wanted}")
+    if not isinstance(entries, list):
+        raise UserError(f"{path} holds {_short(entries)}; it must be {wanted}.")
+    for number, entry in enumerate(entries, 1):
+        if not isinstance(entry, dict) and column is not None:
+            raise UserError(f"{path}, entry {number}: {_short(entry)} has no fields, but data.column is '{column}'.")
+        yield _row(entry if isinstance(entry, dict) else {"prompt": entry}, column, path, f"entry {number}")
+
+
+def _table(delimiter: str) -> Callable[[Path, str | None], Iterator[Row]]:
+    def read(path: Path, column: str | None) -> Iterator[Row]:
+        try:
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                # strict: a quote that is never closed would make one prompt of the rest of the file
+                table = csv.reader(file, delimiter=delimiter, strict=True)
+                names = [name.strip() for name in next(table, [])]
+                _field(names, column, f"{path}, line 1")
+                for cells in table:
+                    place = f"line {table.line_num}"
+                    if len(cells) not in (0, len(names)):
+                        raise UserError(
+                            f"{path}, {place}: {len(cells)} cells, but line 1 names {len(names)} columns; put text "
+                            f"that contains {'a tab' if delimiter != ',' else 'a comma'} in double quotes."
+                        )
+                    if any(cell.strip() for cell in cells):
+                        fields: dict[str, Any] = dict(zip(names, cells, strict=True))
+                        if not fields.get("split"):
+                            fields["split"] = None
+                        yield _row(fields, column, path, place)
+        except UnicodeDecodeError:
+            raise _not_utf8(path) from None
+        except csv.Error as error:
+            raise UserError(f"{path}, line {table.line_num}: {error}; put text with quotes in it in quotes.") from None
+
+    return read
+
+
+def _parquet(path: Path, column: str | None) -> Iterator[Row]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError(f"'{path}' needs pyarrow to be read: pip install 'draftplus[parquet]'.") from None
+    try:
+        with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            chosen = [_field(names, column, str(path)), *(name for name in ("split",) if name in names)]
+            number = 0
+            for batch in file.iter_batches(columns=chosen):
+                for value in batch.to_pylist():
+                    number += 1
+                    yield _row(value, column, path, f"row {number}")
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"'{path}' is damaged or not a parquet file ({reason}): create it again.") from None
+
+
+def _tar(path: Path, column: str | None) -> Iterator[Row]:
+    """One prompt of each sample: of the members whose names are equal up to the last dot, .txt before .caption before
+    .json; with a column, .json only."""
+    kinds = ("json",) if column is not None else ("txt", "caption", "json")
+    chosen: dict[str, tuple[str, bytes]] = {}  # a sample's key -> the ending and content of its caption
+    seen: set[str] = set()
+    others = False
+    try:
+        for member, read in _members(path):
+            key, _, suffix = member.name.rpartition(".")
+            if member.name.rpartition("/")[2].startswith("._"):  # what macOS adds beside each file
+                continue
+            if suffix.lower() not in kinds:
+                others = True
+                continue
+            if member.name in seen:
+                raise UserError(f"'{path}' has two members named {member.name}: rename or remove one of them.")
+            seen.add(member.name)
+            if not member.isreg():
+                raise UserError(f"'{path}', member {member.name} is a link: pack the file that it stands for.")
+            if key not in chosen or kinds.index(suffix.lower()) < kinds.index(chosen[key][0].lower()):
+                chosen[key] = (suffix, read())
+    except (tarfile.TarError, EOFError, ValueError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
+        reason = str(error).partition("\n")[0].rstrip(":") or type(error).__name__
+        raise UserError(f"'{path}' is truncated or not a tar file ({reason}): download or create it again.") from error
+    for key, (suffix, data) in chosen.items():
+        place = f"member {key}.{suffix}"
+        text = _decoded(data, f"{path}, {place}")
+        if suffix.lower() == "json":
+            value = _parsed(text, f"{path}, {place}", "")
+            if not isinstance(value, dict):
+                raise UserError(f"{path}, {place}: {_short(value)} is not an object such as {_EXAMPLE}.")
+            yield _row(value, column, path, place)
+        elif text.strip():
+            lines = sum(bool(line.strip()) for line in io.StringIO(text, newline=None))
+            if lines > MOST_LINES or (lines > 1 and len(chosen) == 1 and not others):
+                name = f"{key}.{suffix}"
+                raise UserError(
+                    f"'{path}', member {name}: {lines:,} lines, but a member is one prompt; unpack it and give {name} "
+                    "itself, one prompt a line."
+                )
+            yield Row(text.strip(), None, place)
+
+
+def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, Callable[[], bytes]]]:
+    """The members of an archive, compressed or not, that are no directories, each with what reads it.
+
+    Raises TarError and others where it is cut short or damaged.
+    """
+    end = 0
+    with tarfile.open(path, "r:*") as tar:
+        while (member := tar.next()) is not None:
+            tar.members.clear()  # type: ignore[attr-defined]  # else a million of them stay in memory
+            end = member.offset_data + math.ceil(member.size / tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+            if not member.isdir():
+                yield member, lambda member=member: _content(tar, member)  # type: ignore[misc]
+        # tarfile takes a cut between two members, or a header that makes no sense, for the end of the archive: only
+        # the block of zeros in the place of the next header shows that nothing is missing
+        stream: Any = tar.fileobj
+        stream.seek(end)
+        if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError(f"neither a member nor the end mark at byte {end}")
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    opened = tar.extractfile(member)
+    assert opened is not None
+    return opened.read()
+
+
+def _row(fields: Mapping[str, Any], column: str | None, path: Path, place: str) -> Row:
+    """The row of named fields, of which one is the prompt and one may be the split."""
+    where = f"{path}, {place}"
+    field = _field(list(fields), column, where)
+    prompt, split = fields[field], fields.get("split")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise UserError(f"{where}: {field} is {_short(prompt)}; it must be a string that is not empty.")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(prompt[error.start]):04x}"
+        raise UserError(
+            f"{where}: {field} contains {half}, one half of a character without the other; write the whole character."
+        ) from None
+    if split is not None and split not in SPLITS:
+        raise UserError(f"{where}: split is {_short(split)}; it must be {' or '.join(SPLITS)}.")
+    return Row(prompt.strip(), split, place)
+
+
+def _field(names: Sequence[str], column: str | None, where: str) -> str:
+    """The name of the field that holds the prompt."""
+    present = ", ".join(names) or "no field at all"
+    if column is not None and column not in names:
+        raise UserError(f"{where}: no field named '{column}', which data.column asks for, but {present}.")
+    field = column or next((name for name in FIELDS if name in names), None)
+    if field is None:
+        raise UserError(
+            f"{where}: none of the fields {', '.join(FIELDS)}, but only {present}: "
+            "rename the field that holds the prompt, or name it with data.column."
+        )
+    if names.count(field) > 1:
+        raise UserError(f"{where}: two columns are named '{field}'; rename one of them.")
+    return field
+
+
+def _parsed(text: str, where: str, wanted: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{where}: not valid JSON ({error}){wanted}") from None
+    except RecursionError:
+        raise UserError(f"{where}: not valid as prompts, lists within lists too deep to be read{wanted}") from None
+
+
+def _short(value: object) -> str:
+    try:
+        return json.dumps(value)[:40]
+    except (TypeError, ValueError, RecursionError):
+        return f"of type {type(value).__name__}"
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    # opened as text, a line ends at \n, \r\n and \r and nowhere else; str.splitlines would also cut at U+2028
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            yield from enumerate(file, 1)
+    except UnicodeDecodeError:
+        raise _not_utf8(path) from None
+
+
+def _decoded(data: bytes, where: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{where} is not UTF-8 text (byte {error.start}, line {line}): save it as UTF-8.") from error
+
+
+def _not_utf8(path: Path) -> UserError:
+    try:
+        _decoded(path.read_bytes(), str(path))
+    except UserError as error:
+        return error
+    return UserError(f"{path} is not UTF-8 text: save it as UTF-8.")
+
+
+READERS: dict[str, Callable[[Path, str | None], Iterator[Row]]] = {
+    ".txt": _text, ".jsonl": _jsonl, ".json": _json, ".csv": _table(","), ".tsv": _table("\t"), ".parquet": _parquet,
+    **dict.fromkeys(TARS, _tar),
+}  # fmt: skip
