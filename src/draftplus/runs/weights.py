@@ -64,9 +64,9 @@ def find_weights(target: str, overrides: Sequence[str] = ()) -> Weights:
 
 
 def intact(adapter: Path) -> Path:
-    """A directory of trained weights. Raises UserError where its files are not as they were written."""
+    """Trained weights, a directory or a file. Raises UserError where the files there are not as they were written."""
     try:
-        verify(adapter)
+        verify(adapter if adapter.is_dir() else adapter.parent)
     except ValueError as error:
         others = "the same draftplus train command writes adapter/ again, and RUN@step names the weights of a step"
         raise UserError(f"{adapter}: damaged ({error}); use other weights: {others}") from None
