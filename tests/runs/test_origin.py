@@ -14,6 +14,8 @@ from draftplus.config import load_config, run_name
 from draftplus.data.prompts import load_prompts
 from draftplus.distributed import World
 from draftplus.errors import UserError
+from draftplus.report import write_report
+from draftplus.report.read import read_run
 from draftplus.runs.directory import write_config
 from draftplus.runs.inputs import code_of, same_inputs
 from draftplus.runs.origin import ORIGIN, read_origin, write_origin
@@ -162,6 +164,15 @@ def test_an_edited_configuration(project: Path, capsys: Any) -> None:
     edit(f"{run}/config.yaml", "lr: 0.01", "lr: 0.02")()
     with pytest.raises(UserError, match=r"was started with optim\.lr=0\.01, but now it is 0\.02"):
         go_on(run)
+    assert "config.yaml (optim.lr was 0.01, is 0.02: edited or damaged)" in read_run(run).missing
+
+
+@pytest.mark.parametrize("text", ["[]", '{"step": [1]}', '{"step": null}', "{}"])
+def test_an_odd_best_in_a_report(project: Path, text: str) -> None:
+    run = begin()
+    (run / "best.json").write_text(text)
+    write_report(run)
+    assert any(one.startswith("best.json (") for one in read_run(run).missing)
 
 
 @pytest.mark.parametrize("kept", [0, 40, 0.5, 0.9])

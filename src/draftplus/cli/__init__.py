@@ -15,6 +15,7 @@ from draftplus import __version__
 from draftplus.cli import evaluate, export, generate, report, sweep, train
 from draftplus.cli.shared import examples
 from draftplus.errors import Interrupted, UserError
+from draftplus.launcher import end_with_launcher
 
 # typer brings its own copy of click in some versions, so its base class is reached through typer
 CommandLineError: Any = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
@@ -58,6 +59,7 @@ def main() -> None:
     here = threading.current_thread() is threading.main_thread()  # the only one that signals reach
     if here:
         signal.signal(signal.SIGINT, _on_interrupt)
+    end_with_launcher()
     try:
         app(sys.argv[1:] or ["--help"], prog_name="draftplus", standalone_mode=False)
     except UserError as error:

@@ -17,8 +17,8 @@ from draftplus.build import (
     build_model,
     quiet_libraries,
 )
-from draftplus.chunks import chunks
 from draftplus.config import base_model_of, flatten, to_dict
+from draftplus.evaluation.chunks import chunks
 from draftplus.evaluation.generate import TUNED, Knobs, decoded
 from draftplus.evaluation.images import Images, images_of
 from draftplus.evaluation.instruments import Instruments, instruments_of

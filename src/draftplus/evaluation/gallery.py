@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from draftplus.build import build_model, build_reward, quiet_libraries
-from draftplus.chunks import SAMPLING_BATCH
 from draftplus.config import RewardConfig
 from draftplus.distributed import pick_device
 from draftplus.errors import UserError
+from draftplus.evaluation.chunks import SAMPLING_BATCH
 from draftplus.evaluation.generate import TUNED, Job, Knobs, generate_images, jobs_of
 from draftplus.evaluation.pictures import save_pictures
 from draftplus.evaluation.scores import score_images

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from draftplus import rng
 from draftplus.build import build_sampler
-from draftplus.chunks import SAMPLING_BATCH, chunks
 from draftplus.config import SamplerConfig
 from draftplus.diffusion.annealing import anneal_weights, annealed
 from draftplus.diffusion.sampler import sample
 from draftplus.errors import UserError
+from draftplus.evaluation.chunks import SAMPLING_BATCH, chunks
 from draftplus.progress import Advance
 from draftplus.types import Model
 

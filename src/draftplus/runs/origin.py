@@ -9,7 +9,7 @@ import copy
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, reduce
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -88,13 +88,20 @@ def absolute_paths(config: Config) -> Config:
     told = copy.deepcopy(config)
     for key, facts, value in list(values(told)):
         if facts.file:
-            *sections, last = key.split(".")
-            setattr(reduce(_inside, sections, told), last, _absolute(value))
+            section, _, last = key.rpartition(".")
+            setattr(_inside(told, section), last, _absolute(value))
     return told
 
 
-def _inside(node: Any, name: str) -> Any:
-    return node[name] if isinstance(node, dict) else getattr(node, name)
+def _inside(node: Any, key: str) -> Any:
+    """What a key names; the name of a reward, module:object, may have dots of its own."""
+    if not key:
+        return node
+    if isinstance(node, dict):
+        name = next(name for name in node if key == name or key.startswith(f"{name}."))
+        return _inside(node[name], key[len(name) + 1 :])
+    name, _, rest = key.partition(".")
+    return _inside(getattr(node, name), rest)
 
 
 def _absolute(path: str | None) -> str | None:

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from draftplus import rng
-from draftplus.chunks import chunks
 from draftplus.data.batches import Batch
 from draftplus.diffusion.objectives import plan
 from draftplus.diffusion.policy import StepLoss, Trajectory, normalized_advantages, rollout, step_loss
 from draftplus.diffusion.problem import Problem, StepPlan
 from draftplus.diffusion.regularisers import REGULARISERS
+from draftplus.evaluation.chunks import chunks
 from draftplus.runs.rows import reward_key
 from draftplus.training.state import State, whole_or_not
 from draftplus.training.step import Metrics, Setup, saturated

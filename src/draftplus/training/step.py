@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from draftplus import rng
-from draftplus.chunks import SAMPLING_BATCH, chunks
 from draftplus.config import Config
 from draftplus.data.batches import Batch, batch
 from draftplus.diffusion.objectives import Loss, kept_loss, loss, plan, prefix
 from draftplus.diffusion.problem import Noise, Problem
 from draftplus.diffusion.sampler import Rollout
 from draftplus.distributed import World
+from draftplus.evaluation.chunks import SAMPLING_BATCH, chunks
 from draftplus.runs.rows import reward_key
 from draftplus.training.placement import Placement
 from draftplus.training.state import State
