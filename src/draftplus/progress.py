@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from draftplus.errors import printable
+
 Advance = Callable[[int, str], None]  # (units done so far, what to say)
 
 
@@ -34,7 +36,7 @@ def progress(title: str, total: int, show: bool = True) -> Iterator[Advance]:
         task = bar.add_task(title, total=total, note="")
 
         def advance(done: int, note: str) -> None:
-            bar.update(task, completed=done, note=note)
+            bar.update(task, completed=done, note=printable(note))
 
         yield advance
 

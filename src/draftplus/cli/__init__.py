@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from typing import Annotated, Any
@@ -10,8 +11,9 @@ import typer
 
 from draftplus import __version__
 from draftplus.cli import evaluate, generate, report, sweep, train
+from draftplus.cli.failures import in_one_line
 from draftplus.cli.shared import examples
-from draftplus.errors import Interrupted, UserError
+from draftplus.errors import Interrupted, UserError, printable
 
 # typer brings its own copy of click in some versions, so its base class is reached through typer
 CommandLineError: Any = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
@@ -58,11 +60,17 @@ def main() -> None:
         _fail(f"{error.format_message().rstrip('.')}; see draftplus --help")
     except (Interrupted, typer.Abort, KeyboardInterrupt):
         sys.exit(1)
-    except Exception:
+    except BrokenPipeError:  # whoever read the output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the interpreter does not fail at exit
+        sys.exit(1)
+    except Exception as error:
+        told = in_one_line(error)
+        if told is not None:
+            _fail(told, 1)
         traceback.print_exc()
         sys.exit(1)
 
 
-def _fail(message: str) -> None:
-    print(f"draftplus: {message}", file=sys.stderr)
-    sys.exit(2)
+def _fail(message: str, status: int = 2) -> None:
+    print(f"draftplus: {printable(message)}", file=sys.stderr)
+    sys.exit(status)

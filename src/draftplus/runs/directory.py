@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -37,6 +37,7 @@ def locked(run: Path) -> Iterator[None]:
     Raises UserError where it cannot be written, or another process trains in it.
     """
     lock = FileLock(run / ".lock", timeout=0)
+    made = [path for path in (run, *run.parents) if not path.exists()]
     try:
         run.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -50,6 +51,13 @@ def locked(run: Path) -> Iterator[None]:
         ) from None
     try:
         yield
+    except Exception:
+        if made and not any((run / name).exists() for name in ("metrics.jsonl", "eval.jsonl", "checkpoints")):
+            shutil.rmtree(run, ignore_errors=True)  # it failed before it had a result, and the directory was its own
+            with suppress(OSError):  # others may have come to use one of those above
+                for path in made[1:]:
+                    path.rmdir()
+        raise
     finally:
         lock.release()
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from draftplus.errors import UserError
 
 
@@ -37,12 +39,24 @@ def whole_directory(target: Path) -> Iterator[Path]:
         shutil.rmtree(building, ignore_errors=True)
 
 
-def make_output(directory: Path) -> None:
-    """Makes a directory for a command's results. UserError where it cannot be made."""
+@contextmanager
+def output_held(directory: Path) -> Iterator[None]:
+    """Makes a directory for a command's results, and holds it against a second process.
+
+    Raises UserError where it cannot be made, or another process writes to it.
+    """
+    lock = FileLock(directory / ".lock", timeout=0)
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"'{directory}': another process is writing to it; name another output directory") from None
     except OSError as error:
         raise UserError(f"'{directory}' cannot be created: {error.strerror}; name another output directory") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_text(target: Path, text: str) -> None:

@@ -27,9 +27,10 @@ def find_weights(target: str, overrides: Sequence[str] = ()) -> Weights:
 
     Raises UserError for a step that was not saved.
     """
-    path, _, at = target.partition("@")
+    path, sign, at = ("", "", "") if is_run(target) else target.rpartition("@")
+    path = path or target
     if not is_run(path):
-        if at:
+        if sign:
             raise UserError(f"'{target}': {path} is not a run directory, so it has no '{at}'")
         _refuse_missing(target)
         config = load_config(None, [f"model.path={json.dumps(target)}", *overrides])
@@ -39,7 +40,7 @@ def find_weights(target: str, overrides: Sequence[str] = ()) -> Weights:
     run = Path(path) if Path(path).name not in ("", "..") else Path(path).resolve()  # "." has no name
     config = resolve(load_run_config(run, overrides))
     steps = saved_steps(run / "adapters")
-    if not at:
+    if not sign:
         adapter = run / "adapter"
         if not adapter.is_dir():
             if not steps:
