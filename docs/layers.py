@@ -15,14 +15,14 @@ ROOT = SRC / "draftplus"
 # Top-level files and packages, by layer, the lowest first; within a layer as they are drawn, from left to right. Those
 # of one layer never import one another, save in the first and the last.
 LAYERS = [
-    ["types", "errors", "rng", "distributed", "progress", "chunks", "hub", "config"],
+    ["types", "errors", "rng", "launcher", "distributed", "progress", "hub", "config"],
     ["diffusion"],
     ["data", "models", "rewards", "metrics"],
     ["build"],
     ["runs"],
     ["evaluation"],
     ["training"],
-    ["__main__", "cli", "api", "sweeps", "report"],
+    ["__main__", "cli", "api", "publish", "sweeps", "report"],
 ]
 BELOW_ALL = {"draftplus"}  # the package itself holds the version and lazy names; anyone may import it
 

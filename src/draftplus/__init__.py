@@ -10,6 +10,7 @@ _FUNCTIONS = {
     "UserError": "draftplus.errors",
     "describe": "draftplus.api",
     "evaluate": "draftplus.api",
+    "export": "draftplus.api",
     "generate": "draftplus.api",
     "load_config": "draftplus.config",
     "load_model": "draftplus.api",

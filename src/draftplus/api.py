@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from draftplus.errors import UserError
 from draftplus.evaluation.evaluate import compare
 from draftplus.evaluation.gallery import make_gallery, write_gallery
 from draftplus.evaluation.generate import Knobs
+from draftplus.publish import export_run
 from draftplus.report import write_report
 from draftplus.runs.plan import plan_run
 from draftplus.sweeps.grid import written_grid
@@ -26,7 +28,9 @@ from draftplus.types import Model, Reward
 
 
 def load_model(path: str = "emoji", device: str = "auto", adapter: str | Path | None = None) -> Model:
-    """A model to sample. path: built-in name, diffusers directory, hub id or single file; adapter: a run's adapter/.
+    """A model to sample. path: built-in name, diffusers directory, hub id or single file.
+
+    adapter: a run's adapter/, or any LoRA that stock diffusers loads, a file or its directory.
 
     Raises UserError where it is missing or of a family without an adapter.
     """
@@ -49,17 +53,25 @@ def load_reward(
 
 
 def train(recipe: Config | str | Path = "emoji", overrides: Sequence[str] = ()) -> Path:
-    """Trains, or continues, and writes the report. Returns the run directory.
+    """Trains, or continues, and writes the report, at each evaluation too. Returns the run directory.
 
     recipe: a configuration, a recipe's name or file, or a run directory. overrides: `key=value` strings.
 
     Raises UserError for a user's mistake.
     """
     config, run = plan_run(recipe, overrides)
-    _train(config, run)
+    _train(config, run, _report_so_far)
     if is_main_process():
         write_report(run)
     return run
+
+
+def _report_so_far(run: Path) -> None:
+    """Writes the report of a run that goes on, so that it can be looked at. No fault of a page ends a training."""
+    try:
+        write_report(run)
+    except Exception as error:
+        print(f"{run / 'report.html'} is not written: {error}; the training goes on", file=sys.stderr)
 
 
 def describe(recipe: Config | str | Path = "emoji", overrides: Sequence[str] = ()) -> str:
@@ -124,8 +136,9 @@ def evaluate(
     lora_scale: float = 1.0,
     anneal: str | None = None,
     output: str | Path = "evaluated",
+    latents: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Measures models, runs (RUN, RUN@step, RUN@best) and adapter directories on the same prompts and seeds.
+    """Measures models, runs (RUN, RUN@step, RUN@best) and adapters (files, directories) on the same prompts and seeds.
 
     prompts: None: those that the first run holds out, or for models alone the built-in animals that are held out.
     images_per_prompt: None: as that run evaluates; image i of prompt p has seed p * images_per_prompt + i. seeds:
@@ -135,19 +148,32 @@ def evaluate(
     one unless given. lora_scale, anneal: for all that has trained weights. The base model is always measured too.
 
     Returns what is in `output`/eval.json, beside which the pictures lie. Images that were made before, for the same
-    files and settings, are not made again.
+    files and settings, are not made again, if their latents are in `latents`, which is `output`/latents unless given.
 
     Raises UserError for a user's mistake.
     """
     return compare(
         _listed(targets), _listed(overrides), Path(output), None if prompts is None else _listed(prompts),
         images_per_prompt, list(seeds) if seeds is not None else None, _listed(rewards), _listed(metrics), features,
-        Knobs(lora_scale, anneal),
+        Knobs(lora_scale, anneal), None if latents is None else Path(latents),
     )  # fmt: skip
 
 
 def _listed(texts: str | Sequence[str]) -> list[str]:
     return [texts] if isinstance(texts, str) else list(texts)
+
+
+def export(target: str, format: str = "diffusers", output: str | Path | None = None) -> Path:
+    """Writes a run's trained weights for other programs, with a model card and pictures. Returns their directory.
+
+    target: RUN, RUN@step or RUN@best. format: "diffusers": as the run has them. "kohya": a LoRA file for ComfyUI,
+    AUTOMATIC1111, Forge, InvokeAI and sd-scripts. "merged": a whole pipeline, the adapter added to the weights in
+    float32 and these in the precision of the base model's. output: a directory; None: below the run's export/. What an
+    earlier export left there is replaced as a whole.
+
+    Raises UserError for a user's mistake, such as an output with something else in it.
+    """
+    return export_run(target, format, None if output is None else Path(output))
 
 
 def sweep(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from draftplus.config import Config, ModelConfig, RewardConfig, SamplerConfig, nearest
 from draftplus.config.schema import DdpoConfig
-from draftplus.diffusion.methods import METHODS, check_method
+from draftplus.diffusion.methods import METHODS, check_method, check_windows
 from draftplus.diffusion.problem import Problem
 from draftplus.diffusion.sampler import Sampler
 from draftplus.diffusion.schedule import make_schedule
@@ -100,6 +100,14 @@ def refuse_unknown_reward(name: str) -> None:
         )
 
 
+def reward_loader(name: str) -> Any:
+    """The callable behind a reward's name.
+
+    Raises UserError where a user's own does not exist.
+    """
+    return _resolve(REWARDS[name]) if name in REWARDS else resolve_custom(name)
+
+
 def build_rewards(configs: Mapping[str, RewardConfig], device: torch.device) -> dict[str, Reward]:
     """The rewards of a mapping of names."""
     return {name: build_reward(name, config, device) for name, config in configs.items()}
@@ -120,10 +128,8 @@ def compares_images(rewards: Iterable[str]) -> bool:
 
 
 def _maker(name: str) -> Any:
-    if name in REWARDS:
-        return _resolve(REWARDS[name])
     try:
-        return resolve_custom(name)
+        return reward_loader(name)
     except Exception:  # a user's module may raise anything
         return None
 
@@ -217,4 +223,6 @@ def build_problem(config: Config, model: Model, rewards: Mapping[str, Reward]) -
             )
     scorer = Combined({reward: (rewards[reward], settings.weight) for reward, settings in config.reward.items()})
     ddpo = None if differentiates else config.objective.ddpo
-    return Problem(build_sampler(model, config.sampler, ddpo), scorer, config.objective)
+    sampler = build_sampler(model, config.sampler, ddpo)
+    check_windows(config, sampler.schedule)
+    return Problem(sampler, scorer, config.objective)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from draftplus.errors import UserError
+from draftplus.launcher import end_with_launcher
 
 PATIENCE = timedelta(hours=2)  # for a process that evaluates while others wait
 
@@ -80,6 +81,7 @@ def world(device: str = "auto") -> Iterator[World]:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     joins = size > 1 and not dist.is_initialized()
+    end_with_launcher()
     if joins:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=PATIENCE)
     try:

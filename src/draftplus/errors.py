@@ -1,4 +1,8 @@
-"""The exceptions of the whole package; here because the command line needs them before torch."""
+"""The exceptions of the whole package, and its notices; here because the command line needs them before torch."""
+
+import os
+import sys
+from functools import lru_cache
 
 
 def printable(text: str) -> str:
@@ -12,3 +16,10 @@ class UserError(Exception):
 
 class Interrupted(BaseException):
     """Somebody asked the process to stop; what was complete is saved."""
+
+
+@lru_cache(maxsize=256)
+def notice(message: str) -> None:
+    """One line on stderr that the user should know; the same one once in a process, and by the first of several."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"draftplus: {printable(message)}", file=sys.stderr, flush=True)

@@ -113,8 +113,8 @@ class TunedWeights(Protocol):
         """`write` of `state`, for one process that holds all of it."""
         ...
 
-    def load(self, directory: Path) -> None:
-        """Reads what `write` wrote."""
+    def load(self, path: Path) -> None:
+        """Reads what `write` wrote, or another adapter that stock diffusers loads: a file, or its directory."""
         ...
 
     def set_scale(self, scale: float) -> None:

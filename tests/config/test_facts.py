@@ -12,11 +12,14 @@ from draftplus.config import (
     BASE_MODEL,
     CHANGEABLE,
     all_keys,
+    base_model_of,
     facts_of,
+    flatten,
     is_below,
     keys_that_affect,
     keys_where,
     load_config,
+    to_dict,
 )
 from draftplus.config.facts import Affects, Facts
 from draftplus.config.facts import key as make_field
@@ -118,8 +121,12 @@ def test_every_key_affects_one_thing() -> None:
 
 
 def test_which_model_is_tuned() -> None:
-    # the values stand in eval.json in this order
-    assert BASE_MODEL == ("model.path", "model.revision", "model.denoiser", "model.vae", "model.dtype")
+    # the values stand in eval.json in this order, those of later versions at the end and only where they are set
+    first = ("model.path", "model.revision", "model.denoiser", "model.vae", "model.dtype")
+    assert (*first, "model.variant", "model.config") == BASE_MODEL
+    flat = flatten(to_dict(load_config(None, ["model.path=x"])))
+    assert base_model_of(flat) == ["x", None, None, None, "float32"]
+    assert base_model_of({**flat, "model.variant": "fp16"}) == ["x", None, None, None, "float32", "fp16"]
 
 
 def test_a_methods_name_tells_some_keys() -> None:

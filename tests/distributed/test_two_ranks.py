@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,49 @@ def assert_nearly_equal(run: Path, alone: Path) -> None:
 def settings_of_two(settings: list[str]) -> list[str]:
     more = ["objective.kl_coeff=0.5", "eval.every=2", "train.micro_batch_size=2", "optim.ema=0.5"]
     return [*settings, f"reward={REWARDS}:by_prompt", *more]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the ranks in /proc")
+def test_ranks_end_with_their_launcher(settings_of_two: list[str], tmp_path: Path) -> None:
+    """torchrun is killed, and cannot tell them: they save their state and leave, instead of training on unseen."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    command = ["--nproc_per_node=2", "--standalone", "-m", "draftplus", "train", *settings_of_two, "train.steps=100000"]
+    with (tmp_path / "said.txt").open("w") as said:
+        launcher = subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *command, "eval.every=100000"], cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, stdout=said, stderr=said,
+            start_new_session=True,
+        )  # fmt: skip
+    run, end, started = tmp_path / "runs" / "run", time.monotonic() + 120, list[int]()
+    try:
+        while not (run / "metrics.jsonl").is_file() or len((run / "metrics.jsonl").read_text().splitlines()) < 3:
+            assert launcher.poll() is None and time.monotonic() < end, (tmp_path / "said.txt").read_text()
+            time.sleep(0.05)
+        started = _children(launcher.pid)
+        assert len(started) == 2
+        launcher.kill()
+        launcher.wait()
+        while any(map(_is_there, started)):
+            assert time.monotonic() < end, "the ranks are still there"
+            time.sleep(0.05)
+    finally:
+        for process in [launcher.pid, *_children(launcher.pid), *filter(_is_there, started)]:
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+    assert "continue with: draftplus train" in (tmp_path / "said.txt").read_text()
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert (run / "checkpoints" / f"step-{steps[-1]:06d}").is_dir()
+
+
+def _children(process: int) -> list[int]:
+    threads = Path(f"/proc/{process}/task").glob("*/children")
+    return [int(child) for thread in threads for child in thread.read_text().split()]
+
+
+def _is_there(process: int) -> bool:
+    state = Path(f"/proc/{process}/stat")
+    return state.is_file() and state.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 @pytest.mark.slow

@@ -12,13 +12,13 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from draftplus.config import ModelConfig, ObjectiveConfig
 from draftplus.diffusion.objectives import loss, plan, prefix
 from draftplus.errors import UserError
 from draftplus.models import embeddings
 from draftplus.models.stable_diffusion import load
+from tests.support.ldm import unet_as_ldm
 from tests.tiny import (
     CPU,
     PROMPTS,
@@ -167,36 +167,6 @@ def test_a_returned_embedding_is_not_the_cached_one(tiny_path: Path) -> None:
     assert torch.equal(made.encode(["a cat"]).hidden, kept)
 
 
-def as_ldm(state: dict[str, Tensor], layers: int = 1, levels: int = 2) -> dict[str, Tensor]:
-    """A UNet's state under the names of the original latent diffusion code (arXiv 2112.10752)."""
-    blocks = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
-              "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
-              "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1",
-              "mid_block.resnets.1": "middle_block.2"}  # fmt: skip
-    for level in range(levels):
-        for layer in range(layers):
-            at = f"input_blocks.{1 + level * (layers + 1) + layer}"
-            blocks[f"down_blocks.{level}.resnets.{layer}"] = f"{at}.0"
-            blocks[f"down_blocks.{level}.attentions.{layer}"] = f"{at}.1"
-        blocks[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{(level + 1) * (layers + 1)}.0.op"
-        for layer in range(layers + 1):
-            at = f"output_blocks.{level * (layers + 1) + layer}"
-            blocks[f"up_blocks.{level}.resnets.{layer}"] = f"{at}.0"
-            blocks[f"up_blocks.{level}.attentions.{layer}"] = f"{at}.1"
-        blocks[f"up_blocks.{level}.upsamplers.0.conv"] = f"output_blocks.{level * (layers + 1) + layers}.2.conv"
-    inside = {"norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3",
-              "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"}  # fmt: skip
-    renamed = {}
-    for name, tensor in state.items():
-        block = max((b for b in blocks if name.startswith(f"{b}.")), key=len)
-        rest = name.removeprefix(f"{block}.")
-        part, dot, tail = rest.partition(".")
-        if ".resnets." in name:
-            rest = inside[part] + dot + tail
-        renamed[f"model.diffusion_model.{blocks[block]}.{rest}"] = tensor
-    return renamed
-
-
 @pytest.fixture(scope="module")
 def other_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same architecture with other weights."""
@@ -210,7 +180,7 @@ def test_a_replaced_denoiser(tiny_path: Path, other_path: Path, tmp_path: Path, 
         state = load_file(other_path / UNET)
         given = tmp_path / ("u.safetensors" if layout == "ldm" else "u.ckpt")
         if layout == "ldm":
-            save_file(as_ldm(state), given)
+            save_file(unet_as_ldm(state), given)
         else:
             torch.save({"state_dict": state}, given)
     made = tiny_model(tiny_path, denoiser=str(given), trainable=False)

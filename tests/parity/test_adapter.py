@@ -17,7 +17,8 @@ from draftplus.diffusion.sampler import Rollout, Sampler
 from draftplus.diffusion.schedule import make_schedule
 from draftplus.diffusion.solvers import make_solver
 from draftplus.errors import UserError
-from draftplus.models.lora import LORA_FILE, layers
+from draftplus.models.lora import layers
+from draftplus.models.lora_files import LORA_FILE
 from draftplus.models.stable_diffusion import StableDiffusion
 from tests.tiny import PROMPTS, SHAPE, normal, randomize, stock_pipeline, tiny_model
 

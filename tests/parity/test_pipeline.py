@@ -61,7 +61,6 @@ def stock(
         ({}, 10, {}),
         ({}, 7, {"guidance_scale": 1.0}),
         ({"timestep_spacing": "trailing"}, 7, {"negative": "a shark"}),
-        ({"timestep_spacing": "linspace", "steps_offset": 0}, 6, {}),
         ({"set_alpha_to_one": True, "steps_offset": 0}, 3, {}),
         ({"prediction_type": "v_prediction"}, 6, {}),
         (ZERO_SNR, 6, {}),

@@ -14,52 +14,20 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
 )
-from torch import Tensor
 
-from draftplus.diffusion.guidance import denoiser
-from draftplus.diffusion.sampler import Rollout, sample
 from draftplus.diffusion.schedule import alphas_cumprod, make_schedule
 from draftplus.diffusion.solvers import make_solver
 from draftplus.errors import UserError
-from tests.tiny import SCHEDULER, SHAPE, normal
+from tests.support.schedulers import assert_close, ours, stock, stock_to_the_next_timestep
+from tests.tiny import SCHEDULER
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers.*")
 
-MIX = normal(4, 4, seed=9)
-START = normal(2, *SHAPE, seed=3)
 ZERO_SNR = {
     "prediction_type": "v_prediction",
     "rescale_betas_zero_snr": True,
     "timestep_spacing": "trailing",
 }
-
-
-def toy(x: Tensor, t: Tensor) -> Tensor:
-    """A smooth denoiser whose output depends on the timestep it is told."""
-    return 0.8 * torch.tanh(torch.einsum("ij,bjhw->bihw", MIX.to(x), x) + torch.sin(t.to(x) / 60))
-
-
-def fresh_noise(index: int) -> Tensor:
-    return normal(2, *SHAPE, seed=100 + index)
-
-
-def stock(scheduler: Any, **step: Any) -> Tensor:
-    x = START * scheduler.init_noise_sigma if hasattr(scheduler, "init_noise_sigma") else START
-    for i, t in enumerate(scheduler.timesteps):
-        seen = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
-        extra = {"variance_noise": fresh_noise(i)} if step.get("eta") else {}
-        x = scheduler.step(toy(seen, t), t, x, **step, **extra).prev_sample
-    return x
-
-
-def ours(config: dict[str, Any], steps: int, solver: str, eta: float = 0.0, **settings: Any) -> Tensor:
-    schedule, name = make_schedule(config, steps, solver, **settings)
-    return sample(denoiser(toy, schedule), Rollout(START), schedule, make_solver(name, eta), noise=fresh_noise).latents
-
-
-def assert_close(found: Tensor, expected: Tensor) -> None:
-    assert expected.isfinite().all()
-    torch.testing.assert_close(found.double(), expected.double(), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 10, 15, 30, 50])
@@ -83,7 +51,8 @@ def test_ddim(settings: dict[str, Any], spacing: str, steps: int) -> None:
     config = {**SCHEDULER, **settings, "timestep_spacing": spacing}
     scheduler = DDIMScheduler(**config)
     scheduler.set_timesteps(steps)
-    expected = stock(scheduler)
+    # with linspace stock's stride is not the distance of its timesteps
+    expected = (stock_to_the_next_timestep if spacing == "linspace" else stock)(scheduler)
     found = ours(config, steps, "auto")
     # near the smallest signal x0 = (x - sigma eps) / alpha multiplies the rounding of the stock float32 tables
     torch.testing.assert_close(found, expected.double(), atol=1e-4 * max(1.0, expected.abs().max().item()), rtol=0)
@@ -111,7 +80,22 @@ def test_timesteps_of_every_number_of_steps(cls: Any, solver: str, spacing: str,
 def test_spacing_of_the_configuration_overrides_the_models(spacing: str) -> None:
     scheduler = DDIMScheduler(**{**SCHEDULER, "timestep_spacing": spacing})
     scheduler.set_timesteps(12)
-    assert_close(ours(SCHEDULER, 12, "ddim", spacing=spacing), stock(scheduler))
+    expected = (stock_to_the_next_timestep if spacing == "linspace" else stock)(scheduler)
+    assert_close(ours(SCHEDULER, 12, "ddim", spacing=spacing), expected)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("steps", [5, 10, 20, 50])
+def test_the_stride_of_stock_is_the_next_timestep_but_for_linspace(spacing: str, steps: int) -> None:
+    """So that the judge of linspace is, where stock is right, stock itself; and stock is wrong where we differ."""
+    scheduler = DDIMScheduler(**{**SCHEDULER, "timestep_spacing": spacing})
+    scheduler.set_timesteps(steps)
+    plain = stock(scheduler)
+    assert torch.equal(stock_to_the_next_timestep(scheduler), plain)
+    assert torch.equal(ours(SCHEDULER, steps, "ddim", spacing=spacing), ours(SCHEDULER, steps, "auto", spacing=spacing))
+    wrong = DDIMScheduler(**{**SCHEDULER, "timestep_spacing": "linspace"})
+    wrong.set_timesteps(steps)
+    assert (stock(wrong) - ours(SCHEDULER, steps, "ddim", spacing="linspace")).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("steps", [1, 7, 20])

@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 
 from draftplus.report import write_report
+from draftplus.report.grouping import comparisons
+from draftplus.report.inputs import read_inputs
+from draftplus.report.points import figures_of
+from draftplus.report.rings import rings
 from tests.report.synthetic import write_run
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
@@ -40,7 +44,8 @@ addEventListener("load", () => {
   told.loaded = loaded.filter((one) => !one.startsWith("data:"));
   told.overflow = document.documentElement.scrollWidth > innerWidth;
 
-  const point = JSON.parse(document.getElementById("data").textContent).points.findIndex((p) => p.label.includes("β"));
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const point = data.points.findIndex((p) => p.label.includes("β"));
   const mark = all(`.large .mark[data-point="${point}"]`)[0];
   mark.scrollIntoView();
   at(mark, "pointermove");
@@ -48,6 +53,34 @@ addEventListener("load", () => {
   told.hover = {text: tip.textContent, shown: shown(tip), picture: picture?.src.slice(0, 22), lit: all(".lit").length};
   at(mark, "pointerleave");
   told.left = shown(tip);
+
+  mark.focus();
+  told.focused = {text: tip.textContent, shown: shown(tip), label: mark.getAttribute("aria-label"),
+    order: mark.tabIndex, role: mark.getAttribute("role"), of: mark.closest("svg").getAttribute("role")};
+  mark.blur();
+  told.blurred = shown(tip);
+
+  const viewer = document.getElementById("viewer");
+  const tile = all(".tile")[0];
+  const press = (element, key) => element.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
+  tile.focus();
+  press(tile, "Enter");
+  told.opened = {modal: viewer.matches(":modal"), same: viewer.querySelector("img").src === tile.src,
+    wide: viewer.querySelector("img").getBoundingClientRect().width, said: viewer.querySelector("p").textContent,
+    focusable: tile.tabIndex === 0 && tile.getAttribute("role") === "button", named: tile.getAttribute("aria-label")};
+  press(viewer, "ArrowRight");
+  told.next = viewer.querySelector("img").src === all(".tile")[1].src;
+  viewer.querySelector("img").click();
+  told.closed = !viewer.open;
+  tile.click();
+  told.clicked = viewer.open;
+  viewer.close();
+
+  told.cut = all(".chip").filter((one) => {
+    const box = one.getBoundingClientRect();
+    return box.left < 0 || box.right > innerWidth || one.scrollWidth > one.clientWidth;
+  }).map((one) => one.textContent);
+  told.chips = all(".chip").length;
 
   const curve = all(".curve .run")[0];
   const figure = curve.closest("figure");
@@ -60,9 +93,13 @@ addEventListener("load", () => {
   const counts = () => ({marks: all(".large .mark").length, runs: all(".curve .run").length,
     rows: all(".sortable tbody tr").length, columns: all(".mosaic td[data-series]").length,
     said: document.getElementById("count").textContent});
+  const rings = () => all(".large .ring").map((one) => data.points[one.dataset.point].label).sort();
+  const note = () => document.querySelector(".large .note").textContent;
   told.before = counts();
+  told.rings = [rings(), note()];
   chip("DRaFT+").click();
   told.without = counts();
+  told.fewer = [rings(), note()];
   told.pressed = chip("DRaFT+").getAttribute("aria-pressed");
   chip("DRaFT+").click();
   const search = document.getElementById("search");
@@ -112,6 +149,15 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory / "acted.html"
 
 
+@pytest.fixture(scope="module")
+def ringed(page: Path) -> list[list[str]]:
+    """The labels of the ringed marks, with DRaFT+ and without."""
+    (one,) = comparisons(read_inputs([page.parent / "runs"]).runs)
+    shown = figures_of(one).shown()
+    sets = (shown, [point for point in shown if point.series != "DRaFT+"])
+    return [sorted(point.label for point in rings(points, "emoji_clip").marks) for points in sets]
+
+
 def visit(page: Path, width: int) -> tuple[dict, str]:
     """What the script saw, and what the browser logged."""
     done = subprocess.run(
@@ -127,8 +173,8 @@ def visit(page: Path, width: int) -> tuple[dict, str]:
     return json.loads(html.unescape(found[1])), done.stderr
 
 
-@pytest.mark.parametrize("width", [1280, 520])
-def test_page_in_a_browser(page, width):
+@pytest.mark.parametrize("width", [1280, 390])
+def test_page_in_a_browser(page, ringed, width):
     told, log = visit(page, width)
     assert told["errors"] == [] and "CONSOLE" not in log
     assert told["loaded"] == [] and not told["overflow"]
@@ -138,6 +184,19 @@ def test_page_in_a_browser(page, width):
     assert told["hover"]["shown"] and told["hover"]["lit"] == 1 and told["hover"]["picture"] == "data:image/jpeg;base64"
     assert not told["left"]
     assert "step1" in told["curve"] and "method" in told["curve"]
+
+    focused = told["focused"]
+    assert focused["shown"] and not told["blurred"] and "DRaFT+, β = 1" in focused["text"]
+    assert (focused["order"], focused["role"], focused["of"]) == (0, "img", "group")
+    assert focused["label"].startswith("DRaFT+, β = 1; reward emoji_clip 1") and "LPIPS" in focused["label"]
+
+    opened = told["opened"]  # a modal dialog closes at Escape by itself
+    assert opened["modal"] and opened["same"] and opened["focusable"] and told["next"] and told["closed"]
+    assert told["clicked"] and opened["wide"] >= 300 and opened["named"].endswith("open at full size")
+    assert "an owl" in opened["said"] and "/samples/step-0000" in opened["said"]
+
+    assert told["chips"] >= 3 and told["cut"] == []
+    assert told["rings"][0] == ringed[0] != ringed[1] == told["fewer"][0]
 
     before, without, searched = told["before"], told["without"], told["searched"]
     assert before["rows"] == 4 and before["runs"] == 4 * 4 and before["said"] == ""

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 from draftplus.errors import UserError
-from draftplus.report import mosaics, write_report
+from draftplus.report import mosaics, paper, write_report
 from draftplus.report.comparison import Report
 from draftplus.report.grouping import Mean, comparisons, differing_keys, mean_over
 from draftplus.report.inputs import read_inputs
@@ -449,3 +450,34 @@ def test_figures_are_written_beside_the_page(tmp_path):
 
 def test_synthetic_configurations_are_complete():
     assert configuration([], {"objective.kl_coeff": 2.0})["objective"]["kl_coeff"] == 2.0
+
+
+def test_letters_that_no_font_has_are_written_out(tmp_path, monkeypatch):
+    for kl in (0.0, 1.0):
+        write_run(tmp_path / "runs" / f"{kl:g}", {"objective.kl_coeff": kl}, prompts=["一只猫", "an owl"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib warns of each letter that it draws as a box
+        page = write_report(tmp_path / "runs", tmp_path / "report.html")
+    assert "“一只猫”" in Page(page.read_text()).text
+    assert "一只猫" in (tmp_path / "figures" / "same-seed-0.svg").read_text()
+    for told in (paper.families, paper._letters):
+        told.cache_clear()
+    monkeypatch.setattr(paper, "FALLBACKS", ())
+    assert paper.legible("“一只猫” β −") == "“\\u4e00\\u53ea\\u732b” β −"
+    for told in (paper.families, paper._letters):
+        told.cache_clear()
+    monkeypatch.setattr(paper, "FALLBACKS", ("no such font", "STIXGeneral"))
+    assert paper.families() == ["sans-serif", "STIXGeneral"] and paper.legible("\u1d81一") == "\u1d81\\u4e00"
+    for told in (paper.families, paper._letters):
+        told.cache_clear()
+
+
+def test_figures_of_an_earlier_report_are_removed(tmp_path):
+    runs = [write_run(tmp_path / "runs" / str(kl), {"objective.kl_coeff": kl}, pictures=False) for kl in (0.0, 1.0)]
+    write_report(tmp_path / "runs", tmp_path / "report.html")
+    (tmp_path / "figures" / "mine.png").touch()
+    assert (tmp_path / "figures" / "diversity-kl.png").is_file()
+    shutil.rmtree(runs[1])
+    write_report(tmp_path / "runs", tmp_path / "report.html")
+    left = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert "mine.png" in left and "trade-off.svg" in left and "diversity-kl.png" not in left

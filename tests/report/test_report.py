@@ -1,5 +1,7 @@
 """The report says what the run's files say, stands alone, and survives a run that is not complete."""
 
+import base64
+import io
 import json
 import math
 import re
@@ -9,13 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from draftplus.config import load_config, to_yaml
 from draftplus.errors import UserError
 from draftplus.metrics.intervals import paired_gain
-from draftplus.report import write_report
-from draftplus.report.wording import duration, method_in_words, show, show_gain
+from draftplus.progress import duration
+from draftplus.report import pictures, write_report
+from draftplus.report.charts import widen
+from draftplus.report.wording import method_in_words, show, show_gain
+from draftplus.runs.directory import locked
 from tests.report.page import LOADING, Page
 
 PROMPTS = ["an owl", "a crab"]
@@ -95,7 +101,7 @@ def test_page_loads_nothing_from_elsewhere(run_directory):
     addresses = [value for name in LOADING for value in page.attributes(name)]
     assert addresses and all(address.startswith(("data:image/", "#")) for address in addresses)
     assert not re.search(r"@import|url\((?!#)", path.read_text())
-    assert "script" not in [tag for tag, _ in page.tags]
+    assert [attributes for tag, attributes in page.tags if tag == "script"] == [{}]  # its own, which opens pictures
 
 
 def test_references_inside_charts_resolve(run_directory):
@@ -150,7 +156,8 @@ def test_hostile_text_stays_text(run_directory):
     evil = run_directory.with_name("<i>run")
     run_directory.rename(evil)
     page = page_of(evil)
-    assert not {"script", "b", "i"} & {tag for tag, _ in page.tags}
+    tags = [tag for tag, _ in page.tags]
+    assert not {"b", "i"} & set(tags) and tags.count("script") == 1
     assert f"“{hostile}”" in page.text and "<b>x</b>" in page.text and "<i>run" in page.text
 
 
@@ -217,11 +224,43 @@ def test_grids_stand_in_for_single_pictures(run_directory):
     assert "all pictures at step 40" in page_of(run_directory).attributes("alt")
 
 
-def test_large_pictures_are_scaled_down(run_directory):
+def sides(directory: Path) -> set[int]:
+    sources = [source for source in page_of(directory).attributes("src") if source.startswith("data:image")]
+    return {Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))).width for source in sources}
+
+
+def test_pictures_are_in_the_page_at_full_size_unless_they_are_too_many(run_directory, monkeypatch):
     noise = np.random.default_rng(0).integers(0, 255, (512, 512, 3), dtype=np.uint8)
     for path in (run_directory / "samples").glob("step-*/0*.png"):
         Image.fromarray(noise).save(path)
+    assert sides(run_directory) == {512}
+    assert "demo-0123abcd/samples/step-000040/01-a-slug-2-102.png" in page_of(run_directory).attributes("data-file")
+    monkeypatch.setattr(pictures, "MOST_PIXELS", 12 * 300**2)  # of 2 prompts, 3 seeds and 2 steps
+    assert sides(run_directory) == {256}
     assert write_report(run_directory).stat().st_size < 1_000_000
+    assert [pictures.largest_side(n) for n in (1, 10**5)] == [1024, 192]
+
+
+def test_a_running_run_says_how_far_it_is(run_directory):
+    with locked(run_directory):
+        assert "Running, step 40 of 40" in page_of(run_directory).text
+        (run_directory / "metrics.jsonl").unlink()
+        assert "Running, step 0 of 40" in page_of(run_directory).text
+    assert "Running" not in page_of(run_directory).text
+
+
+def test_a_difference_of_a_thousandth_does_not_look_like_a_step():
+    figure = Figure()
+    axes = figure.add_subplot()
+    axes.plot([10.75, 10.751], [0.35, 0.3501])
+    widen(axes, "xy")
+    for low, high, middle in (*((*axes.get_xlim(), 10.7505),), (*axes.get_ylim(), 0.35005)):
+        assert high - low >= 0.05 * middle and (low + high) / 2 == pytest.approx(middle)
+    axes.clear()
+    axes.plot([1.0, 20.0], [-1.0, 1.0])
+    before = (axes.get_xlim(), axes.get_ylim())
+    widen(axes, "xy")
+    assert (axes.get_xlim(), axes.get_ylim()) == before
 
 
 def test_writing_elsewhere_leaves_the_run_alone(run_directory, tmp_path):

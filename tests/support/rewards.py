@@ -118,3 +118,30 @@ def recorded(images: Tensor, prompts: Sequence[str]) -> Tensor:
     """Redness that notes what it was asked to score."""
     SEEN.extend((torch.is_grad_enabled(), prompt) for prompt in prompts)
     return redness(images, prompts)
+
+
+CALLS: list[int] = []
+
+
+def breakable(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Redness; raises in the training step after as many as "break-at" in the working directory names."""
+    if torch.is_grad_enabled():
+        if Path("break-at").exists() and len(CALLS) == int(Path("break-at").read_text()):
+            raise ZeroDivisionError("of the user's own code")
+        CALLS.append(len(prompts))
+    return redness(images, prompts)
+
+
+def stubborn(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """`patient`, which takes as long to clean up when it is interrupted."""
+    try:
+        return patient(images, prompts)
+    finally:
+        if Path("waiting").exists():
+            Path("cleaning").touch()
+            time.sleep(600)
+
+
+def flat(images: Tensor, prompts: Sequence[str], slope: float = 0.0) -> Tensor:
+    """Differentiable, and the same for every image, or all but the same."""
+    return images.mean((1, 2, 3)) * slope + 1

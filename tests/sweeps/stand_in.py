@@ -7,6 +7,9 @@ import sys
 import time
 from pathlib import Path
 
+from draftplus.launcher import end_with_launcher
+
+end_with_launcher()
 settings = dict(argument.split("=", 1) for argument in sys.argv[2:])
 run = Path(json.loads(settings["output_dir"])) / settings["name"]
 run.mkdir(exist_ok=True)

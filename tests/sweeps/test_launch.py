@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -13,6 +14,7 @@ import torch
 
 import draftplus
 from draftplus.errors import Interrupted, UserError
+from draftplus.runs.directory import is_held, locked
 from draftplus.sweeps import launch
 from draftplus.sweeps.launch import run_sweep, slots
 from draftplus.sweeps.manifest import STATUSES, read_manifest
@@ -21,6 +23,7 @@ from tests.support.runs import fingerprint, train_here
 
 pytestmark = pytest.mark.slow
 
+ROOT = Path(__file__).parents[2]
 STAND_IN = Path(__file__).with_name("stand_in.py")
 
 
@@ -94,6 +97,78 @@ def test_a_stop_waits_for_what_is_in_flight_and_can_be_continued(tmp_path, stand
     assert statuses(read_manifest(tmp_path / "s")) == ["finished", "interrupted", "pending"]
     assert statuses(run_sweep(plan(tmp_path, 0, 3, 5))) == ["finished"] * 3
     assert starts(tmp_path, 0) == 1
+
+
+@pytest.fixture
+def on_path(monkeypatch):
+    """For a process that a test starts."""
+    here = [str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(here))
+
+
+def wait_for(condition) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.01)
+
+
+def test_a_killed_sweep_leaves_no_run_behind_and_can_be_continued(tmp_path, stand_in, on_path):
+    sweep = subprocess.Popen([sys.executable, "-m", "tests.sweeps.killed", str(tmp_path)])
+    run = tmp_path / "s" / "seed-3"
+    try:
+        wait_for((run / "waiting").exists)
+    finally:
+        sweep.kill()
+        sweep.wait()
+    wait_for((run / "saved").exists)  # it was asked to stop, as SIGTERM asks
+    assert statuses(read_manifest(tmp_path / "s")) == ["running"]
+    assert statuses(run_sweep(plan(tmp_path, 3))) == ["finished"] and starts(tmp_path, 3) == 2
+
+
+def test_a_run_that_is_still_being_trained_is_waited_for(tmp_path, stand_in, capsys):
+    planned, over = plan(tmp_path, 0, 5), threading.Event()
+    run = tmp_path / "s" / "seed-0"
+
+    def train() -> None:
+        with locked(run):
+            over.wait(60)
+
+    training = threading.Thread(target=train)
+    training.start()
+    wait_for(lambda: is_held(run))
+
+    def end() -> None:
+        wait_for((tmp_path / "s" / "manifest.json").exists)
+        time.sleep(0.3)
+        assert not (run / "started").exists()
+        (run / "free").touch()
+        over.set()
+
+    ending = threading.Thread(target=end)
+    ending.start()
+    manifest = run_sweep(planned)
+    training.join()
+    ending.join()
+    assert (run / "free").exists() and statuses(manifest) == ["finished", "finished"]
+    assert "seed-0: another process is still training it" in capsys.readouterr().err
+    assert starts(tmp_path, 0) == 1 and not is_held(run)
+
+
+def test_modules_of_the_working_directory_stand_in_for_none_of_python(tmp_path, on_path, settings, monkeypatch):
+    """A queue.py there broke every run of a sweep; a reward's module there is found nevertheless."""
+    for name in ("random", "queue", "typing_extensions", "secrets"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError(__file__)\n")
+    (tmp_path / "mine.py").write_text("def red(images, prompts):\n    return images[:, 0].mean((1, 2))\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (planned,) = plan_sweep(settings[0], {"reward": ["mine:red"]}, "s", tmp_path / "sweeps").runs
+    whole = plan_sweep(settings[0], {"reward": ["mine:red"], "train.steps": ["1"]}, "s", tmp_path / "sweeps")
+    assert planned.config.reward.keys() == {"mine:red"}
+    manifest = run_sweep(whole)
+    assert statuses(manifest) == ["finished"], (tmp_path / "sweeps" / "s" / "logs").glob("*").__next__().read_text()
+    told = subprocess.run([sys.executable, "-m", "draftplus", "--version"], capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
 
 
 def test_one_process_for_each_device(tmp_path, stand_in, monkeypatch):

@@ -1,7 +1,9 @@
 """All runs of a sweep are checked before the first starts, and a sweep file says the same as the command line."""
 
 import pytest
+from omegaconf import OmegaConf
 
+from draftplus import progress
 from draftplus.errors import UserError
 from draftplus.sweeps.plan import plan_sweep
 
@@ -107,3 +109,14 @@ def test_a_finished_run_is_not_continued_with_a_changed_key(tmp_path):
     plan_sweep("emoji", {"seed": ["0", "1"], "optim.lr": ["0.1"]}, "s", tmp_path)
     with pytest.raises(UserError, match=r"optim\.lr=0\.1, but now it is 0\.2"):
         plan_sweep("emoji", {"seed": ["0", "1"], "optim.lr": ["0.2"]}, "s", tmp_path)
+
+
+def test_many_runs_are_planned_quickly_and_not_in_silence(tmp_path, monkeypatch, capsys):
+    """What takes long, the defaults as OmegaConf has them, is made once and not for each run."""
+    made, structured = [], OmegaConf.structured
+    monkeypatch.setattr(OmegaConf, "structured", lambda *given, **more: made.append(1) or structured(*given, **more))
+    for name in ("QUIET", "FIRST", "APART"):
+        monkeypatch.setattr(progress, name, 0.0)
+    plan = plan_sweep("emoji", {"seed": [str(seed) for seed in range(30)]}, None, tmp_path)
+    assert [run.config.seed for run in plan.runs] == list(range(30)) and len(made) <= 2
+    assert "planning: 30 of 30 runs" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""When a signal may break what is going on, and when it waits; and what progress says to whom."""
+"""When a signal may break what is going on, and when it waits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from draftplus.errors import Interrupted
-from draftplus.progress import progress
 from draftplus.training.interrupt import interruption
 from draftplus.training.optim import Ema
 
@@ -110,19 +109,3 @@ def test_other_threads_train_without_it() -> None:
     thread.start()
     thread.join()
     assert left == [False]
-
-
-@pytest.mark.parametrize("terminal", [True, False])
-def test_progress_is_for_terminals(terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
-    for variable, value in (("TERM", "xterm"), ("COLUMNS", "160"), ("FORCE_COLOR", "1")):
-        monkeypatch.setenv(variable, value)
-    with progress("training", 4) as advance:
-        advance(2, "reward 1.5  kl 3e-4")
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    for said in ("training", "2/4", "left", "reward 1.5", "kl 3e-4"):
-        assert (said in printed.err) == terminal
-    with progress("training", 4, show=False) as advance:
-        advance(2, "")
-    assert capsys.readouterr().err == ""

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import traceback
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
 
 from draftplus import __version__
-from draftplus.cli import evaluate, generate, report, sweep, train
+from draftplus.cli import evaluate, export, generate, report, sweep, train
 from draftplus.cli.failures import in_one_line
 from draftplus.cli.shared import examples
 from draftplus.errors import Interrupted, UserError, printable
+from draftplus.launcher import end_with_launcher
 
 # typer brings its own copy of click in some versions, so its base class is reached through typer
 CommandLineError: Any = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
@@ -48,18 +52,33 @@ app.command(epilog=generate.EXAMPLES)(generate.generate)
 app.command(epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command(epilog=sweep.EXAMPLES)(sweep.sweep)
 app.command(epilog=report.EXAMPLES)(report.report)
+app.command(epilog=export.EXAMPLES)(export.export)
 
 
 def main() -> None:
-    """Runs a command. Exit status 0 for success, 2 for a user's mistake, 1 for anything else."""
+    """Runs a command. Exit status 0 for success, 2 for a user's mistake, 130 for Ctrl-C, 1 for anything else."""
+    before = signal.getsignal(signal.SIGINT)
+    here = threading.current_thread() is threading.main_thread()  # the only one that signals reach
+    if here:
+        signal.signal(signal.SIGINT, _on_interrupt)
+    end_with_launcher()
     try:
         app(sys.argv[1:] or ["--help"], prog_name="draftplus", standalone_mode=False)
     except UserError as error:
         _fail(str(error))
     except CommandLineError as error:
         _fail(f"{error.format_message().rstrip('.')}; see draftplus --help")
-    except (Interrupted, typer.Abort, KeyboardInterrupt):
+    except Interrupted as stopped:
+        if stopped.args:
+            print(f"draftplus: {printable(str(stopped))}", file=sys.stderr)
+            sys.exit(130)
         sys.exit(1)
+    except typer.Abort:
+        sys.exit(1)
+    except PermissionError as error:
+        _fail(
+            f"{error.filename or 'a file'}: {error.strerror or error}; ask its owner, or use another file or directory"
+        )
     except BrokenPipeError:  # whoever read the output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the interpreter does not fail at exit
         sys.exit(1)
@@ -69,6 +88,15 @@ def main() -> None:
             _fail(told, 1)
         traceback.print_exc()
         sys.exit(1)
+    finally:
+        if here and signal.getsignal(signal.SIGINT) is _on_interrupt:
+            signal.signal(signal.SIGINT, before)
+
+
+def _on_interrupt(number: int, frame: FrameType | None) -> None:
+    # not KeyboardInterrupt, which click turns into a return value; and a second one ends the process at once
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    raise Interrupted("interrupted")
 
 
 def _fail(message: str, status: int = 2) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from draftplus.cli.shared import PROMPTS, Anneal, LoraScale, examples, prompts_of, read_seeds
+from draftplus.cli.shared import PROMPTS, Anneal, LoraScale, examples, identity, prompts_of, read_seeds
 from draftplus.errors import UserError, printable
 from draftplus.runs.rows import REWARD, MetricRow, read_target
 
@@ -25,8 +25,8 @@ def evaluate(
         list[str],
         typer.Argument(
             metavar="MODEL|RUN|ADAPTER|KEY=VALUE",
-            help="Models, runs (also RUN@step, RUN@best) and adapter directories to measure; settings, such as "
-            "sampler.steps=25.",
+            help="Models, runs (also RUN@step, RUN@best) and adapters (LoRA files, directories) to measure; settings, "
+            "such as sampler.steps=25.",
         ),
     ],
     prompts: Annotated[
@@ -62,7 +62,11 @@ def evaluate(
     anneal: Anneal = None,
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", help="Directory for eval.json and the images. Default: evaluated/NAME."),
+        typer.Option(
+            "-o",
+            "--output",
+            help="Directory for eval.json and the images. Default: evaluated/NAME, after the target and the settings.",
+        ),
     ] = None,
 ) -> None:
     """Measure reward and diversity of models and runs. All use the same prompts and seeds as the base model."""
@@ -75,13 +79,22 @@ def evaluate(
     chosen = prompts_of(prompts, settings) if prompts is not None else None
     more = f"-and-{len(targets) - 1}-more" if len(targets) > 1 else ""
     first = Path(targets[0].replace("@", "-"))
-    directory = output or Path("evaluated") / ((first.name or first.resolve().name) + more)
     from draftplus import api
+    from draftplus.cli.output import knobs, output_directory, record
 
+    scale = None if lora_scale == 1 else lora_scale
+    given = knobs(
+        settings, prompts=prompts, images_per_prompt=images_per_prompt, seeds=seeds, reward=reward, metric=metric,
+        features=features, lora_scale=scale, anneal=anneal,
+    )  # fmt: skip
+    name, asked = (first.name or first.resolve().name) + more, {"targets": [*map(identity, targets)], **given}
+    directory = output or output_directory("evaluated", name, given, asked, "eval.json")
     told = api.evaluate(
         targets, settings, chosen, images_per_prompt, numbers, reward or [], metric or [], features, lora_scale,
-        anneal, directory,
+        anneal, directory, None if output else Path("evaluated") / name / "latents",
     )  # fmt: skip
+    if output is None:
+        record(directory, asked)
     print_evaluation(told)
     print(f"numbers:  {directory / 'eval.json'}\npictures: {directory / 'pictures'}")
 

@@ -8,7 +8,7 @@ import errno
 _DENIED = {
     getattr(errno, name)
     for name in (
-        "EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EFBIG", "EIO", "ENAMETOOLONG", "ENOTDIR", "EISDIR", "ELOOP",
+        "EROFS", "ENOSPC", "EDQUOT", "EFBIG", "EIO", "ENAMETOOLONG", "ENOTDIR", "EISDIR", "ELOOP",
         "EMFILE", "ENFILE", "ESTALE", "ETXTBSY",
     )
 }  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from draftplus.cli.shared import PROMPTS, Anneal, LoraScale, examples, prompts_of, read_seeds
+from draftplus.cli.shared import PROMPTS, Anneal, LoraScale, examples, identity, prompts_of, read_seeds
 from draftplus.errors import UserError
 
 EXAMPLES = examples(
@@ -29,7 +29,8 @@ def generate(
         str, typer.Option("--seeds", help="Seeds to use for every prompt: 7, 0:16 (0 to 15) or 1,5,9.")
     ] = "0:4",
     adapter: Annotated[
-        Path | None, typer.Option("--adapter", help="Directory of trained weights to use instead of the run's.")
+        Path | None,
+        typer.Option("--adapter", help="Trained weights to use instead of the run's: a LoRA file, or a directory."),
     ] = None,
     lora_scale: LoraScale = 1.0,
     anneal: Anneal = None,
@@ -37,7 +38,12 @@ def generate(
         list[str] | None, typer.Option("--reward", help="A reward to score the images with; may be repeated.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Directory for the images. Default: generated/NAME.")
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            help="Directory for the images. Default: generated/NAME, after the target and the settings.",
+        ),
     ] = None,
 ) -> None:
     """Generate images from a model or run. With --reward, they are also scored."""
@@ -45,12 +51,19 @@ def generate(
     if not chosen:
         raise UserError("no prompt given; add --prompt 'a cat' or --prompts FILE")
     numbers = read_seeds(seeds)
-    directory = output or Path("generated") / Path(target.replace("@", "-")).name
     from draftplus import api
+    from draftplus.cli.output import knobs, output_directory, record
+
+    given = knobs(settings or [], adapter=adapter, anneal=anneal, lora_scale=None if lora_scale == 1 else lora_scale)
+    asked = {"target": identity(target), "prompts": chosen, "seeds": numbers, "rewards": reward or [], **given}
+    name = Path(target.replace("@", "-")).name or Path(target).resolve().name
+    directory = output or output_directory("generated", name, given, asked, "images.jsonl")
 
     rows = api.write_images(
         directory, target, chosen, numbers, settings or [], adapter, lora_scale, anneal, reward or []
     )
+    if output is None:
+        record(directory, asked)
     for key in [key for key in rows[0] if key.startswith("reward/")]:
         scores = [row[key] for row in rows]
         print(f"{key.removeprefix('reward/')}: mean {sum(scores) / len(scores):.4f} over {len(scores)} images")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -34,9 +35,17 @@ def prompts_of(source: str | None, settings: Sequence[str]) -> list[str]:
         return []
     from draftplus.config import load_config
     from draftplus.data import prompts
+    from draftplus.progress import progress
 
     column = [text for text in settings if text.startswith("data.column=")]
-    return prompts.read_prompts(source, load_config(None, column).data.column)
+    with progress("reading prompts", None):
+        return prompts.read_prompts(source, load_config(None, column).data.column)
+
+
+def identity(target: str) -> str:
+    """A target by its place, where it has one: runs of two sweeps may have one name."""
+    path, at, step = target.partition("@")
+    return f"{Path(path).resolve()}{at}{step}" if Path(path).exists() else target
 
 
 def read_seeds(text: str) -> list[int]:

@@ -6,9 +6,11 @@ Importing it does not import torch, so that the command line starts at once.
 from draftplus.config.check import refuse_bad_name
 from draftplus.config.facts import facts_of
 from draftplus.config.keys import (
+    ADDED,
     BASE_MODEL,
     CHANGEABLE,
     all_keys,
+    base_model_of,
     choices_of,
     describe_keys,
     flatten,
@@ -18,6 +20,7 @@ from draftplus.config.keys import (
     nearest,
     to_dict,
     to_yaml,
+    values,
 )
 from draftplus.config.load import (
     load_config,
@@ -42,9 +45,9 @@ from draftplus.config.schema import (
 from draftplus.config.typed import is_text
 
 __all__ = [
-    "BASE_MODEL", "CHANGEABLE", "KNOBS", "Config", "LoraConfig", "ModelConfig", "ObjectiveConfig", "RewardConfig",
-    "SamplerConfig", "StopConfig", "all_keys", "choices_of", "describe_keys", "facts_of", "flatten", "is_below",
-    "is_text", "keys_that_affect", "keys_where", "load_config", "load_run_config", "nearest", "read_yaml",
-    "recipe_names", "recipe_path", "refuse_bad_name", "run_name", "shaping_keys", "to_dict", "to_yaml",
-    "with_new_names", "written",
+    "ADDED", "BASE_MODEL", "CHANGEABLE", "KNOBS", "Config", "LoraConfig", "ModelConfig", "ObjectiveConfig",
+    "RewardConfig", "SamplerConfig", "StopConfig", "all_keys", "base_model_of", "choices_of", "describe_keys",
+    "facts_of", "flatten", "is_below", "is_text", "keys_that_affect", "keys_where", "load_config",
+    "load_run_config", "nearest", "read_yaml", "recipe_names", "recipe_path", "refuse_bad_name", "run_name",
+    "shaping_keys", "to_dict", "to_yaml", "values", "with_new_names", "written",
 ]  # fmt: skip

@@ -23,6 +23,7 @@ class Facts:
     value; "length": how long a run goes on; "conduct": where and how it is computed, what it is called, and when it is
     given up; "record": what is measured and stored on the way. None: as for its section, or else the trajectory.
     of_model: whether the model decides where it is null, before a run starts.
+    file: whether it names a file or directory, whose content decides whether a run can be continued.
     added: whether it is newer than the first release; at its default it is left out of a run's name.
     base_model: whether it determines which model is tuned.
     in_method_name: whether the report shows it as part of the method's name, such as DRaFT+.
@@ -41,6 +42,7 @@ class Facts:
     base_model: bool = False
     in_method_name: bool = False
     of_model: bool = False
+    file: bool = False
     added: bool = False
 
     @property

@@ -70,6 +70,15 @@ def is_below(key: str, keys: Iterable[str]) -> bool:
 
 CHANGEABLE = keys_that_affect("length", "conduct", "record")  # those that may change when a run is continued
 BASE_MODEL = keys_where(lambda facts: facts.base_model)  # what is tuned
+ADDED = keys_where(lambda facts: facts.added)
+
+
+def base_model_of(flat: Mapping[str, Any]) -> list[Any]:
+    """What is tuned, by a configuration's dotted keys: one value for each key, of later keys only where it is set.
+
+    So files that an earlier version wrote still compare as equal.
+    """
+    return [flat.get(key) for key in BASE_MODEL if key not in ADDED or flat.get(key) is not None]
 
 
 def describe_keys() -> str:

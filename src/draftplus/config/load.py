@@ -18,6 +18,8 @@ from draftplus.errors import UserError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
+LAST_SECTION = "log"  # of the schema, in the files of every version: what is cut off has lost it
+
 
 def load_config(recipe: str | Path | None = None, overrides: Sequence[str] = (), base: Config | None = None) -> Config:
     """The configuration of a recipe with `key=value` overrides, checked.
@@ -36,9 +38,14 @@ def load_run_config(run: Path, overrides: Sequence[str] = ()) -> Config:
 
     run: a run directory. It may use key names of earlier versions; overrides may not.
 
-    Raises UserError as `load_config` does.
+    Raises UserError as `load_config` does, and for a file whose end is missing.
     """
     *parents, own = _recipe_layers(run / "config.yaml")
+    if not any(LAST_SECTION in layer.tree for layer in [*parents, own]):
+        raise UserError(
+            f"{run / 'config.yaml'} is empty or cut off, so the settings of this run are not known; put back a copy of "
+            "it, or repeat the command that started the run"
+        )
     return _merged([*parents, own._replace(tree=with_new_names(own.tree))], overrides)
 
 

@@ -24,6 +24,8 @@ def read_yaml(path: str | Path) -> dict[Any, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         tree = OmegaConf.to_container(OmegaConf.create(text)) if text.strip() else {}
+    except PermissionError:
+        raise
     except Exception as error:  # yaml's errors share no base class with OmegaConf's
         raise UserError(f"{path}: {_reason(error)}") from None
     if not isinstance(tree, dict):

@@ -22,18 +22,28 @@ class LoraConfig:
 @dataclass
 class ModelConfig:
     path: str = _key(
-        "emoji", "built-in name, diffusers directory, hub id, or single .safetensors/.ckpt file", base_model=True
-    )
+        "emoji", "built-in name, diffusers directory, hub id, or single .safetensors/.ckpt file", base_model=True,
+        file=True,
+    )  # fmt: skip
     revision: str | None = _key(None, "revision of a hub model", base_model=True)
     denoiser: str | None = _key(
-        None, "replacement weights for the denoiser, in diffusers or original LDM layout", base_model=True
+        None, "replacement weights for the denoiser, in diffusers or original LDM layout", base_model=True, file=True
     )
     vae: str | None = _key(
-        None, "replacement weights for the autoencoder, in diffusers or original LDM layout", base_model=True
-    )
+        None, "replacement weights for the autoencoder, in diffusers or original LDM layout", base_model=True,
+        file=True,
+    )  # fmt: skip
     dtype: str = _key(
         "float32", "precision of frozen weights; trained weights are always float32",
         choices=("float32", "bfloat16", "float16"), base_model=True,
+    )  # fmt: skip
+    variant: str | None = _key(
+        None, "files of which variant are loaded, such as fp16; null: those without one, or the only variant",
+        base_model=True, added=True,
+    )  # fmt: skip
+    config: str | None = _key(
+        None, "configurations of a single file: a diffusers directory, sd1, sd2 or sd2-base; null: by its weights",
+        base_model=True, file=True, added=True,
     )  # fmt: skip
     lora: LoraConfig | None = _key(LoraConfig, "null: full fine-tuning of the denoiser")
     gradient_checkpointing: bool = _key(
@@ -123,7 +133,7 @@ class ObjectiveConfig:
 @dataclass
 class RewardConfig:
     weight: float = _key(1.0, "weight in the sum that is optimised")
-    path: str | None = _key(None, "weights: a directory or hub id; null: the reward's default")
+    path: str | None = _key(None, "weights: a directory or hub id; null: the reward's default", file=True)
     args: dict[str, Any] = _key({}, "further arguments for the reward")
 
 
@@ -132,6 +142,7 @@ class DataConfig:
     prompts: str = _key(
         "animals",
         "training prompts: a built-in set, a .txt, .jsonl, .json, .csv, .tsv, .parquet or .tar file, or shards",
+        file=True,
     )
     column: str | None = _key(
         None, "column or field that holds the prompt; null: the one named prompt, text or caption", added=True
@@ -172,7 +183,7 @@ class TrainConfig:
 class EvalConfig:
     every: int = _key(40, "steps between evaluations", above=0)
     prompts: str | None = _key(
-        None, "prompts to evaluate on: a built-in set or a file; null: the held-out part of data.prompts"
+        None, "prompts to evaluate on: a built-in set or a file; null: the held-out part of data.prompts", file=True
     )
     max_prompts: int | None = _key(4, "use at most this many of the prompts, evenly spaced; null: all", above=0)
     images_per_prompt: int = _key(12, "images per prompt, at least 2", above=0)

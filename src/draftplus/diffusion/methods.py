@@ -184,6 +184,33 @@ METHODS: dict[str, Method] = {
 }
 
 
+def check_windows(config: Config, schedule: Schedule) -> None:
+    """Refuses a method that may learn from still steps alone, through which its loss has no gradient but rounding.
+
+    A window that has another step too learns from that one, through the still step, and is left alone; so is one that
+    ends with a prediction of x_0. Windows that are drawn are drawn often enough to see each of them.
+
+    Raises UserError that names the keys and a remedy.
+    """
+    still = {index for index, step in enumerate(schedule.steps) if step.is_still}
+    if not still:
+        return
+    name, total = config.objective.method, len(schedule)
+    for draw in range(100 * total):
+        window = METHODS[name].window(config.objective, schedule, config.seed, draw)
+        if still.issuperset(window.steps) and window.x0_at not in window.steps:
+            at = window.steps[-1]
+            remedy = "fewer sampler.steps" if config.sampler.spacing == "trailing" else "sampler.spacing=trailing"
+            if config.sampler.solver not in ("auto", "ddim"):
+                remedy = "sampler.solver=ddim sampler.spacing=trailing"
+            raise UserError(
+                f"objective.method={name} may learn from sampling step {at + 1} of {total} alone, which leads back to "
+                "the noise level that it comes from, so that its gradient is rounding (set_alpha_to_one: false or "
+                "final_sigmas_type: sigma_min in the model's scheduler_config.json, with this spacing); "
+                f"use {remedy}"
+            )
+
+
 def check_method(config: Config, total: int) -> None:
     """Refuses settings that do not fit the method, or the number of sampling steps.
 

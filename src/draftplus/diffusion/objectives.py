@@ -74,7 +74,7 @@ def prefix(problem: Problem, conditioning: Conditioning, noise: Noise, plan: Ste
     """
     with torch.no_grad():
         return problem.sampler.sample(
-            conditioning, Rollout(noise("x_T", 0)), end=plan.window.first, noise=partial(noise, "solver"),
+            conditioning, problem.sampler.start(noise("x_T", 0)), end=plan.window.first, noise=partial(noise, "solver"),
             keep=plan.keep,
         )  # fmt: skip
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from draftplus.config.schema import DdpoConfig
 from draftplus.diffusion.problem import Noise, Problem, StepPlan
 from draftplus.diffusion.regularisers import penalties, told, weighted
-from draftplus.diffusion.sampler import Rollout, Visit
+from draftplus.diffusion.sampler import Visit
 from draftplus.diffusion.schedule import Denoised, Schedule
 from draftplus.diffusion.solvers import StepNoise, ddim_deviation, ddim_log_prob
 from draftplus.types import Conditioning
@@ -67,8 +67,8 @@ def rollout(problem: Problem, conditioning: Conditioning, noise: Noise) -> Traje
     conditioning: b rows. noise: that of the images, as in the other methods.
     """
     sampler = problem.sampler
-    start, fresh = noise("x_T", 0), partial(noise, "solver")
-    latents, log_probs = [start], []
+    start, fresh = sampler.start(noise("x_T", 0)), partial(noise, "solver")
+    latents, log_probs = [start.latents], []
 
     def remembering(
         schedule: Schedule, index: int, x: Tensor, now: Denoised, previous: Tensor | None, noise: StepNoise | None
@@ -79,8 +79,8 @@ def rollout(problem: Problem, conditioning: Conditioning, noise: Noise) -> Traje
             log_probs.append(ddim_log_prob(schedule.steps[index], now, sampler.eta, after))
         return after
 
-    replace(sampler, solver=remembering).sample(conditioning, Rollout(start), noise=fresh)
-    latents[0] = start.to(latents[-1])
+    replace(sampler, solver=remembering).sample(conditioning, start, noise=fresh)
+    latents[0] = start.latents.to(latents[-1])
     return Trajectory(torch.stack(latents, 1), torch.stack(log_probs, 1))
 
 

@@ -104,6 +104,10 @@ class Sampler:
     negative_prompt: str | None = None
     eta: float = 0.0
 
+    def start(self, noise: Tensor) -> Rollout:
+        """Where a trajectory starts. noise: (b, c, h, w), standard normal."""
+        return Rollout(noise * self.schedule.start)
+
     def denoiser(self, conditioning: Conditioning, window: Window | None = None) -> Denoise:
         """The guided denoiser of b prompts; with gradient in the window's steps, without one wherever it is enabled."""
         return denoiser(self._guided(conditioning), self.schedule, window)

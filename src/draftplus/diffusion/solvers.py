@@ -105,19 +105,21 @@ def ddim_log_prob(step: Step, now: Denoised, eta: float, x_next: Tensor) -> Tens
 def dpmpp_2m(
     schedule: Schedule, index: int, x: Tensor, now: Denoised, previous: Tensor | None, noise: StepNoise | None
 ) -> Tensor:
-    """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2), midpoint, first order at the ends as diffusers.
+    """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2), of first order where the schedule says so.
 
-    It is the first-order step with x0 extrapolated from the x0 of the step before.
+    It is the first-order step with x0 extrapolated from the x0 of the step before, to half of the step (midpoint) or
+    with the integral of the line through both (Heun).
     """
     step = schedule.steps[index]
-    last = index == len(schedule) - 1
-    if previous is None or (last and (step.next_sigma == 0 or len(schedule) < 15)):
+    if previous is None or index not in schedule.extrapolates or step.is_still:
         return first_order(schedule, index, x, now, previous, noise)
     before = schedule.steps[index - 1]
     h = _log_snr(step.next_alpha, step.next_sigma) - _log_snr(step.alpha, step.sigma)
     ratio = (_log_snr(step.alpha, step.sigma) - _log_snr(before.alpha, before.sigma)) / h
-    x0 = now.x0 + (now.x0 - previous) / (2 * ratio)
-    return (step.next_sigma / step.sigma) * x - step.next_alpha * math.expm1(-h) * x0
+    change = math.expm1(-h)
+    how_far = -(change / h + 1) / change if schedule.heun else 0.5
+    x0 = now.x0 + (now.x0 - previous) * (how_far / ratio)
+    return (step.next_sigma / step.sigma) * x - step.next_alpha * change * x0
 
 
 def _log_snr(alpha: float, sigma: float) -> float:

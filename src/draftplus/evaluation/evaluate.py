@@ -17,8 +17,8 @@ from draftplus.build import (
     build_model,
     quiet_libraries,
 )
-from draftplus.chunks import chunks
-from draftplus.config import BASE_MODEL, flatten, to_dict
+from draftplus.config import base_model_of, flatten, to_dict
+from draftplus.evaluation.chunks import chunks
 from draftplus.evaluation.generate import TUNED, Knobs, decoded
 from draftplus.evaluation.images import Images, images_of
 from draftplus.evaluation.instruments import Instruments, instruments_of
@@ -49,7 +49,7 @@ class Measured:
 def compare(
     names: Sequence[str], overrides: Sequence[str], output: Path, prompts: Sequence[str] | None = None,
     images_per_prompt: int | None = None, seeds: Sequence[int] | None = None, rewards: Sequence[str] = (),
-    metrics: Sequence[str] = (), features: str | None = None, knobs: Knobs = TUNED,
+    metrics: Sequence[str] = (), features: str | None = None, knobs: Knobs = TUNED, latents: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Makes and measures images of every target, writes eval.json and pictures to `output`, and returns eval.json.
 
@@ -59,29 +59,29 @@ def compare(
     which = images_of(targets, prompts, images_per_prompt, seeds)
     quiet_libraries()
     with output_held(output):
-        return _compare(targets, which, output, rewards, metrics, features)
+        return _compare(targets, which, output, rewards, metrics, features, latents or output / "latents")
 
 
 def _compare(
     targets: list[Target], which: Images, output: Path, rewards: Sequence[str], metrics: Sequence[str],
-    features: str | None,
+    features: str | None, latents: Path,
 ) -> dict[str, Any]:  # fmt: skip
-    tools = instruments_of(targets, which, rewards, metrics, features)
+    with progress("loading the rewards and metrics", None):
+        tools = instruments_of(targets, which, rewards, metrics, features)
     rows: list[dict[str, Any]] = []
     base: Measured | None = None
     targets.sort(key=lambda target: target.adapter is not None)  # the base model first: others are measured against it
-    with progress("evaluating", len(targets) * len(which.jobs())) as advance:
+    with progress("evaluating", len(targets) * len(which.jobs()), unit="images") as advance:
         for number, target in enumerate(targets):
-            measured = _measure(
-                target, which, tools, base, output, _shifted(advance, number * len(which.jobs()), target)
-            )
+            show = _shifted(advance, number * len(which.jobs()), target)
+            measured = _measure(target, which, tools, base, output, latents, show)
             base = base or measured
             rows.append(_row(target, which, tools, measured, base).row())
     told = {
         "draftplus": __version__,
         "prompts": which.prompts,
         "seeds": [job.seed for job in which.jobs()],
-        "model": [flatten(to_dict(targets[0].config))[key] for key in BASE_MODEL],
+        "model": base_model_of(flatten(to_dict(targets[0].config))),
         "sampler": asdict(targets[0].config.sampler),
         "rewards": tools.described,
         "features": (features or "emoji_clip") if tools.features is not None else None,
@@ -100,13 +100,14 @@ def _shifted(advance: Advance, before: int, target: Target) -> Advance:
 
 @torch.no_grad()
 def _measure(
-    target: Target, which: Images, tools: Instruments, base: Measured | None, output: Path, advance: Advance
-) -> Measured:
+    target: Target, which: Images, tools: Instruments, base: Measured | None, output: Path, made: Path,
+    advance: Advance,
+) -> Measured:  # fmt: skip
     model = build_model(target.config.model, tools.device, trainable=False)
     if target.adapter is not None:
         model.tuned.load(target.adapter)
     latents = latents_of(
-        model, which.jobs(), target.config.sampler, tools.batch_size, output / "latents" / target.hash[:16],
+        model, which.jobs(), target.config.sampler, tools.batch_size, made / target.hash[:16],
         target.knobs, advance,
     )  # fmt: skip
     scores: dict[str, list[Tensor]] = {name: [] for name in tools.rewards}

@@ -11,17 +11,17 @@ from typing import Any
 from torch import Tensor
 
 from draftplus.build import build_model, build_reward, quiet_libraries
-from draftplus.chunks import SAMPLING_BATCH
 from draftplus.config import RewardConfig
 from draftplus.distributed import pick_device
 from draftplus.errors import UserError
+from draftplus.evaluation.chunks import SAMPLING_BATCH
 from draftplus.evaluation.generate import TUNED, Job, Knobs, generate_images, jobs_of
 from draftplus.evaluation.pictures import save_pictures
 from draftplus.evaluation.scores import score_images
 from draftplus.progress import progress
 from draftplus.runs.files import disk_errors, output_held, write_text
 from draftplus.runs.rows import reward_key
-from draftplus.runs.weights import find_weights
+from draftplus.runs.weights import find_weights, intact
 
 
 @dataclass(frozen=True)
@@ -59,25 +59,27 @@ def make_gallery(
     if "" in (prompt.strip() for prompt in prompts):
         raise UserError("a prompt is empty; describe a picture, such as 'a cat'")
     weights = find_weights(target, overrides)
+    if adapter is not None and not adapter.exists():
+        raise UserError(f"--adapter '{adapter}': no such file or directory")
     config = weights.config
     quiet_libraries()
     device = pick_device(config.device)
     known = {**config.reward, **config.eval.rewards}
     scorers = {name: build_reward(name, known.get(name, RewardConfig()), device) for name in rewards}
-    model = build_model(config.model, device, trainable=False)
-    chosen = adapter if adapter is not None else weights.adapter
+    with progress("loading the model", None):
+        model = build_model(config.model, device, trainable=False)
+    chosen = intact(adapter) if adapter is not None else weights.adapter
     if chosen is None and knobs != TUNED:
-        raise UserError(
-            f"'{target}' has no trained weights to scale or anneal; name a run or give an adapter directory"
-        )
+        raise UserError(f"'{target}' has no trained weights to scale or anneal; name a run or give an adapter")
     if chosen is not None:
         model.tuned.load(chosen)
     knobs.check()
     jobs = jobs_of(prompts, seeds)
     size = config.train.sampling_batch_size or SAMPLING_BATCH
-    with progress("generating", len(jobs)) as advance:
+    with progress("generating", len(jobs), unit="images") as advance:
         images = generate_images(model, jobs, config.sampler, size, knobs=knobs, advance=advance)
-    return Gallery(jobs, images, score_images(scorers, images, [job.prompt for job in jobs], device))
+        scores = score_images(scorers, images, [job.prompt for job in jobs], device)
+    return Gallery(jobs, images, scores)
 
 
 def write_gallery(

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from draftplus import rng
 from draftplus.build import build_sampler
-from draftplus.chunks import SAMPLING_BATCH, chunks
 from draftplus.config import SamplerConfig
 from draftplus.diffusion.annealing import anneal_weights, annealed
-from draftplus.diffusion.sampler import Rollout, sample
+from draftplus.diffusion.sampler import sample
 from draftplus.errors import UserError
+from draftplus.evaluation.chunks import SAMPLING_BATCH, chunks
 from draftplus.progress import Advance
 from draftplus.types import Model
 
@@ -111,12 +111,14 @@ def sampled_latents(
     with _prepared(model, knobs, weights):
         for rows in chunks(len(jobs), batch_size):
             seeds = [job.seed for job in jobs[rows]]
-            conditioning = model.encode([job.prompt for job in jobs[rows]])
-            denoise = sampler.denoiser(conditioning)
+            prompts = [job.prompt for job in jobs[rows]]
+            denoise = sampler.denoiser(model.encode(prompts))
             if set(weights) not in ({0.0}, {1.0}):
-                denoise = annealed(denoise, sampler.frozen(conditioning), weights)
+                with model.tuned.reference():  # an adapter of the text encoder changes the embeddings too
+                    frozen = sampler.frozen(model.encode(prompts))
+                denoise = annealed(denoise, frozen, weights)
             noise = partial(_solver_noise, shape, seeds, model.device)
-            start = Rollout(rng.stock_noise(shape, seeds).to(model.device))
+            start = sampler.start(rng.stock_noise(shape, seeds).to(model.device))
             yield rows, sample(denoise, start, sampler.schedule, sampler.solver, noise=noise).latents
 
 

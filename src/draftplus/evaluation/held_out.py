@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from draftplus.chunks import SAMPLING_BATCH
 from draftplus.config import Config
 from draftplus.data.prompts import PromptSet, normalized, read_prompts
 from draftplus.distributed import World
 from draftplus.errors import UserError
+from draftplus.evaluation.chunks import SAMPLING_BATCH
 from draftplus.evaluation.generate import TUNED, Job, Knobs, generate_images
 from draftplus.evaluation.pictures import save_pictures
 from draftplus.evaluation.scores import Rewards, score_images

@@ -18,10 +18,10 @@ from draftplus.build import (
     compares_images,
     is_reward,
 )
-from draftplus.chunks import SAMPLING_BATCH
 from draftplus.config import RewardConfig
 from draftplus.distributed import pick_device
 from draftplus.errors import UserError
+from draftplus.evaluation.chunks import SAMPLING_BATCH
 from draftplus.evaluation.images import Images, first_run
 from draftplus.evaluation.scores import Rewards
 from draftplus.evaluation.targets import Target

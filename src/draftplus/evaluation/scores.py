@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from draftplus.chunks import SAMPLING_BATCH, chunks
+from draftplus.evaluation.chunks import SAMPLING_BATCH, chunks
 from draftplus.rewards.combined import Combined
 from draftplus.types import Reward
 

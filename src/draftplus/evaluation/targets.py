@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 
 from draftplus import __version__
@@ -14,9 +13,11 @@ from draftplus.config import Config, ModelConfig, load_config
 from draftplus.errors import UserError
 from draftplus.evaluation.generate import TUNED, Knobs
 from draftplus.models.families import model_path
-from draftplus.models.lora import LORA_FILE
+from draftplus.models.lora_files import lora_file
+from draftplus.runs.checksums import files_hash
 from draftplus.runs.directory import is_run
-from draftplus.runs.weights import find_weights
+from draftplus.runs.inputs import source_hash
+from draftplus.runs.weights import find_weights, intact
 
 BASE = "base"
 
@@ -88,7 +89,7 @@ def _find(name: str, overrides: Sequence[str], knobs: Knobs, settings: Config | 
         return Target(name, weights.label, config, None, None, None, TUNED, model_hash(config.model), None)
     if _is_adapter(path):
         config = settings or find_weights(load_config(None, list(overrides)).model.path, overrides).config
-        adapter, label = path, path.resolve().name if run is None else f"{run.name}/{path.name}"
+        adapter, label = intact(path), path.resolve().name if run is None else f"{run.name}/{path.name}"
     else:
         weights = find_weights(name, overrides)
         assert weights.adapter is not None
@@ -99,7 +100,8 @@ def _find(name: str, overrides: Sequence[str], knobs: Knobs, settings: Config | 
         raise UserError(
             f"'{name}' is a fully fine-tuned denoiser, which has no LoRA scale; use anneal instead, such as linear"
         )
-    step = adapter.name.removeprefix("step-") if run is not None else ""
+    holder = adapter if adapter.is_dir() else adapter.parent
+    step = holder.name.removeprefix("step-") if run is not None else ""
     return Target(
         name, f"{label} {knobs.label}".strip(), config, run, int(step) if step.isdigit() else None, adapter, knobs,
         model_hash(config.model), files_hash(adapter),
@@ -112,7 +114,7 @@ def _run_of(name: str) -> Path | None:
         if one and is_run(one):
             return Path(one)
     path = Path(name)
-    return next((up for up in (path.parent, path.parent.parent) if _is_adapter(path) and is_run(up)), None)
+    return next((up for up in list(path.parents)[:3] if _is_adapter(path) and is_run(up)), None)
 
 
 def _inside_run(name: str) -> str:
@@ -120,9 +122,11 @@ def _inside_run(name: str) -> str:
 
 
 def _is_adapter(path: Path) -> bool:
-    """Whether a path is what a model's `tuned.save` writes: the directory of a LoRA file, or of a denoiser."""
+    """Whether a path is what a model's `tuned.load` reads: a LoRA file, or the directory of one or of a denoiser."""
+    if lora_file(path) is not None:
+        return True
     denoiser = (path / "config.json").is_file() and any(path.glob("*.safetensors"))
-    return (path / LORA_FILE).is_file() or (denoiser and not (path / "model_index.json").is_file())
+    return denoiser and not (path / "model_index.json").is_file()
 
 
 def _refuse_other(target: Target, first: Target) -> None:
@@ -141,50 +145,12 @@ def _refuse_other(target: Target, first: Target) -> None:
             )
 
 
-@lru_cache(maxsize=64)
-def _file_hash(path: Path, size: int, changed: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def files_hash(path: Path) -> str:
-    """The SHA-256 of a file, or of a directory's files with their names."""
-    if not path.is_dir():
-        state = path.stat()
-        return _file_hash(path, state.st_size, state.st_mtime_ns)
-    whole = hashlib.sha256()
-    for file in sorted(_visible_files(path, frozenset())):
-        state = file.stat()
-        whole.update(f"{file.relative_to(path)} {_file_hash(file, state.st_size, state.st_mtime_ns)}\n".encode())
-    return whole.hexdigest()
-
-
-def _visible_files(directory: Path, above: frozenset[Path]) -> Iterator[Path]:
-    """The files below, also through links; a link to a directory that contains it is not followed."""
-    above |= {directory.resolve()}
-    for path in directory.iterdir():
-        if path.is_dir() and not path.name.startswith(".") and path.resolve() not in above:
-            yield from _visible_files(path, above)
-        elif path.is_file() and not path.name.startswith("."):
-            yield path
-
-
 def model_hash(config: ModelConfig) -> str:
     """The SHA-256 of a base model's files; of a hub model its id and the commit that is in the cache.
 
     Raises UserError for a model that is missing.
     """
-    parts = [_source_hash(model_path(config), config.revision)]
-    parts += [_source_hash(str(Path(p).expanduser()), None) if p else "" for p in (config.denoiser, config.vae)]
+    parts = [source_hash(model_path(config), config.revision)]
+    parts += [source_hash(str(Path(p).expanduser()), None) if p else "" for p in (config.denoiser, config.vae)]
+    parts += [f"{name} {value}" for name, value in (("variant", config.variant), ("config", config.config)) if value]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def _source_hash(path: str, revision: str | None) -> str:
-    local = Path(path).expanduser()
-    if local.exists():
-        return files_hash(local)
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(path, "model_index.json", revision=revision)
-    commit = Path(found).parent.name if isinstance(found, str) else revision or "main"
-    return f"{path}@{commit}"

@@ -1,35 +1,51 @@
-"""Loading the parts of a model from a diffusers directory, the hub, or replacement weights."""
+"""Loading the parts of a model from a diffusers directory, the hub, a single file, or replacement weights."""
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from draftplus.config import ModelConfig
 from draftplus.errors import UserError
-from draftplus.models.weights import first_line, read_state_dict, refuse_code
+from draftplus.models import files
+from draftplus.models.files import Stored
+from draftplus.models.weights import first_line, read_state_dict
 
 SINGLE_FILE = (".safetensors", ".ckpt")
+LDM_UNET = "model.diffusion_model."  # how the names of a UNet's weights begin in the original layout
+REPLACED = {"unet": "denoiser", "transformer": "denoiser", "vae": "vae"}  # part -> the key of `model` that replaces it
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the parts of a model are read from.
+
+    directory: with their configurations, each in a folder, and their weights `stored`. state: the tensors of a single
+    file in the original layout, which takes the place of the latter. config: says which parts are replaced.
+    """
+
+    config: ModelConfig
+    directory: Path
+    stored: Mapping[str, Stored | None]
+    state: dict[str, Tensor] | None = None
+
+    def replacement(self, name: str) -> str | None:
+        """What the configuration gives instead of a part's weights."""
+        return getattr(self.config, REPLACED[name]) if name in REPLACED else None
 
 
 def is_single_file(path: str) -> bool:
     """Whether a path names one file of weights."""
     return path.endswith(SINGLE_FILE)
-
-
-def source(path: str) -> str:
-    """`directory_of`, and nothing in the directory needs to run code to be loaded.
-
-    Raises UserError also for a directory that contains a pickle that would run code.
-    """
-    path = directory_of(path)
-    if Path(path).is_dir():
-        refuse_code(Path(path))
-    return path
 
 
 def directory_of(path: str) -> str:
@@ -50,31 +66,116 @@ def looks_local(path: str) -> bool:
     return path.startswith((".", "/", "~")) or path.count("/") != 1
 
 
-def load_part(
-    cls: Any, path: str, name: str, dtype: Mapping[str, torch.dtype], hub: Mapping[str, Any],
-    replacement: str | None = None, key: str = "",
-) -> Any:  # fmt: skip
-    """A network of a pipeline; `name` is its subfolder.
+def source(
+    config: ModelConfig, path: str, networks: Mapping[str, Any], accepts: Callable[..., None] | None = None
+) -> Source:
+    """A directory or hub id, its weights chosen by `model.variant`, fetched, and free of code.
 
-    dtype: under the keyword that the class expects. replacement, key: weights to use instead, a directory or a file in
-    diffusers' or the original layout, and the configuration key that names them.
+    networks: the class of each folder with weights. accepts: called with the networks' configurations, before any
+    weights are fetched or read, to refuse what the family does not support.
 
-    Raises UserError if these are missing or would run code, ValueError where weights are incomplete, and whatever
-    the libraries raise; `loading` makes one error of them.
+    Raises UserError for a model that is missing or not accepted, or weights that would run code, and whatever the
+    libraries raise; `loading` makes one error of them.
     """
-    if replacement is None:
-        return whole(*cls.from_pretrained(path, subfolder=name, output_loading_info=True, **dtype, **hub))
-    given = Path(replacement).expanduser()
+    path = directory_of(path)
+    if config.config is not None:
+        raise UserError(f"model.config is for single files, but model.path '{path}' is none; set model.config=null")
+    where, local = f"model.path '{path}'", Path(path).is_dir()
+    directory = Path(path) if local else files.fetch(path, config.revision, files.SMALL)
+    if accepts is not None:
+        accepts(*(configuration(cls, directory, name) for name, cls in networks.items()))
+    made = Source(config, directory, {})
+    own = {name: cls for name, cls in networks.items() if made.replacement(name) is None}
+    on_hub = {} if local else files.names_on_hub(path, directory)
+    names = {name: files.names_in(directory / name) if local else on_hub.get(name, []) for name in own}
+    forms = {name: files.forms(names[name], _of_diffusers(cls)) for name, cls in own.items()}
+    files.refuse_unknown_variant(forms, config.variant, where)
+    stored = {name: files.choose(forms[name], config.variant, f"{where}, {name}") for name in own}
+    chosen = {name: one for name, one in stored.items() if one is not None}
+    if not local:
+        wanted = [file for name, one in chosen.items() for file in files.files_of(directory / name, one)]
+        missing = [file.relative_to(directory).as_posix() for file in wanted if not file.is_file()]
+        if missing:
+            files.fetch(path, directory.name, missing)
+    for name, one in chosen.items():
+        files.check(directory / name, one)
+    return Source(config, directory, stored)
+
+
+def configuration(cls: Any, directory: Path, name: str) -> Any:
+    """The settings of a part, with its class's defaults, as attributes; before any weights are read.
+
+    Raises FileNotFoundError where there are none, ValueError for a part of another class, and whatever the libraries
+    raise.
+    """
+    if not (directory / name / "config.json").is_file():  # transformers takes the defaults then
+        raise FileNotFoundError(f"it has no {name}/config.json")
+    if not _of_diffusers(cls):
+        return cls.config_class.from_pretrained(directory, subfolder=name)
+    given = cls.load_config(directory, subfolder=name)
+    if given.get("_class_name", cls.__name__) != cls.__name__:
+        raise ValueError(f"its {name} is a {given['_class_name']}, which is not supported, only {cls.__name__}")
+    defaults = {key: parameter.default for key, parameter in inspect.signature(cls.__init__).parameters.items()}
+    return SimpleNamespace(**{**defaults, **given})
+
+
+def load_part(cls: Any, source: Source, name: str, dtype: torch.dtype) -> Any:
+    """A network of a pipeline; `name` is its folder.
+
+    Raises UserError if replacement weights are missing or would run code, ValueError where weights are incomplete, and
+    whatever the libraries raise; `loading` makes one error of them.
+    """
+    replacement = source.replacement(name)
+    if replacement is not None:
+        return _replacement(cls, source, name, dtype, replacement)
+    if source.state is not None:
+        return _from_tensors(cls, source.state, source.directory, name, dtype)
+    return _from_folder(cls, source.directory, name, dtype, source.stored[name])
+
+
+def _replacement(cls: Any, source: Source, name: str, dtype: torch.dtype, replacement: str) -> Any:
+    key, given = f"model.{REPLACED[name]}", Path(replacement).expanduser()
     if not given.exists():
         raise UserError(f"{key} '{replacement}': no such file or directory")
     if given.is_dir():
-        refuse_code(given)
+        where = f"{key} '{replacement}'"
+        stored = files.choose(files.forms(files.names_in(given), _of_diffusers(cls)), source.config.variant, where)
+        if stored is not None:
+            files.check(given, stored)
         with loading(key, replacement):
-            return whole(*cls.from_pretrained(given, output_loading_info=True, **dtype))
+            configuration(cls, given, "")
+            return _from_folder(cls, given, "", dtype, stored)
     state = read_state_dict(given)
     with loading(key, replacement):
-        part = cls.from_single_file(state, config=path, subfolder=name, **dtype)
-        return whole(part, {"missing_keys": [key for key, p in part.named_parameters() if p.is_meta]})
+        return _from_tensors(cls, _known_names(cls, state, source.directory, name), source.directory, name, dtype)
+
+
+def _from_folder(cls: Any, directory: Path, name: str, dtype: torch.dtype, stored: Stored | None) -> Any:
+    given = {"torch_dtype" if _of_diffusers(cls) else "dtype": dtype, **(stored.arguments if stored else {})}
+    return whole(*cls.from_pretrained(directory, subfolder=name, output_loading_info=True, **given))
+
+
+def _from_tensors(cls: Any, state: dict[str, Tensor], directory: Path, name: str, dtype: torch.dtype) -> Any:
+    given = {"config": str(directory), "subfolder": name, "torch_dtype": dtype, "local_files_only": True}
+    if _of_diffusers(cls):
+        part = cls.from_single_file(state, **given)
+    else:
+        from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
+
+        part = create_diffusers_clip_model_from_ldm(cls, state, **given)
+    return whole(part, {"missing_keys": [key for key, p in part.named_parameters() if p.is_meta]})
+
+
+def _known_names(cls: Any, state: dict[str, Tensor], directory: Path, name: str) -> dict[str, Tensor]:
+    """The tensors under names that diffusers' converter knows: it misses two common spellings."""
+    if any(key.startswith("input_blocks.") for key in state):
+        return {LDM_UNET + key: tensor for key, tensor in state.items()}
+    if any(".resnets." in key for key in state):  # diffusers' own layout, whose attention had other names before 0.17
+        with torch.device("meta"):
+            like = cls.from_config(cls.load_config(directory, subfolder=name))
+        renamed: dict[str, Tensor] = like._fix_state_dict_keys_on_load(dict(state))
+        return renamed
+    return state
 
 
 def whole(part: Any, info: Mapping[str, Any]) -> Any:
@@ -83,6 +184,10 @@ def whole(part: Any, info: Mapping[str, Any]) -> Any:
     if info["missing_keys"]:
         raise ValueError(f"its weights are incomplete: '{min(info['missing_keys'])}' is missing")
     return part
+
+
+def _of_diffusers(cls: Any) -> bool:
+    return bool(cls.__module__.startswith("diffusers."))
 
 
 @contextmanager
@@ -94,7 +199,7 @@ def loading(key: str, value: str, family: str = "") -> Iterator[None]:
         raise
     except Exception as error:  # those of four libraries have no base class in common
         hint = ""
-        if isinstance(error, OSError) and not Path(value).expanduser().is_dir():
+        if isinstance(error, OSError) and not Path(value).expanduser().exists():
             hint = (
                 " (a model that is not on this disk is read from the hub, which needs the network or an earlier "
                 "download)"

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from diffusers.utils import recurse_remove_peft_layers
 from peft import LoraConfig as PeftConfig
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from draftplus import rng
 from draftplus.config import LoraConfig
 from draftplus.errors import UserError
+from draftplus.models.lora_files import LoraFile
 from draftplus.models.weights import first_line
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
 ADAPTER = "default"
 
 
@@ -80,9 +80,9 @@ def trained(denoiser: nn.Module) -> dict[str, nn.Parameter]:
 
 
 @contextmanager
-def adapters_off(denoiser: nn.Module) -> Iterator[None]:
-    """Inside, the denoiser is the frozen model."""
-    with _enabled(layers(denoiser), False):
+def adapters_off(*networks: nn.Module) -> Iterator[None]:
+    """Inside, the networks are the frozen ones."""
+    with _enabled([layer for network in networks for layer in layers(network)], False):
         yield
 
 
@@ -108,6 +108,15 @@ def folded(denoiser: nn.Module) -> Iterator[None]:
     finally:
         for layer, original in zip(fitting, originals, strict=True):
             _base(layer).weight.data = original
+
+
+def merge(network: Any) -> None:
+    """Adds the adapters to the weights, in the precision of these; then the layers are plain ones."""
+    with torch.no_grad():
+        for layer in layers(network):
+            weight = _base(layer).weight
+            weight += layer.get_delta_weight(ADAPTER).to(weight)
+    _detach(network)
 
 
 def _base(layer: LoraLayer) -> nn.Linear | nn.Conv2d:
@@ -141,36 +150,72 @@ def export(denoiser: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def attach(denoiser: nn.Module, file: Path, component: str) -> None:
-    """Gives the denoiser the adapters of a LoRA file, of any rank and targets, in place of those it has.
+def attach(networks: Mapping[str, Any], adapter: LoraFile) -> None:
+    """Gives networks the adapters of a LoRA file, of any rank and targets, in place of those they have.
 
-    component: the denoiser's name in the stock pipeline, with which the names in the file begin.
+    networks: by their names in the stock pipeline. What stock diffusers loads and scales, is loaded and scaled so.
 
-    Raises UserError if the file, or a part of it, is not a LoRA of this denoiser.
+    Raises UserError if the file, or a part of it, is not a LoRA of these networks.
     """
-    try:
-        state = {name: tensor for name, tensor in load_file(file).items() if name.startswith(f"{component}.")}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file}: damaged or not a safetensors file: {first_line(error)}") from None
-    if not state:
+    file, names = adapter.file, tuple(f"{name}." for name in networks)
+    if not any(name.startswith(names) for name in adapter.state):
+        raise UserError(f"{file} contains no adapter of the denoiser (its tensor names would start with '{names[0]}')")
+    stray = next((name for name in adapter.state if not name.startswith(names)), None)
+    if stray is not None:
         raise UserError(
-            f"{file} contains no adapter of the denoiser (its tensor names would start with '{component}.')"
+            f"{file}: the adapter does not fit this model: '{stray}' is of none of its networks, {', '.join(networks)}"
         )
-    if layers(denoiser):
-        denoiser.unload_lora()  # type: ignore[operator]
-    try:
-        with _silent(logging.getLogger("diffusers")):  # it would print all names of an adapter that does not fit
-            denoiser.load_lora_adapter(state, prefix=component, adapter_name=ADAPTER)  # type: ignore[operator]
-    except (ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"{file}: the adapter does not fit this model: {first_line(error)[:200]}") from None
-    _at_least_float32(denoiser)
-    # diffusers only warns about names that it has no place for, and about places that got nothing
-    stray = set(state) ^ {f"{component}.{name}" for name in export(denoiser)}
+    for name, network in networks.items():
+        _detach(network)
+        try:
+            half = adapter.half(name)
+            if half:
+                with _silent(logging.getLogger("diffusers")):  # it prints all names of an adapter that does not fit
+                    _load_as_stock(network, name, half, adapter)
+        except Exception as error:  # those of three libraries have no base class in common
+            raise UserError(f"{file}: the adapter does not fit this model: {first_line(error)[:200]}") from None
+        if half:
+            _settle(network, half, adapter.alphas_of(name), adapter)
+
+
+def _detach(network: Any) -> None:
+    if layers(network):
+        recurse_remove_peft_layers(network)
+    if hasattr(network, "peft_config"):
+        del network.peft_config
+        network._hf_peft_config_loaded = False
+
+
+def _load_as_stock(network: Any, name: str, half: Mapping[str, Tensor], adapter: LoraFile) -> None:
+    state = {f"{name}.{key}": tensor for key, tensor in half.items()}
+    told = {"network_alphas": adapter.alphas, "metadata": adapter.metadata, "adapter_name": ADAPTER}
+    if hasattr(network, "load_lora_adapter"):
+        network.load_lora_adapter(state, prefix=name, **told)
+    else:
+        StableDiffusionLoraLoaderMixin.load_lora_into_text_encoder(state, text_encoder=network, prefix=name, **told)
+
+
+def _settle(network: nn.Module, half: Mapping[str, Tensor], alphas: Mapping[str, float], adapter: LoraFile) -> None:
+    """Refuses what stock diffusers only warns of or says nothing about, and multiplies the scales into B."""
+    stray = set(half) ^ set(export(network))
     if stray:
-        raise UserError(f"{file}: the adapter does not fit this model: '{min(stray)}' is in only one of them")
-    with torch.no_grad():  # on the way in, peft rounded them to the precision of the layers that they adapt
-        for name, parameter in trained(denoiser).items():
-            parameter.copy_(state[f"{component}." + name.replace(f".{ADAPTER}.", ".")])
+        raise UserError(f"{adapter.file}: the adapter does not fit this model: '{min(stray)}' is in only one of them")
+    for name, layer in network.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        scale, rank = layer.scaling[ADAPTER], layer.r[ADAPTER]
+        meant = alphas.get(name, rank) / rank
+        if adapter.metadata is None and abs(scale - meant) > 1e-6 * abs(meant):
+            raise UserError(
+                f"{adapter.file}: the alpha of '{name}' differs from that of other layers, and stock diffusers ignores "
+                f"it: it scales by {scale:g} where the file says {meant:g}; multiply the alphas into the weights"
+            )
+        # peft rounded them to the precision of the layers that they adapt
+        for part, factor in ((layer.lora_A, 1.0), (layer.lora_B, scale)):
+            weight = part[ADAPTER].weight
+            source = half[f"{name}.lora_{'A' if part is layer.lora_A else 'B'}.weight"]
+            weight.data = factor * source.to(weight.device, torch.promote_types(torch.float32, weight.dtype))
+        layer.lora_alpha[ADAPTER], layer.scaling[ADAPTER] = rank, 1.0
 
 
 @contextmanager
@@ -183,7 +228,7 @@ def _silent(logger: logging.Logger) -> Iterator[None]:
         logger.setLevel(level)
 
 
-def set_scale(denoiser: nn.Module, scale: float) -> None:
+def set_scale(network: nn.Module, scale: float) -> None:
     """Multiplies the adapters' effect: 0 is the base model, 1 the tuned one."""
-    for layer in layers(denoiser):
+    for layer in layers(network):
         layer.scaling[ADAPTER] = scale * layer.lora_alpha[ADAPTER] / layer.r[ADAPTER]

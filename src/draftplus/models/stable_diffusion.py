@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,11 +13,11 @@ from torch import Tensor, nn
 
 from draftplus.config import ModelConfig
 from draftplus.diffusion.guidance import classifier_free
-from draftplus.errors import UserError
-from draftplus.models import loading
+from draftplus.diffusion.levels import saved
+from draftplus.errors import UserError, notice
+from draftplus.models import loading, single_file
 from draftplus.models.embeddings import Embeddings
 from draftplus.models.tuned import Tuned, make_tuned
-from draftplus.models.weights import read_state_dict
 from draftplus.types import Conditioning, Raw
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -31,16 +33,29 @@ class StableDiffusion:
         self.tuned, self.vae, self.text_encoder, self.tokenizer = tuned, vae, text_encoder, tokenizer
         self.scheduler_config = scheduler_config
         self.device = next(tuned.denoiser.parameters()).device
-        self.encode = Embeddings(self._embed)
+        tuned.encoders = {"text_encoder": text_encoder}
+        self.encode = Embeddings(self._embed, tuned.encoders_state)
+        self._told_of_length = False
 
     @property
     def unet(self) -> Any:
         return self.tuned.denoiser
 
     def _embed(self, prompt: str | None) -> Conditioning:
+        from diffusers.loaders import TextualInversionLoaderMixin
+
+        # a tokenizer whose files name no maximal length says 10^30
+        longest = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
+        text = TextualInversionLoaderMixin().maybe_convert_prompt(prompt or "", self.tokenizer)
+        count = len(self.tokenizer(text).input_ids)
+        if count > longest and not self._told_of_length:
+            self._told_of_length = True
+            notice(
+                f"a prompt has {count} tokens, and the text encoder reads the first {longest}; its end, and that of "
+                f"other long prompts, has no effect: {text[:60]!r}…"
+            )
         tokens = self.tokenizer(
-            [prompt or ""], padding="max_length", max_length=self.tokenizer.model_max_length, truncation=True,
-            return_tensors="pt",
+            [text], padding="max_length", max_length=longest, truncation=True, return_tensors="pt"
         ).to(self.device)  # fmt: skip
         mask = tokens.attention_mask if getattr(self.text_encoder.config, "use_attention_mask", False) else None
         return Conditioning(self.text_encoder(tokens.input_ids, attention_mask=mask)[0])  # (1, n, d)
@@ -48,9 +63,14 @@ class StableDiffusion:
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         sample = self.unet.config.sample_size
-        default = (sample, sample) if isinstance(sample, int) else sample
+        default = sample if isinstance(sample, Sequence) else (sample, sample)
         sides = []
         for name, pixels, latent in (("height", height, default[0]), ("width", width, default[1])):
+            if pixels is None and latent is None:
+                raise UserError(
+                    f"sampler.{name} is null, and this model's unet/config.json has no sample_size; set sampler.height "
+                    "and sampler.width"
+                )
             if pixels is not None and pixels % factor:
                 raise UserError(f"sampler.{name} is {pixels}; it must be a multiple of {factor} for this model")
             sides.append(latent if pixels is None else pixels // factor)
@@ -60,18 +80,30 @@ class StableDiffusion:
         return self.scheduler_config
 
     def guided(self, given: Conditioning, negative: Conditioning, scale: float) -> Raw:
-        return classifier_free(self.predict, given, negative, scale)
+        if self.unet.config.time_cond_proj_dim is None:
+            return classifier_free(self.predict, given, negative, scale)
+        # a guidance-distilled UNet (latent consistency models, arXiv 2310.04378) is told the scale, in one pass
+        told = replace(given, extras={"timestep_cond": self._scale_embedding(scale).expand(len(given), -1)})
+        return lambda x, timestep: self.predict(x, timestep, told)
+
+    def _scale_embedding(self, scale: float) -> Tensor:
+        from diffusers import StableDiffusionPipeline
+
+        told = torch.tensor([scale - 1])
+        width = self.unet.config.time_cond_proj_dim
+        embedding: Tensor = StableDiffusionPipeline.get_guidance_scale_embedding(self, told, width)  # (1, width)
+        return embedding.to(self.device)
 
     def predict(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         """The raw prediction without guidance. latents: (b, c, h, w), timestep: () or (b,). Returns (b, c, h, w)."""
         unet = self.tuned.network
         dtype = unet.conv_in.weight.dtype
-        hidden = conditioning.hidden.to(dtype)
-        raw: Tensor = unet(latents.to(dtype), timestep, encoder_hidden_states=hidden, return_dict=False)[0]
+        hidden, extras = conditioning.hidden.to(dtype), {k: v.to(dtype) for k, v in conditioning.extras.items()}
+        raw: Tensor = unet(latents.to(dtype), timestep, encoder_hidden_states=hidden, **extras, return_dict=False)[0]
         return raw
 
     def decode(self, latents: Tensor) -> Tensor:
-        config, dtype = self.vae.config, self.vae.post_quant_conv.weight.dtype
+        config, dtype = self.vae.config, self.vae.dtype
         latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
         image = self.vae.decode(latents.to(dtype), return_dict=False)[0]
         return (image.to(torch.promote_types(torch.float32, dtype)) / 2 + 0.5).clamp(0, 1)
@@ -94,55 +126,80 @@ def load(
     frozen = dtype or getattr(torch, config.dtype)
     unet, vae, text_encoder, tokenizer, scheduler_config = _components(config, path, frozen)
     _refuse_other_families(path, unet.config, vae.config, text_encoder.config)
+    with loading.loading("model.path", path, NAME):
+        _repair(path, unet, vae, text_encoder, tokenizer)
     for part in (unet, vae, text_encoder):
         part.requires_grad_(False).eval().to(device)
     tuned = make_tuned(unet, "unet", config.lora, seed, trainable, ATTENTION)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
         vae.enable_gradient_checkpointing()
-    return StableDiffusion(tuned, vae, text_encoder, tokenizer, scheduler_config)
+    return StableDiffusion(tuned, vae, text_encoder, tokenizer, _mended(path, scheduler_config))
+
+
+def as_pipeline(model: StableDiffusion, scheduler: Any) -> Any:
+    """The stock pipeline of a model's parts, without a safety checker."""
+    from diffusers import StableDiffusionPipeline
+
+    return StableDiffusionPipeline(
+        vae=model.vae, text_encoder=model.text_encoder, tokenizer=model.tokenizer, unet=model.unet,
+        scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
 
 
 def _refuse_other_families(path: str, unet: Any, vae: Any, text: Any) -> None:
     plain = unet.addition_embed_type in (None, "text") and unet.encoder_hid_dim_type is None
+    plain = plain and unet.class_embed_type is None and unet.num_class_embeds is None
     if not plain or unet.in_channels != vae.latent_channels or unet.cross_attention_dim != text.hidden_size:
         raise UserError(f"model.path '{path}' is not a text-to-image model of the {NAME} family")
+
+
+def _repair(path: str, unet: Any, vae: Any, text_encoder: Any, tokenizer: Any) -> None:
+    """Mends configurations of early versions of diffusers as stock does, which is where it makes a pipeline."""
+    from diffusers import StableDiffusionPipeline
+
+    before = unet.config.sample_size
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # its advice to edit the file, which we give in one line
+        StableDiffusionPipeline(
+            vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=None, safety_checker=None,
+            feature_extractor=None, requires_safety_checker=False,
+        )  # fmt: skip
+    if unet.config.sample_size != before:
+        notice(
+            f"model.path '{path}': its unet/config.json, of diffusers {unet.config._diffusers_version}, says "
+            f"sample_size {before}; {unet.config.sample_size} is used instead, as stock diffusers does"
+        )
+
+
+def _mended(path: str, scheduler_config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A scheduler's configuration as the constructor of the stock pipeline mends it, for latent models of this family.
+
+    `from_config` of another scheduler class forgets the mend, where the file has no such key.
+    """
+    given = saved(scheduler_config)
+    mended = {**given, "steps_offset": 1, "clip_sample": False}
+    was = {"steps_offset": given.get("steps_offset", 0), "clip_sample": bool(given.get("clip_sample", False))}
+    changed = [f"{key} {str(was[key]).lower()} as {str(mended[key]).lower()}" for key in was if was[key] != mended[key]]
+    if changed:
+        notice(f"model.path '{path}': its scheduler_config.json is read as stock diffusers does, {', '.join(changed)}")
+    return mended
 
 
 def _components(config: ModelConfig, path: str, dtype: torch.dtype) -> tuple[Any, Any, Any, Any, Mapping[str, Any]]:
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    if loading.is_single_file(path):
-        for key in ("denoiser", "vae", "revision"):
-            if getattr(config, key) is not None:
-                raise UserError(
-                    f"model.{key} cannot be combined with a single-file model.path, '{path}'; convert the file to a "
-                    "diffusers directory"
-                )
-        return _single_file(str(Path(path).expanduser()), dtype)
-    path = loading.source(path)
-    hub: dict[str, Any] = {"revision": config.revision}
+    networks = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
     with loading.loading("model.path", path, NAME):
-        torch_dtype = {"torch_dtype": dtype}
-        unet = loading.load_part(
-            UNet2DConditionModel, path, "unet", torch_dtype, hub, config.denoiser, "model.denoiser"
-        )
-        vae = loading.load_part(AutoencoderKL, path, "vae", torch_dtype, hub, config.vae, "model.vae")
-        text_encoder = loading.load_part(CLIPTextModel, path, "text_encoder", {"dtype": dtype}, hub)
-        tokenizer = CLIPTokenizer.from_pretrained(path, subfolder="tokenizer", **hub)
+        if loading.is_single_file(path):
+            source = single_file.source(config, path)
+            tokenizer = single_file.tokenizer(source.directory)
+        else:
+            source = loading.source(config, path, networks, partial(_refuse_other_families, path))
+            tokenizer = CLIPTokenizer.from_pretrained(source.directory, subfolder="tokenizer")
         if tokenizer.vocab_size <= len(tokenizer.all_special_ids):  # transformers does not miss the files
             raise ValueError("its tokenizer has no vocabulary")
-        scheduler_config = DDIMScheduler.load_config(path, subfolder="scheduler", **hub)
+        unet, vae, text_encoder = (loading.load_part(cls, source, name, dtype) for name, cls in networks.items())
+        scheduler_config = DDIMScheduler.load_config(source.directory, subfolder="scheduler")
     return unet, vae, text_encoder, tokenizer, scheduler_config
-
-
-def _single_file(path: str, dtype: torch.dtype) -> tuple[Any, Any, Any, Any, Mapping[str, Any]]:
-    from diffusers import StableDiffusionPipeline
-
-    if not Path(path).is_file():
-        raise UserError(f"model.path '{path}': no such file")
-    read_state_dict(Path(path))  # refuses a pickle that needs code before any other loader sees it
-    with loading.loading("model.path", path, NAME):
-        pipe = StableDiffusionPipeline.from_single_file(path, torch_dtype=dtype, safety_checker=None)
-    return pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.scheduler.config

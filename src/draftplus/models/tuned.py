@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from draftplus.config import LoraConfig
 from draftplus.errors import UserError
 from draftplus.models import lora
+from draftplus.models.lora_files import LORA_FILE, lora_file, read_lora
 from draftplus.models.weights import first_line, read_state_dict
 
 DENOISER_FILES = "diffusion_pytorch_model{suffix}.safetensors"  # the names that diffusers loads
@@ -28,18 +29,26 @@ class Tuned:
     denoiser: the network that is tuned. network: the one to call, which inside `reference` is the frozen model. frozen:
     the frozen copy of a fully tuned denoiser; with adapters, the frozen model is the denoiser itself with them off.
     component: the denoiser's name in the stock pipeline, "unet" or "transformer", with which the names in a LoRA file
-    begin.
+    begin. encoders: the text encoders by theirs. Training leaves these as they are; a LoRA file of another hand may
+    hold adapters of them too.
     """
 
     def __init__(self, denoiser: Any, component: str, frozen: Any = None) -> None:
         self.denoiser, self.frozen, self.component = denoiser, frozen, component
+        self.encoders: dict[str, Any] = {}
         self.network = denoiser
+        self._encoders_now: tuple[int, float, bool] = (0, 1.0, True)  # adapters loaded, their scale, and if they are on
 
     @contextmanager
     def reference(self) -> Iterator[None]:
         if self.frozen is None:
-            with lora.adapters_off(self.denoiser):
-                yield
+            before = self._encoders_now
+            self._encoders_now = (*before[:2], False)
+            try:
+                with lora.adapters_off(*self._adaptable().values()):
+                    yield
+            finally:
+                self._encoders_now = before
             return
         before, self.network = self.network, self.frozen
         try:
@@ -52,18 +61,35 @@ class Tuned:
         with lora.folded(self.denoiser):
             yield
 
+    def merge(self) -> None:
+        """Adds adapters to the weights for good; the frozen model is no longer at hand."""
+        for network in self._adaptable().values():
+            lora.merge(network)
+
     def trainable(self) -> dict[str, nn.Parameter]:
         return lora.trained(self.denoiser)
 
+    def _adaptable(self) -> dict[str, Any]:
+        return {self.component: self.denoiser, **self.encoders}
+
+    def has_adapters(self) -> bool:
+        """Whether the weights are low-rank adapters, and not a whole denoiser."""
+        return any(lora.layers(network) for network in self._adaptable().values())
+
+    def encoders_state(self) -> Hashable:
+        """A value that changes whenever the embedding of a prompt does."""
+        return self._encoders_now if any(lora.layers(encoder) for encoder in self.encoders.values()) else None
+
     def state(self) -> dict[str, Tensor]:
-        if lora.layers(self.denoiser):
-            return {f"{self.component}.{name}": tensor for name, tensor in lora.export(self.denoiser).items()}
+        if self.has_adapters():
+            halves = {name: lora.export(network) for name, network in self._adaptable().items()}
+            return {f"{name}.{key}": tensor for name, half in halves.items() for key, tensor in half.items()}
         return dict(self.denoiser.state_dict())
 
     def write(self, directory: Path, state: Mapping[str, Tensor]) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        if lora.layers(self.denoiser):
-            save_file(dict(state), directory / lora.LORA_FILE, metadata={"format": "pt"})
+        if self.has_adapters():
+            save_file(dict(state), directory / LORA_FILE, metadata={"format": "pt"})
         else:  # not save_pretrained, which would write this process's weights, whatever `state` says
             self.denoiser.save_config(directory)
             save_torch_state_dict(dict(state), directory, filename_pattern=DENOISER_FILES, max_shard_size=LARGEST_FILE)
@@ -75,13 +101,16 @@ class Tuned:
         """Writes the trained weights as they are, in the form that stock diffusers loads."""
         self.write(directory, self.state())
 
-    def load(self, directory: Path) -> None:
-        """Reads what `write` wrote.
+    def load(self, path: Path) -> None:
+        """Reads what `write` wrote, or any other LoRA that stock diffusers loads; path: the directory, or the file.
 
-        Raises UserError if there is nothing of the kind, or it does not fit this denoiser.
+        Raises UserError if there is nothing of the kind, or it does not fit this model.
         """
-        if (directory / lora.LORA_FILE).is_file():
-            lora.attach(self.denoiser, directory / lora.LORA_FILE, self.component)
+        directory = path.parent if path.name.startswith("diffusion_pytorch_model") else path
+        file = lora_file(directory)
+        if file is not None:
+            lora.attach(self._adaptable(), read_lora(file))
+            self._encoders_now = (self._encoders_now[0] + 1, 1.0, True)
         elif (directory / "config.json").is_file():
             weights = _denoiser_weights(directory)
             self.frozen = self.frozen or copy.deepcopy(self.denoiser)
@@ -94,7 +123,8 @@ class Tuned:
                 ) from None
         else:
             raise UserError(
-                f"{directory} contains neither {lora.LORA_FILE} nor a denoiser; give the adapter/ directory of a run"
+                f"{path} is neither a LoRA file nor a directory with one or with a denoiser; "
+                "give the adapter/ directory of a run, or a LoRA file"
             )
 
     def set_scale(self, scale: float) -> None:
@@ -103,7 +133,9 @@ class Tuned:
                 f"the LoRA scale is {scale}, but these weights are a fully fine-tuned denoiser, which has none; "
                 "use annealing instead, such as the schedule linear"
             )
-        lora.set_scale(self.denoiser, scale)
+        for network in self._adaptable().values():
+            lora.set_scale(network, scale)
+        self._encoders_now = (self._encoders_now[0], scale, True)
 
 
 def make_tuned(

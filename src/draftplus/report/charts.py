@@ -13,8 +13,11 @@ from html import escape
 
 import numpy as np
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from draftplus.report import paper
 
 # placeholder colour -> CSS variable; values that no chart would use
 INK, GRID, FAINT, LINE, MARK, TEXT, PAGE = (f"#0102{i:02x}" for i in range(3, 10))
@@ -22,11 +25,13 @@ SERIES = tuple(f"#0103{i:02x}" for i in range(10))
 VARIABLES = {INK: "--muted", GRID: "--grid", FAINT: "--line-faint", LINE: "--line", MARK: "--mark", TEXT: "--ink",
              PAGE: "--page", **{colour: f"--s{i}" for i, colour in enumerate(SERIES)}}  # fmt: skip
 
+LEAST_SPAN = 0.05  # of the values themselves
+
 STYLE = {
     "svg.fonttype": "none",
     "text.parse_math": False,  # a prompt may have a $
     "svg.hashsalt": "draftplus",
-    "font.family": "sans-serif",
+    "font.family": paper.families(),
     "font.size": 9.5,
     "text.color": INK,
     "axes.edgecolor": GRID,
@@ -97,6 +102,7 @@ def draw(chart: Chart, prefix: str) -> str:
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         axes.margins(x=0.02, y=0.12)
+        widen(axes)
         if chart.from_zero:
             axes.set_ylim(0, 1.2 * float(np.nanmax(values)) or 1)
         axes.set_xlabel("optimizer step")
@@ -106,6 +112,16 @@ def draw(chart: Chart, prefix: str) -> str:
             buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
         )
     return inline(buffer.getvalue(), prefix, chart.title)
+
+
+def widen(axes: Axes, which: str = "y") -> None:
+    """Axes that span 5% of their values at least, so that a difference of a thousandth does not look like a step."""
+    for axis in which:
+        low, high = getattr(axes, f"get_{axis}lim")()
+        least = LEAST_SPAN * max(abs(low), abs(high))
+        if high - low < least:
+            middle = (low + high) / 2
+            getattr(axes, f"set_{axis}lim")(middle - least / 2, middle + least / 2)
 
 
 def inline(svg: str, prefix: str, title: str) -> str:
@@ -120,6 +136,7 @@ def inline(svg: str, prefix: str, title: str) -> str:
     body = re.sub(r'xlink:href="#', f'href="#{prefix}-', body)
     body = body.replace("url(#", f"url(#{prefix}-")
     body = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", body)
+    body = re.sub(r"font-family: [^;\"]*;? ?", "", body)
     for colour, variable in VARIABLES.items():
         body = body.replace(colour, f"var({variable})")
     return body.strip()

@@ -17,10 +17,37 @@
       const found = text === undefined || words.every((word) => text.includes(word));
       element.classList.toggle("off", run ? !runShown(run) : off.has(+element.dataset.series) || !found);
     }
+    document.querySelectorAll("figure[data-reward]").forEach(ring);
     const shown = data.runs.filter(runShown).length;
     document.getElementById("count").textContent =
       shown === data.runs.length ? "" : `${shown} of ${data.runs.length} runs`;
     hide();
+  }
+
+  // Rings: the rule of `rings` in points.py, for the marks that are shown
+
+  function ring(figure) {
+    const reward = figure.dataset.reward;
+    const numbers = new Set([...figure.querySelectorAll(".ring")].map((one) => +one.dataset.point));
+    const shown = [...numbers].map((i) => data.points[i]).filter((point) => !off.has(point.series));
+    const marks = shown.map((point) => ({ point, both: [point.rewards[reward], point.lpips] }));
+    const known = [0, 1].map((i) => marks.map((mark) => mark.both[i][1]).filter(Boolean));
+    const largest = known.map((errors) => (errors.length ? Math.max(...errors) : Infinity));
+    const clear = (one, other) =>
+      [0, 1].some((i) => {
+        const [[mine, error], [its, itsError]] = [one.both[i], other.both[i]];
+        return mine - its > Math.hypot(error, itsError ?? largest[i]);
+      });
+    let best = -Infinity;
+    const order = (a, b) => b.both[0][0] - a.both[0][0] || b.both[1][0] - a.both[1][0];
+    const front = [...marks].sort(order).filter((mark) => mark.both[1][0] > best && ((best = mark.both[1][0]), true));
+    const sure = front.filter((mark) => mark.both.every(([, error]) => error !== null));
+    const ringed = sure.filter((one) => marks.every((other) => other === one || clear(one, other)));
+    const places = new Set(ringed.map((mark) => data.points.indexOf(mark.point)));
+    for (const one of figure.querySelectorAll(".ring")) one.classList.toggle("off", !places.has(+one.dataset.point));
+    const notes = [[front.length > sure.length, "unknown"], [sure.length > ringed.length, "close"]];
+    const told = notes.filter(([holds]) => holds).map(([, which]) => data.notes[which]);
+    figure.querySelector(".note").textContent = told.join(" ");
   }
 
   for (const chip of document.querySelectorAll(".chip")) {
@@ -91,7 +118,7 @@
     return svg.runs.filter((run) => !run.element.classList.contains("off"));
   }
 
-  function showMark(mark, event) {
+  function showMark(mark, x, y) {
     const point = data.points[mark.element.dataset.point];
     mark.element.classList.add("lit");
     tip.replaceChildren();
@@ -103,7 +130,7 @@
       picture.alt = `pictures of ${point.label}`;
       tip.append(picture);
     }
-    place(event.clientX, event.clientY);
+    place(x, y);
   }
 
   function showRun(svg, run, vertex, event) {
@@ -128,7 +155,7 @@
       const distance = Math.hypot(x - at.x, y - at.y);
       if (distance < least) [least, best] = [distance, found];
     };
-    for (const mark of marksOf(svg)) consider(mark.x, mark.y, () => showMark(mark, event));
+    for (const mark of marksOf(svg)) consider(mark.x, mark.y, () => showMark(mark, event.clientX, event.clientY));
     for (const run of runsOf(svg)) {
       run.vertices.forEach(([x, y], i) => consider(x, y, () => showRun(svg, run, i, event)));
     }
@@ -140,7 +167,21 @@
     svg.addEventListener("pointerdown", (event) => look(svg, event));
     svg.addEventListener("pointerleave", (event) => event.pointerType === "mouse" && hide());
   }
-  addEventListener("scroll", hide, { passive: true });
+  for (const element of document.querySelectorAll(".mark")) {
+    const point = data.points[element.dataset.point];
+    element.setAttribute("tabindex", "0");
+    element.setAttribute("role", "img");
+    element.setAttribute("aria-label", [point.label, ...point.rows.map((row) => row.join(" "))].join("; "));
+    element.closest("svg").setAttribute("role", "group"); // of an image, nothing inside would be told
+    element.addEventListener("focus", () => {
+      hide();
+      element.scrollIntoView({ block: "nearest" });
+      const box = element.getBoundingClientRect();
+      showMark({ element }, box.x + box.width / 2, box.y + box.height / 2);
+    });
+    element.addEventListener("blur", hide);
+  }
+  addEventListener("scroll", () => document.activeElement?.closest(".mark") || hide(), { passive: true });
   addEventListener("keydown", (event) => event.key === "Escape" && hide());
 
   // Grids and tables

@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import quote
 
 from draftplus import __version__
-from draftplus.report import figures, mosaics, summary, tables
+from draftplus.report import figures, mosaics, paper, summary, tables
 from draftplus.report.drawing import Drawing, Numbering, figure_name
 from draftplus.report.figures import Curve
 from draftplus.report.grouping import Comparison, differing_keys
@@ -23,6 +23,7 @@ from draftplus.report.looks import looks_of, spare_look
 from draftplus.report.markup import cards, chips, figure_block, missing_block, problems_block
 from draftplus.report.points import BASE, Point, seeds_told
 from draftplus.report.read import Run
+from draftplus.report.rings import NOTES, numbers_of, ring_note, rings
 from draftplus.report.sections import Section, notes, sections_of, summary_line
 from draftplus.report.wording import show
 from draftplus.runs.rows import reward_key, reward_names
@@ -61,7 +62,7 @@ class Report:
             self.looks.setdefault(method, spare_look(len(self.looks)))
 
     def save(self, directory: Path) -> list[Path]:
-        """Writes every figure whose inputs exist as PNG and SVG, and returns the paths."""
+        """Writes every figure whose inputs exist as PNG and SVG, in the place of older ones, and returns the paths."""
         directory.mkdir(parents=True, exist_ok=True)
         paths = []
         for section in self.sections:
@@ -75,6 +76,7 @@ class Report:
                     name = f"{section.prefix}same-seed-{prompt}"
                     paths += mosaics.save_grid(columns, prompts, prompt, directory, name)
                 paths += mosaics.save_many(columns, prompts, directory, f"{section.prefix}base-against-tuned")
+        paper.remove_stale(directory, paths)
         return paths
 
     def comparing(self, section: Section) -> Iterator[Drawing]:
@@ -144,10 +146,12 @@ class Report:
                 for run in self.runs
             ],
             "curves": curves,
+            "notes": NOTES,
         }  # fmt: skip
         return Template((files / "comparison.html").read_text(encoding="utf-8")).substitute(
             style=(files / "report.css").read_text(encoding="utf-8"),
             script=(files / "comparison.js").read_text(encoding="utf-8"),
+            viewer=(files / "pictures.js").read_text(encoding="utf-8"),
             data=json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c"),
             name=escape(self.title),
             summary=escape(summary_line(self.runs, self.targets, self.sections)),
@@ -182,7 +186,8 @@ class Report:
         pictured = next((run for run in point.runs if point.step in run.samples), None)
         if pictured is not None and point.step is not None and number < MOST_SHEETS:
             sheet = mosaics.contact_sheet(pictured, point.step)
-        return {"label": point.label, "rows": rows, "picture": sheet}
+        told = {"series": self.series[point.series], "label": point.label, "rows": rows, "picture": sheet}
+        return {**told, **numbers_of(point)}
 
     def _section(self, section: Section, curves: dict[str, Any], directory: Path) -> str:
         parts = [f"<h2>{escape(section.comparison.title)}</h2>"] if len(self.sections) > 1 else []
@@ -225,16 +230,14 @@ class Report:
         offs = [d for d in drawings if d.name.startswith("trade-off")]
         kls = [d for d in drawings if not d.name.startswith("trade-off")]
         if offs:
-            blocks = "".join(
-                figure_block(d.element(f"c{section.prefix}{d.name}"), f"<strong>{escape(d.title)}</strong>", "large")
-                for d in offs
-            )
+            blocks = "".join(_trade_off(section, d) for d in offs)
             yield (
                 "<section><h2>The trade-off</h2><p>Higher is more diverse and further right is a higher reward, so "
                 "the best place is the upper right. Each line is a method; its marks are its settings. Dashed lines "
-                "need no further training: stopping early, scaling the LoRA, or annealing from the base model. Rings "
-                "are the Pareto front, the marks that no other mark beats in both. Bars are one standard error of the "
-                f"mean over training seeds; a mark without bars is a single run.</p>{blocks}</section>"
+                "need no further training: stopping early, scaling the LoRA, or annealing from the base model. Bars "
+                "are one standard error of the mean over training seeds; a mark without bars is a single run. Rings "
+                "are the Pareto front: no other mark beats these in both, and by more than one standard error."
+                f"</p>{blocks}</section>"
             )
         else:
             missing.append(("trade-off", "needs eval.jsonl with a reward and LPIPS of two settings or more"))
@@ -273,6 +276,14 @@ class Report:
             "<section><h2>Base model and tuned models</h2><p>Each column is a prompt and seed, each row a model.</p>"
             f"{mosaics.many_prompts(columns, prompts, self.series)}</section>"
         )
+
+
+def _trade_off(section: Section, drawing: Drawing) -> str:
+    assert drawing.reward is not None
+    note = ring_note(rings(section.figures.shown(), drawing.reward))
+    caption = f'<strong>{escape(drawing.title)}</strong> <span class="note" role="status">{escape(note)}</span>'
+    svg = drawing.element(f"c{section.prefix}{drawing.name}")
+    return figure_block(svg, caption, "large", f' data-reward="{escape(drawing.reward)}"')
 
 
 def _prompts(comparison: Comparison) -> list[str]:

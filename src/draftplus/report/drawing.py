@@ -1,7 +1,7 @@
 """A figure that is drawn once and told twice: in the page, in its colours, and as files for white paper.
 
-What the page's script needs to find is told in the ids of the groups of the SVG: `mark-POINT-SERIES`, `line-SERIES`,
-`run-RUN-SERIES`, `flag-RUN-SERIES`.
+What the page's script needs to find is told in the ids of the groups of the SVG: `mark-POINT-SERIES`,
+`ring-POINT-SERIES`, `line-SERIES`, `run-RUN-SERIES`, `flag-RUN-SERIES`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from draftplus.report import charts
+from draftplus.report import charts, paper
 from draftplus.report.looks import ON_PAGE, ON_PAPER, Ink, Look
 from draftplus.report.points import Point
 
 DASHES = (0, (3, 2))
-SVG_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,7 @@ class Drawing:
     """A figure that can be drawn in any colours. paint: draws on axes. legend: the series that it shows, by look.
 
     wide, narrow: sizes in inches, of the file and the page, and of a narrow page; None where one size is for both.
+    reward: whose Pareto front is ringed.
     """
 
     name: str
@@ -38,6 +38,7 @@ class Drawing:
     legend: Mapping[str, Look]
     wide: tuple[float, float] = (4.6, 3.0)
     narrow: tuple[float, float] | None = None
+    reward: str | None = None
 
     def element(self, prefix: str) -> str:
         """The figure as <svg> elements for the page, in its colours, each size with a class."""
@@ -51,9 +52,10 @@ class Drawing:
             figure = Figure(figsize=size)
             self.paint(_axes(figure, size), ON_PAGE)
             buffer = io.StringIO()
-            figure.savefig(buffer, format="svg", transparent=True, metadata=SVG_METADATA)
+            figure.savefig(buffer, format="svg", transparent=True, metadata=paper.SVG_METADATA)
         svg = charts.inline(buffer.getvalue(), prefix, self.title)
         svg = re.sub(rf'id="{prefix}-mark-(\d+)-(\d+)"', r'class="mark" data-point="\1" data-series="\2"', svg)
+        svg = re.sub(rf'id="{prefix}-ring-(\d+)-(\d+)"', r'class="ring off" data-point="\1"', svg)
         svg = re.sub(rf'id="{prefix}-run-(\d+)-(\d+)"', r'class="run" data-run="\1" data-series="\2"', svg)
         svg = re.sub(rf'id="{prefix}-flag-(\d+)-(\d+)"', r'class="flag" data-run="\1" data-series="\2"', svg)
         return re.sub(rf'id="{prefix}-line-(\d+)"', r'data-series="\1"', svg)
@@ -74,10 +76,7 @@ class Drawing:
                     [_handle(look) for look in self.legend.values()], list(self.legend), loc="lower center",
                     ncols=columns, frameon=False, fontsize=8.5, labelcolor=ON_PAPER.text,
                 )  # fmt: skip
-            paths = [directory / f"{self.name}.{kind}" for kind in ("png", "svg")]
-            figure.savefig(paths[0], dpi=200)
-            figure.savefig(paths[1], metadata=SVG_METADATA)
-        return paths
+            return paper.save(figure, directory, self.name, 200)
 
 
 def _breadth(labels: Sequence[str], columns: int) -> float:
@@ -109,6 +108,9 @@ class Numbering:
 
     def mark(self, point: Point) -> str:
         return f"mark-{self.points[id(point)]}-{self.series[point.series]}"
+
+    def ring(self, point: Point) -> str:
+        return self.mark(point).replace("mark", "ring", 1)
 
 
 def figure_name(text: str) -> str:

@@ -11,28 +11,31 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from draftplus.report import charts
 from draftplus.report.drawing import DASHES, Drawing, Numbering, figure_name
 from draftplus.report.grouping import Mean
 from draftplus.report.looks import ON_PAGE, Ink, Look
-from draftplus.report.points import EVALUATED, FINAL, Figures, Point, Series, pareto
+from draftplus.report.points import EVALUATED, FINAL, Figures, Point, Series
+from draftplus.report.rings import rings
 
 
 def trade_off(figures: Figures, reward: str, looks: Mapping[str, Look], numbers: Numbering) -> Drawing:
-    """Diversity against reward: a line for each method, the base model, and the Pareto front as rings."""
+    """Diversity against reward: a line for each method, the base model, and rings around the clear Pareto front.
+
+    On the page every mark has a ring, of which its script shows those that belong to what is switched on.
+    """
 
     def paint(axes: Axes, ink: Ink) -> None:
-        front = pareto(figures.shown(), reward)
+        ringed = rings(figures.shown(), reward).marks if ink is not ON_PAGE else figures.points()
         for series in figures.series:
             if ink is ON_PAGE or series.shown:
                 _line(axes, ink, looks[series.name], numbers, series, lambda p: p.reward(reward), lambda p: p.lpips)
-        for point in front:
-            at = point.reward(reward)
-            assert at is not None
-            gid = f"line-{numbers.series[point.series]}"
-            axes.plot(
-                at.value, point.lpips.value, "o", markersize=12, markerfacecolor="none", markeredgecolor=ink.text,
-                markeredgewidth=0.9, alpha=0.55, gid=gid, zorder=1.5,
-            )  # fmt: skip
+        for point in ringed:
+            if (at := point.reward(reward)) is not None:
+                axes.plot(
+                    at.value, point.lpips.value, "o", markersize=12, markerfacecolor="none", markeredgecolor=ink.text,
+                    markeredgewidth=0.9, alpha=0.55, gid=numbers.ring(point), zorder=1.5,
+                )  # fmt: skip
         axes.grid(True, axis="both")
         axes.set_xlabel(f"held-out reward, {reward} (higher is better)")
         axes.set_ylabel("diversity, mean pairwise LPIPS")
@@ -42,11 +45,13 @@ def trade_off(figures: Figures, reward: str, looks: Mapping[str, Look], numbers:
         axes.yaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 2.5, 5, 10], min_n_ticks=3))
         for point in figures.base:
             _base_mark(axes, ink, numbers, point, reward)
+        charts.widen(axes, "xy")
         _name_coefficients(axes, ink, numbers, figures, reward)
 
     legend = {series.name: looks[series.name] for series in figures.series if series.shown}
     name = "trade-off" if len(figures.rewards) == 1 else f"trade-off-{figure_name(reward)}"
-    return Drawing(name, f"Diversity against reward ({reward})", paint, legend, (8.6, 4.7), (4.6, 4.5))
+    title = f"Diversity against reward ({reward})"
+    return Drawing(name, title, paint, legend, (8.6, 4.7), (4.6, 4.5), reward=reward)
 
 
 def _name_coefficients(axes: Axes, ink: Ink, numbers: Numbering, figures: Figures, reward: str) -> None:
@@ -159,6 +164,7 @@ def against_kl(figures: Figures, reward: str | None, looks: Mapping[str, Look], 
         axes.set_ylabel("diversity, mean LPIPS" if reward is None else f"held-out reward, {reward}")
         axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10], min_n_ticks=3))
         axes.margins(0.05, 0.14)
+        charts.widen(axes)
 
     several = len(figures.rewards) > 1 and reward is not None
     name = "diversity-kl" if reward is None else f"reward-kl-{figure_name(reward)}" if several else "reward-kl"
@@ -212,6 +218,7 @@ def training(name: str, title: str, unit: str, curves: Sequence[Curve], looks: M
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
         axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10], min_n_ticks=3))
         axes.margins(0.02, 0.08)
+        charts.widen(axes)
 
     shown = dict.fromkeys(curve.series for curve in curves)
     return Drawing(f"training-{name}", title, paint, {series: looks[series] for series in shown}, (4.6, 2.7))

@@ -91,9 +91,11 @@ def _first(measured: Sequence[tuple[float, Point]]) -> Point:
 
 def _card(title: str, point: Point, name: str, base: Point) -> str:
     mean = point.reward(name)
+    error = f" ± {show(mean.error, mean.value)}" if mean and mean.error else ""
+    alone = "; one training run" if len(point.runs) == 1 and point is not base else ""
     share = "" if point is base else f" ({point.lpips.value / base.lpips.value:.0%} of the base model's)"
     return (
-        f'<div class="card"><h3>{escape(title)}</h3><p class="value">{show(mean.value if mean else None)}</p>'
-        f'<p class="detail">{escape(name)}; {escape(point.label)}</p>'
+        f'<div class="card"><h3>{escape(title)}</h3><p class="value">{show(mean.value if mean else None)}{error}</p>'
+        f'<p class="detail">{escape(name)}; {escape(point.label)}{alone}</p>'
         f'<p class="detail">LPIPS {show(point.lpips.value)}{share}</p></div>'
     )

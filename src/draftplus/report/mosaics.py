@@ -14,8 +14,10 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
 
+from draftplus.report import paper
 from draftplus.report.grouping import Comparison, Group, seed_of
 from draftplus.report.looks import ON_PAPER
+from draftplus.report.pictures import file_of, largest_side
 from draftplus.report.points import BASE
 from draftplus.report.read import Run
 
@@ -83,9 +85,15 @@ def common_pictures(columns: Sequence[Column]) -> dict[int, list[int]]:
     return told
 
 
+def largest_of(columns: Sequence[Column]) -> int:
+    """How large the page's pictures of these columns may be, in pixels of a side."""
+    grids = [min(len(seeds), MOST_SEEDS) for seeds in list(common_pictures(columns).values())[:MOST_PROMPTS]]
+    return largest_side(len(columns) * (sum(grids) + len(across(columns))))
+
+
 def same_seed_grids(columns: Sequence[Column], prompts: Sequence[str], numbers: dict[str, int]) -> str:
     """HTML of a grid for each prompt: rows are seeds, columns are models."""
-    blocks = []
+    blocks, largest = [], largest_of(columns)
     for n, (prompt, seeds) in enumerate(list(common_pictures(columns).items())[:MOST_PROMPTS]):
         head = "".join(
             f'<th scope="col" class="whole" data-series="{numbers[c.series]}" title="{escape(c.note)}">'
@@ -94,7 +102,7 @@ def same_seed_grids(columns: Sequence[Column], prompts: Sequence[str], numbers: 
         )
         rows = "".join(
             f'<tr><th scope="row">{seed}</th>'
-            + "".join(_cell(c, prompt, seed, _text(prompts, prompt), numbers) for c in columns)
+            + "".join(_cell(c, prompt, seed, _text(prompts, prompt), numbers, largest) for c in columns)
             + "</tr>"
             for seed in seeds[:MOST_SEEDS]
         )
@@ -108,11 +116,11 @@ def same_seed_grids(columns: Sequence[Column], prompts: Sequence[str], numbers: 
 
 def many_prompts(columns: Sequence[Column], prompts: Sequence[str], numbers: dict[str, int]) -> str:
     """HTML of one wide grid: rows are models, columns are prompts with some seeds of each."""
-    chosen = across(columns)
+    chosen, largest = across(columns), largest_of(columns)
     head = "".join(f'<th scope="col">{escape(_text(prompts, p))}<br><small>seed {s}</small></th>' for p, s in chosen)
     rows = "".join(
         f'<tr data-series="{numbers[c.series]}"><th scope="row" title="{escape(c.note)}">{_broken(c.label)}</th>'
-        + "".join(_cell(c, p, s, _text(prompts, p), None) for p, s in chosen)
+        + "".join(_cell(c, p, s, _text(prompts, p), None, largest) for p, s in chosen)
         + "</tr>"
         for c in columns
     )
@@ -133,11 +141,14 @@ def across(columns: Sequence[Column]) -> list[tuple[int, int]]:
     return [(prompt, seed) for prompt in chosen for seed in common[prompt][:each]]
 
 
-def _cell(column: Column, prompt: int, seed: int, text: str, numbers: dict[str, int] | None) -> str:
+def _cell(
+    column: Column, prompt: int, seed: int, text: str, numbers: dict[str, int] | None, largest: int
+) -> str:  # fmt: skip
     label = escape(f"{text}, seed {seed}, {column.label}")
     series = f' data-series="{numbers[column.series]}"' if numbers is not None else ""
-    source = jpeg_uri(thumbnail(column.pictures[prompt, seed]))
-    return f'<td{series}><img class="tile" loading="lazy" src="{source}" alt="{label}" title="{label}"></td>'
+    path = column.pictures[prompt, seed]
+    told = f'alt="{label}" title="{label}" data-file="{file_of(path)}"'
+    return f'<td{series}><img class="tile" loading="lazy" src="{jpeg_uri(thumbnail(path, largest))}" {told}></td>'
 
 
 def _broken(label: str) -> str:
@@ -219,10 +230,7 @@ def _save(
             head = text if "\n" in text else textwrap.fill(text, 14)
             figure.text(x / width, 1 - (top - 0.06) / height, head, ha="center", va="bottom", fontsize=7.5,
                         color=ON_PAPER.text)  # fmt: skip
-        paths = [directory / f"{name}.{kind}" for kind in ("png", "svg")]
-        figure.savefig(paths[0], dpi=TILE / unit)
-        figure.savefig(paths[1], metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    return paths
+        return paper.save(figure, directory, name, TILE / unit)
 
 
 def _sheet(cells: Sequence[Sequence[Path]], gap: int) -> Image.Image:

@@ -12,11 +12,12 @@ from typing import Any
 
 from draftplus import __version__
 from draftplus.config import Config, flatten, to_dict
+from draftplus.progress import duration
 from draftplus.report import summary
 from draftplus.report.curves import curves
 from draftplus.report.pictures import before_and_after
 from draftplus.report.read import Run
-from draftplus.report.wording import duration, method_in_words, setting, show, show_gain
+from draftplus.report.wording import method_in_words, setting, show, show_gain
 
 
 def render(run: Run) -> str:
@@ -37,6 +38,7 @@ def render(run: Run) -> str:
         repeat=escape(repeat_command(run)),
         generate=escape(shlex.join(["draftplus", "generate", str(_near(run.directory)), "--prompt", _a_prompt(run)])),
         version=escape(__version__),
+        script=(files / "pictures.js").read_text(encoding="utf-8"),
     )
 
 
@@ -61,11 +63,14 @@ def _planned_steps(run: Run) -> object:
 
 
 def _progress(run: Run) -> str:
-    if not run.steps:
+    planned = _planned_steps(run)
+    if not run.steps and not run.running:
         return "No training step is recorded."
-    done, planned = int(run.steps[-1]["step"]), _planned_steps(run)
+    done = int(run.steps[-1]["step"]) if run.steps else 0
     text = f"{done} of {planned} steps" if isinstance(planned, int) and planned != done else f"{done} steps"
-    skipped = run.steps[-1].get("skipped")
+    if run.running:
+        text = f"Running, step {done}" + (f" of {planned}" if isinstance(planned, int) else "")
+    skipped = run.steps[-1].get("skipped") if run.steps else None
     many = "s" * (skipped != 1)
     text += f", {skipped} update{many} skipped because a loss or gradient was not finite" if skipped else ""
     if "step" in run.best:

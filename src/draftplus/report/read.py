@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from PIL import Image
 
 from draftplus.config import Config, with_new_names
 from draftplus.errors import UserError
+from draftplus.runs.directory import is_held
+from draftplus.runs.origin import edited
 from draftplus.runs.rows import EvaluationRow, are_numbers, ill_formed, read_evaluation
 
 STEP_DIRECTORY = re.compile(r"step-(\d+)")
@@ -28,7 +31,7 @@ class Run:
 
     steps: the rows of metrics.jsonl. evaluations: those of eval.jsonl. samples: by step, the picture of each
     (prompt index, seed). best, stopped: best.json, and stopped.json of a run that a guard ended. missing: what was
-    not there, in words.
+    not there, in words. running: whether a process is training in it.
     """
 
     directory: Path
@@ -41,6 +44,7 @@ class Run:
     best: dict[str, Any] = field(default_factory=dict)
     stopped: dict[str, Any] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
+    running: bool = False
     alias: str = ""
 
     @property
@@ -56,7 +60,7 @@ def read_run(directory: Path) -> Run:
     """
     if not directory.is_dir():
         raise UserError(f"{directory}: no such run directory")
-    run = Run(directory)
+    run = Run(directory, running=is_held(directory))
     run.config = _read_config(run)
     run.steps = _read_rows(run, "metrics.jsonl", "no training curves", _not_numbers)
     evaluated = _read_rows(run, "eval.jsonl", "no held-out numbers", ill_formed)
@@ -84,6 +88,14 @@ def _read_config(run: Run) -> dict[str, Any]:
     if not isinstance(config, dict):
         run.missing.append("config.yaml (not a configuration)")
         return {}
+    try:
+        changed = edited(run.directory)
+    except UserError as error:
+        run.missing.append(f"config.yaml ({error})")
+        return {}
+    run.missing += [
+        f"config.yaml ({key} was {then}, is {now}: edited or damaged)" for key, (then, now) in changed.items()
+    ]
     config = with_new_names(config)
     lacking = [field.name for field in dataclasses.fields(Config) if field.name not in config]
     if lacking:
@@ -176,11 +188,19 @@ def _is_huge(path: Path) -> bool:
 def _is_whole(path: Path) -> bool:
     """Whether a PNG file is all there, by its checksums; a copy or a write that broke off is not."""
     try:
+        state = path.stat()
+    except OSError:
+        return False
+    return _checked(path, state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=100_000)  # a running job's report is written at every evaluation
+def _checked(path: Path, size: int, changed: int) -> bool:
+    try:
         with Image.open(path) as image:
             image.verify()
-            path_end = path.stat().st_size
         with path.open("rb") as file:
-            file.seek(max(0, path_end - 8))
+            file.seek(max(0, size - 8))
             return file.read(4) == b"IEND"
     except (OSError, SyntaxError, ValueError):
         return False
@@ -188,6 +208,9 @@ def _is_whole(path: Path) -> bool:
 
 def _read_object(run: Run, name: str) -> dict[str, Any]:
     value = _read_json(run, name)
+    if isinstance(value, dict) and type(value.get("step")) is not int:
+        run.missing.append(f"{name} (without a step)")
+        return {}
     if isinstance(value, dict) or not (run.directory / name).is_file():
         return value or {}
     if value is not None or (run.directory / name).read_text(encoding="utf-8", errors="replace").strip() == "null":

@@ -6,13 +6,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from draftplus.config import BASE_MODEL, flatten
+from draftplus.config import base_model_of, flatten
+from draftplus.progress import duration
 from draftplus.report import mosaics, summary, tables
 from draftplus.report.grouping import Comparison, comparisons, evaluated_prompts, finished, seed_of
 from draftplus.report.inputs import Evaluated
 from draftplus.report.points import Figures, complete, figures_of
 from draftplus.report.read import Run
-from draftplus.report.wording import duration
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,8 @@ def sections_of(runs: Sequence[Run], targets: Sequence[Evaluated]) -> list[Secti
 def _fits(target: Evaluated, run: Run) -> bool:
     """Whether both are of one base model, and images of the same prompts, as many of each."""
     flat = flatten(run.config)
-    model = [flat.get(key) for key in BASE_MODEL]
     return (
-        target.model == json.dumps(model)
+        target.model == json.dumps(base_model_of(flat))
         and list(target.prompts) == evaluated_prompts(run)
         and target.images == flat.get("eval.images_per_prompt")
     )

@@ -8,11 +8,12 @@ from html import escape
 from typing import TypeGuard
 
 from draftplus.config import flatten
+from draftplus.progress import duration
 from draftplus.report import summary
 from draftplus.report.grouping import Comparison, differing_keys, finished, last_step, seed_of, settings_of
 from draftplus.report.inputs import Evaluated
 from draftplus.report.read import Run
-from draftplus.report.wording import duration, setting, show
+from draftplus.report.wording import setting, show
 from draftplus.runs.rows import HeldOut, MetricRow
 
 
@@ -89,13 +90,13 @@ def ended(run: Run) -> str:
     """How a run ended, in words."""
     if run.stopped:
         return f"stopped at step {run.stopped.get('step', '?')}: {run.stopped.get('reason', 'no reason given')}"
-    if finished(run):
+    if finished(run) and not run.running:
         return "finished"
-    flat = flatten(run.config)
+    flat, how = flatten(run.config), "running" if run.running else "not finished"
     if flat.get("train.epochs"):
-        return f"not finished: evaluated to step {max(0, last_step(run))} of {flat['train.epochs']} epochs"
+        return f"{how}: evaluated to step {max(0, last_step(run))} of {flat['train.epochs']} epochs"
     planned = flat.get("train.steps")
-    return f"not finished: evaluated to step {max(0, last_step(run))} of {planned}"
+    return f"{how}: evaluated to step {max(0, last_step(run))} of {planned}"
 
 
 def evaluations_table(targets: Sequence[Evaluated]) -> str:

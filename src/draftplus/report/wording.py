@@ -66,17 +66,6 @@ def _fixed(value: float, decimals: int) -> str:
     return f"{value:.{min(max(decimals, 0), 9)}f}".replace("-", "−")
 
 
-def duration(seconds: float) -> str:
-    """Seconds as people say them."""
-    if not math.isfinite(seconds):
-        return "unknown"
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
-
-
 def setting(value: Any) -> str:
     """A value of the configuration as it is written in YAML."""
     if value is None:

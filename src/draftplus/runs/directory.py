@@ -12,7 +12,8 @@ from filelock import FileLock, Timeout
 from draftplus.config import Config, to_yaml
 from draftplus.errors import UserError
 from draftplus.runs import journal
-from draftplus.runs.files import write_text
+from draftplus.runs.files import clean, file_mode, remove, write_text
+from draftplus.runs.origin import ORIGIN, absolute_paths
 
 
 def is_run(target: str | Path) -> bool:
@@ -27,7 +28,10 @@ def step_name(step: int) -> str:
 
 def saved_steps(directory: Path) -> list[int]:
     """The steps that are saved below a directory, ascending."""
-    return sorted(int(p.name[5:]) for p in directory.glob("step-*") if p.name[5:].isdigit())
+    if not directory.is_dir():
+        return []
+    names = [path.name for path in directory.iterdir()]  # not glob, for which a directory that is unreadable is empty
+    return sorted(int(name[5:]) for name in names if name.startswith("step-") and name[5:].isdigit())
 
 
 @contextmanager
@@ -36,10 +40,11 @@ def locked(run: Path) -> Iterator[None]:
 
     Raises UserError where it cannot be written, or another process trains in it.
     """
-    lock = FileLock(run / ".lock", timeout=0)
     made = [path for path in (run, *run.parents) if not path.exists()]
     try:
         run.mkdir(parents=True, exist_ok=True)
+        # a look at whether it is held, `is_held`, takes no longer than the timeout
+        lock = FileLock(run / ".lock", timeout=1, mode=file_mode(run))
         lock.acquire()
     except Timeout:
         raise UserError(
@@ -62,16 +67,38 @@ def locked(run: Path) -> Iterator[None]:
         lock.release()
 
 
+def is_held(run: Path) -> bool:
+    """Whether a process is training in a run directory. The kernel releases its lock when it ends, however it ends."""
+    if not (run / ".lock").is_file():
+        return False
+    lock = FileLock(run / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        return True
+    except OSError:  # another user's directory, of which nothing is known
+        return False
+    lock.release()
+    return False
+
+
 def write_config(run: Path, config: Config) -> None:
     """Writes config.yaml, which makes a directory a run; only once it is known that the run can start."""
-    write_text(run / "config.yaml", to_yaml(config))
+    write_text(run / "config.yaml", to_yaml(absolute_paths(config)))
 
 
 def forget_after(run: Path, step: int) -> None:
-    """Removes what a run wrote past the step that it is restored to; -1: everything, for a run that starts anew."""
+    """Removes what a run wrote past the step that it is restored to; -1: everything, for a run that starts anew.
+
+    And what a process that died left half written or half removed.
+    """
+    for parent in (run, run / "samples", run / "adapters", run / "checkpoints"):
+        clean(parent)
+    if step < 0:
+        (run / ORIGIN).unlink(missing_ok=True)
     for name in ("metrics.jsonl", "eval.jsonl"):
         journal.drop_rows_after(run / name, step)
     for parent in (run / "samples", run / "adapters"):
         for late in saved_steps(parent):
             if late > step:
-                shutil.rmtree(parent / step_name(late))
+                remove(parent / step_name(late))

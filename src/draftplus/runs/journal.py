@@ -13,24 +13,45 @@ from draftplus import rng
 from draftplus.config import choices_of
 from draftplus.errors import UserError
 from draftplus.runs.files import disk_errors, write_text
+from draftplus.runs.rows import ill_formed
 
 Row = dict[str, Any]
 Logger = Callable[[Mapping[str, float], int], None]
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a .jsonl file; a last line that a killed process left torn is dropped."""
+    """The rows of a .jsonl file; a last line that a killed process left torn is dropped.
+
+    Raises UserError for a line that is damaged.
+    """
     if not path.is_file():
         return []
     rows = []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, 1):
+    *lines, torn = path.read_bytes().split(b"\n")
+    for number, line in enumerate([*lines, torn], 1):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line.decode("utf-8"))
         except (ValueError, RecursionError):
-            if number < len(lines):
-                raise UserError(f"{path}: line {number} is not JSON") from None
+            if number <= len(lines):
+                raise _damaged(path, number, "is not JSON") from None
+            continue
+        if not isinstance(row, dict) or type(row.get("step")) is not int or row["step"] < 0:
+            raise _damaged(path, number, "is not a row with a step")
+        rows.append(row)
     return rows
+
+
+def read_evaluations(path: Path) -> list[Row]:
+    """The rows of eval.jsonl, every value of the kind that a run writes. Raises UserError as `read_rows` does."""
+    rows = read_rows(path)
+    for number, row in enumerate(rows, 1):
+        if bad := ill_formed(row):
+            raise _damaged(path, number, f"has a {bad[0]} that no run writes")
+    return rows
+
+
+def _damaged(path: Path, number: int, what: str) -> UserError:
+    return UserError(f"{path}: line {number} {what}, so it is damaged; put back a copy, or remove that line")
 
 
 def append_row(path: Path, row: Row) -> None:

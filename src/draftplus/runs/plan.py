@@ -6,11 +6,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from draftplus.build import compares_images
-from draftplus.config import Config, load_config, load_run_config, run_name, shaping_keys, written
+from draftplus.config import (
+    CHANGEABLE,
+    Config,
+    flatten,
+    is_below,
+    load_config,
+    run_name,
+    shaping_keys,
+    to_dict,
+    written,
+)
 from draftplus.diffusion.methods import check_method
 from draftplus.errors import UserError
 from draftplus.models.families import resolve
 from draftplus.runs.directory import is_run, saved_steps
+from draftplus.runs.inputs import file_keys
+from draftplus.runs.origin import absolute_paths, differences, read_origin, run_config
 
 
 def plan_run(target: Config | str | Path | None, overrides: Sequence[str]) -> tuple[Config, Path]:
@@ -24,14 +36,14 @@ def plan_run(target: Config | str | Path | None, overrides: Sequence[str]) -> tu
         run = Path(config.output_dir) / config.name
     elif target is not None and is_run(target):
         run = Path(target) if Path(target).name else Path(target).resolve()  # "." has no name
-        config = settled(load_run_config(run, overrides))
+        config = settled(run_config(run, overrides))
         config.output_dir, config.name = str(run.parent), run.name
     else:
         config = settled(load_config(target or "emoji", overrides))
         config.name = run_name(config, Path(target or "emoji").stem, compares_images(config.reward))
         run = Path(config.output_dir) / config.name
     if is_run(run) and saved_steps(run / "checkpoints"):  # without one there is nothing to continue
-        _refuse_changes(resolve(load_run_config(run)), config, run)
+        _refuse_changes(config, run)
     elif (run / "adapter").is_dir():  # a run that was killed before its first checkpoint has none, and starts anew
         raise UserError(
             f"{run} holds a result but no checkpoint to continue from; choose another name=, or remove the directory"
@@ -50,11 +62,16 @@ def settled(config: Config) -> Config:
     return config
 
 
-def _refuse_changes(former: Config, now: Config, run: Path) -> None:
-    old, new = (shaping_keys(config, compares_images(config.reward)) for config in (former, now))
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key):
-            before, after = written(old.get(key)), written(new.get(key))
+def _refuse_changes(config: Config, run: Path) -> None:
+    origin = read_origin(run)
+    then = origin.config if origin else flatten(to_dict(absolute_paths(resolve(run_config(run)))))
+    now = flatten(to_dict(absolute_paths(config)))
+    shaping, files = shaping_keys(config, compares_images(config.reward)), file_keys(config)
+    for key, (old, new) in sorted(differences(then, now).items()):
+        if origin and key in files:  # its content decides, which is looked at once the run starts
+            continue
+        if key in shaping or not is_below(key, CHANGEABLE):  # `shaping` lacks new keys that are as they always were
+            before, after = written(old), written(new)
             raise UserError(
                 f"{run} was started with {key}={before}, but now it is {after}; this key cannot change when a run is "
                 f"continued. Choose another name= for a new run, or set {key}={before}"

@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from draftplus.config import Config, load_config, load_run_config, nearest
+from draftplus.config import Config, load_config, nearest
 from draftplus.errors import UserError
 from draftplus.models.families import MODELS, resolve
+from draftplus.models.lora_files import lora_file
+from draftplus.runs.checksums import verify
 from draftplus.runs.directory import is_run, saved_steps, step_name
+from draftplus.runs.origin import run_config
 
 
 @dataclass(frozen=True)
@@ -33,12 +36,16 @@ def find_weights(target: str, overrides: Sequence[str] = ()) -> Weights:
         if sign:
             raise UserError(f"'{target}': {path} is not a run directory, so it has no '{at}'")
         _refuse_missing(target)
+        if lora_file(Path(target).expanduser()) is not None:
+            raise UserError(
+                f"'{target}' is an adapter; name the model or run that it is for, and give it as the adapter"
+            )
         config = load_config(None, [f"model.path={json.dumps(target)}", *overrides])
         if config.model.path != target:
             raise UserError(f"'{target}' is given but model.path={config.model.path} is set too; remove one of them")
         return Weights(resolve(config), None, target)
     run = Path(path) if Path(path).name not in ("", "..") else Path(path).resolve()  # "." has no name
-    config = resolve(load_run_config(run, overrides))
+    config = resolve(run_config(run, overrides))
     steps = saved_steps(run / "adapters")
     if not sign:
         adapter = run / "adapter"
@@ -46,7 +53,7 @@ def find_weights(target: str, overrides: Sequence[str] = ()) -> Weights:
             if not steps:
                 raise UserError(f"{run} has no trained weights yet; run: draftplus train {run}")
             adapter = run / "adapters" / step_name(steps[-1])
-        return Weights(config, adapter, run.name)
+        return Weights(config, intact(adapter), run.name)
     step = _best(run) if at == "best" else int(at) if at.isdecimal() else None
     if step is None:
         raise UserError(f"'{target}': give a step or best after the @")
@@ -54,7 +61,17 @@ def find_weights(target: str, overrides: Sequence[str] = ()) -> Weights:
         raise UserError(
             f"{run} has no adapter of step {step}; its steps are {', '.join(map(str, steps)) or 'none yet'}"
         )
-    return Weights(config, run / "adapters" / step_name(step), f"{run.name}@{step}")
+    return Weights(config, intact(run / "adapters" / step_name(step)), f"{run.name}@{step}")
+
+
+def intact(adapter: Path) -> Path:
+    """A directory of trained weights. Raises UserError where its files are not as they were written."""
+    try:
+        verify(adapter)
+    except ValueError as error:
+        others = "the same draftplus train command writes adapter/ again, and RUN@step names the weights of a step"
+        raise UserError(f"{adapter}: damaged ({error}); use other weights: {others}") from None
+    return adapter
 
 
 def _refuse_missing(target: str) -> None:
@@ -73,9 +90,13 @@ def _refuse_missing(target: str) -> None:
 def _best(run: Path) -> int:
     try:
         return int(json.loads((run / "best.json").read_text(encoding="utf-8"))["step"])
-    except (OSError, ValueError, KeyError):
-        floor = load_run_config(run).stop.diversity_floor
+    except FileNotFoundError:
+        floor = run_config(run).stop.diversity_floor
         why = "it is written at the first evaluation after step 0"
         if floor is not None:
             why += f" with an LPIPS of at least stop.diversity_floor={floor:g} times the base model's"
         raise UserError(f"{run} has no best.json; {why}") from None
+    except (ValueError, KeyError, TypeError, OverflowError):
+        raise UserError(
+            f"{run / 'best.json'} does not say which step is the best; to write it again, run: draftplus train {run}"
+        ) from None

@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 
 from draftplus.errors import Interrupted, UserError
+from draftplus.launcher import SWEEP
 from draftplus.progress import Advance, progress
-from draftplus.runs.directory import locked
+from draftplus.runs.directory import is_held, locked
 from draftplus.sweeps.manifest import Entry, Manifest, read_manifest
 from draftplus.sweeps.plan import Plan, PlannedRun, identity
 from draftplus.training.interrupt import interruption
 
-COMMAND = (sys.executable, "-m", "draftplus", "train")
+COMMAND = (sys.executable, "-P", "-m", "draftplus", "train")  # -P: not the modules of the working directory
 LOGS = "logs"
 BETWEEN_LOOKS = 0.5  # seconds
 PATIENCE = 120.0  # seconds for a run to save itself when the sweep is stopped
@@ -76,11 +77,14 @@ def _entry(manifest: Manifest, run: PlannedRun) -> Entry:
 
 @dataclass
 class _Attempt:
-    """A run in flight. slot: what it has of the machine."""
+    """A run in flight. slot: what it has of the machine.
+
+    process: None while a process of an earlier sweep, whose end was sudden, still trains it.
+    """
 
     run: PlannedRun
     entry: Entry
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | None
     slot: Slot
     began: float
     before: float
@@ -90,17 +94,21 @@ def _train(plan: Plan, manifest: Manifest, waiting: list[PlannedRun], jobs: int 
     (plan.directory / LOGS).mkdir(exist_ok=True)
     free, active = slots([run.config.device for run in waiting], jobs), list[_Attempt]()
     total = sum(run.steps for run in plan.runs)
-    with interruption() as interrupt, progress("sweep", total) as advance, _ended(active, plan, manifest):
+    with interruption() as interrupt, progress("sweep", total, unit="steps") as advance, _ended(active, plan, manifest):
         while waiting or active:
             if interrupt.asked:
                 raise Interrupted
             while free and waiting:
                 active.append(_start(plan, manifest, waiting.pop(0), free.pop(0)))
             time.sleep(BETWEEN_LOOKS)
-            for attempt in [one for one in active if one.process.poll() is not None]:
+            for attempt in [one for one in active if one.process is None]:
+                if not is_held(plan.directory / attempt.run.name):
+                    attempt.process = _process(plan, attempt.run, attempt.slot)
+            for attempt in [one for one in active if one.process is not None and one.process.poll() is not None]:
                 active.remove(attempt)
                 free.append(attempt.slot)
                 _finish(plan, manifest, attempt, "failed")
+                _show(plan, manifest, active, advance.event)
             _show(plan, manifest, active, advance)
 
 
@@ -124,28 +132,37 @@ def _devices(wanted: Sequence[str]) -> list[str]:
 
 
 def _start(plan: Plan, manifest: Manifest, run: PlannedRun, slot: Slot) -> _Attempt:
-    entry = _entry(manifest, run)
-    # what torchrun says is about this process, not about one that it starts
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment |= {"PYTHONUNBUFFERED": "1", **slot}
-    with log_path(plan.directory, run.name).open("wb") as log:
-        process = subprocess.Popen(
-            [*COMMAND, *plan.arguments(run)],
-            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment,
-        )  # fmt: skip
+    """Starts a run; one that another process still trains is waited for, and then taken up where that left it."""
+    entry, held = _entry(manifest, run), is_held(plan.directory / run.name)
+    if held:
+        print(f"{run.name}: another process is still training it; waiting for it to end", file=sys.stderr)
+    process = None if held else _process(plan, run, slot)
     attempt = _Attempt(run, entry, process, slot, time.monotonic(), entry.seconds)
     entry.status, entry.error = "running", None
     manifest.save(plan.directory)
     return attempt
 
 
+def _process(plan: Plan, run: PlannedRun, slot: Slot) -> subprocess.Popen[bytes]:
+    # what torchrun says is about this process, not about one that it starts
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment |= {"PYTHONUNBUFFERED": "1", SWEEP: str(os.getpid()), **slot}
+    with log_path(plan.directory, run.name).open("wb") as log:
+        return subprocess.Popen(
+            [*COMMAND, *plan.arguments(run)],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment,
+        )  # fmt: skip
+
+
 def _finish(plan: Plan, manifest: Manifest, attempt: _Attempt, otherwise: str) -> None:
-    """Notes how a run ended: finished where it says so itself, and `otherwise` where not."""
-    code, entry = attempt.process.returncode, attempt.entry
+    """Notes how a run ended: finished where it says so itself and its result is there, and `otherwise` where not."""
+    code, entry = attempt.process.returncode if attempt.process is not None else 1, attempt.entry
     entry.seconds = round(attempt.before + time.monotonic() - attempt.began, 1)
-    entry.status = "finished" if code == 0 else otherwise
+    result = (plan.directory / attempt.run.name / "adapter").is_dir()
+    entry.status = "finished" if code == 0 and result else otherwise
     if entry.status == "failed":
-        entry.error = _said(log_path(plan.directory, attempt.run.name), code)
+        said = _said(log_path(plan.directory, attempt.run.name), code)
+        entry.error = said if code else "it ended without a result"
     manifest.save(plan.directory)
 
 
@@ -168,15 +185,17 @@ def _ended(active: list[_Attempt], plan: Plan, manifest: Manifest) -> Iterator[N
     try:
         yield
     finally:
-        for attempt in active:
-            attempt.process.terminate()
+        started = [(attempt, attempt.process) for attempt in active if attempt.process is not None]
+        for _, process in started:
+            process.terminate()
         end = time.monotonic() + PATIENCE
-        for attempt in active:
+        for _, process in started:
             try:
-                attempt.process.wait(max(0.1, end - time.monotonic()))
+                process.wait(max(0.1, end - time.monotonic()))
             except subprocess.TimeoutExpired:
-                attempt.process.kill()
-                attempt.process.wait()
+                process.kill()
+                process.wait()
+        for attempt in active:
             _finish(plan, manifest, attempt, "interrupted")
 
 
@@ -186,9 +205,8 @@ def _show(plan: Plan, manifest: Manifest, active: Sequence[_Attempt], advance: A
     done = sum(run.steps for run in plan.runs if run.name in over)
     done += sum(_steps(plan.directory / name) for name in under_way)
     over_count = sum(run.name in over for run in plan.runs)
-    advance(
-        done, f"steps; run {min(over_count + 1, len(plan.runs))} of {len(plan.runs)}: {', '.join(sorted(under_way))}"
-    )
+    names = f": {', '.join(sorted(under_way))}" if under_way else ""
+    advance(done, f"run {min(over_count + 1, len(plan.runs))} of {len(plan.runs)}{names}")
 
 
 def _steps(run: Path) -> int:

@@ -13,8 +13,10 @@ from typing import Any
 from draftplus.build import refuse_unknown_reward
 from draftplus.config import Config, load_config, nearest, read_yaml, recipe_path, refuse_bad_name, to_dict
 from draftplus.data.prompts import PromptSet, load_prompts
+from draftplus.distributed import is_main_process
 from draftplus.errors import UserError
 from draftplus.evaluation.held_out import evaluation_set
+from draftplus.progress import progress
 from draftplus.runs.directory import saved_steps
 from draftplus.runs.plan import plan_run, settled
 from draftplus.sweeps import grid
@@ -71,10 +73,11 @@ def plan_sweep(
     recipe_path(file.recipe)  # an unknown recipe is reported once, not for a run
     directory = parent / chosen
     prompts = cache(load_prompts)
-    runs = [
-        _plan_run(directory, run, file.recipe, grid.arguments(one), prompts)
-        for run, one in zip(_names(directory, file.recipe, settings), settings, strict=True)
-    ]
+    runs: list[PlannedRun] = []
+    with progress("planning", len(settings), is_main_process(), "runs") as advance:
+        for run, one in zip(_names(directory, file.recipe, settings), settings, strict=True):
+            runs.append(_plan_run(directory, run, file.recipe, grid.arguments(one), prompts))
+            advance(len(runs), "")
     _refuse_twins(runs)
     return Plan(directory, file.recipe, cells, runs)
 

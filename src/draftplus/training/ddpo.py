@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from draftplus import rng
-from draftplus.chunks import chunks
 from draftplus.data.batches import Batch
 from draftplus.diffusion.objectives import plan
 from draftplus.diffusion.policy import StepLoss, Trajectory, normalized_advantages, rollout, step_loss
 from draftplus.diffusion.problem import Problem, StepPlan
 from draftplus.diffusion.regularisers import REGULARISERS
+from draftplus.evaluation.chunks import chunks
 from draftplus.runs.rows import reward_key
 from draftplus.training.state import State, whole_or_not
 from draftplus.training.step import Metrics, Setup, saturated
@@ -82,7 +82,9 @@ def ddpo_step(setup: Setup, state: State, abandonable: Abandonable) -> dict[str,
         for rows in parts:
             with abandonable():
                 means = setup.complete(accumulate_update(setup, made, planned, rows, mine))
-            means["grad_norm"] = update(state, setup.config.optim, {**scores, **means}, setup.placement)
+            # later passes may find every ratio clipped, and equal rewards give no advantage
+            learns = len(parts) == 1 and bool(advantages.any())
+            means["grad_norm"] = update(state, setup.config.optim, {**scores, **means}, setup.placement, learns)
             done.append(means)
     state.history = history
     return {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from draftplus.config import Config, to_dict
@@ -24,8 +24,13 @@ from draftplus.training.state import State, initial_state
 from draftplus.training.task import Abandonable, Task
 
 
-def drive(task: Task, config: Config, run: Path, placement: Placement, here: World) -> None:
+def drive(
+    task: Task, config: Config, run: Path, placement: Placement, here: World,
+    told: Callable[[Path], None] | None = None,
+) -> None:  # fmt: skip
     """Trains from the newest checkpoint in `run`, or from the start, to the last step or until a guard stops it.
+
+    told: called with the run after each evaluation, on the main process.
 
     Raises UserError for a user's mistake, and Interrupted, once the last complete step is saved, where the process is
     asked to stop.
@@ -34,11 +39,16 @@ def drive(task: Task, config: Config, run: Path, placement: Placement, here: Wor
     restored = checkpoint.restore(run / "checkpoints", state, placement)
     if len(set(here.gather(state.step))) > 1:
         raise UserError(f"{run}: the processes found different checkpoints; output_dir must be shared by all machines")
+    if state.step > task.total:
+        raise UserError(
+            f"{run} has done {state.step} steps already, more than the {task.total} that train.steps or train.epochs "
+            f"now asks for; set train.steps={state.step} or more. Weights of earlier steps are at {run}@STEP"
+        )
     if here.is_main:
         forget_after(run, state.step if restored else -1)
         write_config(run, config)
     here.barrier()
-    rows = here.gather(journal.read_rows(run / "eval.jsonl"))[0]
+    rows = here.gather(journal.read_evaluations(run / "eval.jsonl"))[0]
     evaluated = {row["step"] for row in rows}
     evaluations = task.comparable(rows)
     if here.is_main:
@@ -48,27 +58,43 @@ def drive(task: Task, config: Config, run: Path, placement: Placement, here: Wor
     task.before(sorted(evaluated), state.step)
     logs = here.is_main and (state.step < task.total or state.step not in evaluated)  # a finished run says nothing
     loggers = journal.open_loggers(config.log.to if logs else (), run, to_dict(config), state.step)
-    saved = state.step
+    saved = tried = state.step
 
     def save_state() -> None:
-        nonlocal saved
+        nonlocal saved, tried
         if state.step > saved:
+            tried = state.step
             checkpoint.save(run / "checkpoints", state, config.checkpoint.keep, placement, here)
             saved = state.step
 
-    def save_interrupted() -> None:
-        save_state()
+    def save_last() -> None:
+        if not state.torn:
+            save_state()
         if here.is_main:
-            print(f"stopped after step {state.step}; continue with: draftplus train {run}", file=sys.stderr)
+            print(f"stopped after step {saved}; continue with: draftplus train {run}", file=sys.stderr)
 
-    with interruption() as interrupt, progress("training", task.total, here.is_main) as advance:
+    def save_after_error() -> None:
+        if state.step == 0 or tried > saved:  # nothing to save, or saving is what failed
+            return
+        try:
+            save_last()
+        except Exception as error:  # that of the training is the one to be told
+            print(f"the state after step {state.step} could not be saved: {error}", file=sys.stderr)
+
+    note = ""  # on the last step
+
+    with interruption() as interrupt, progress("training", task.total, here.is_main, "steps") as advance:
+
+        def evaluating(done: int, doing: str) -> None:
+            advance(done, ", ".join(filter(None, [doing, note])))
+
         try:
             while True:
                 stopped = task.stop_reason(evaluations)
                 last = state.step >= task.total or stopped is not None
                 if state.step not in evaluated and (state.step % config.eval.every == 0 or last):
                     with state.averaged(), interrupt.abandonable():
-                        row = task.evaluate(state.step, advance)
+                        row = task.evaluate(state.step, evaluating)
                     evaluated.add(state.step)
                     evaluations.append(row)
                     _save_weights(task, state, run / "adapters" / step_name(state.step), here)
@@ -76,27 +102,30 @@ def drive(task: Task, config: Config, run: Path, placement: Placement, here: Wor
                         journal.append_row(run / "eval.jsonl", row)
                         task.write_best(evaluations)
                         _log(loggers, "held_out/", row, state.step)
+                        if told is not None:
+                            told(run)
+                    advance.event(state.step, ", ".join(filter(None, [_measured(row), note])))
                     continue  # what it found may end the run
                 if state.step % config.checkpoint.every == 0 or last:
                     save_state()
                 if last:
                     with state.averaged(), interrupt.abandonable():
-                        task.finish(state.step, advance)
+                        task.finish(state.step, evaluating)
                     break
 
-                row = _step(task, state, config, interrupt.abandonable)
+                row = _step(task, state, config, interrupt.abandonable, run if here.is_main else None)
                 if here.is_main:
-                    journal.append_row(run / "metrics.jsonl", row)
                     _log(loggers, "train/", row, state.step)
-                advance(state.step, task.note(row))
+                note = task.note(row)
+                advance(state.step, note)
         except Interrupted:
-            save_interrupted()
+            save_last()
             raise
-        except RuntimeError:
-            if not interrupt.asked:  # another process that left first breaks the communication of this one
-                raise
-            save_interrupted()
-            raise Interrupted from None
+        except Exception as error:
+            save_after_error()
+            if interrupt.asked and isinstance(error, RuntimeError):
+                raise Interrupted from None  # another process that left first breaks the communication of this one
+            raise
 
     if here.is_main:
         write_stopped(run, state.step, stopped)
@@ -106,17 +135,26 @@ def drive(task: Task, config: Config, run: Path, placement: Placement, here: Wor
     here.barrier()
 
 
-def _step(task: Task, state: State, config: Config, abandonable: Abandonable) -> Row:
-    """Takes one step. Returns its row of metrics.jsonl."""
+def _step(task: Task, state: State, config: Config, abandonable: Abandonable, run: Path | None) -> Row:
+    """Takes one step. Returns its row of metrics.jsonl, which is written there if there is a run."""
     began = time.perf_counter()
     means = task.step(state, abandonable)
     rate = learning_rate(config.optim, state.step)
-    state.step += 1
-    state.images += config.train.global_batch_size
-    return {
-        "step": state.step, **means, "lr": rate, "images": state.images, "skipped": state.skipped,
-        "seconds": round(time.perf_counter() - began, 4),
-    }  # fmt: skip
+    with state.changing():  # a step without its row is not complete
+        state.step += 1
+        state.images += config.train.global_batch_size
+        row = {
+            "step": state.step, **means, "lr": rate, "images": state.images, "skipped": state.skipped,
+            "seconds": round(time.perf_counter() - began, 4),
+        }  # fmt: skip
+        if run is not None:
+            journal.append_row(run / "metrics.jsonl", row)
+    return row
+
+
+def _measured(row: Row) -> str:
+    known = (("held-out reward", row.get("reward")), ("LPIPS", row.get("lpips")))
+    return ", ".join(f"{name} {value:.4g}" for name, value in known if isinstance(value, float))
 
 
 def _save_weights(task: Task, state: State, target: Path, here: World) -> None:
@@ -124,7 +162,7 @@ def _save_weights(task: Task, state: State, target: Path, here: World) -> None:
         if not here.is_main:
             task.save(None)
             return
-        with whole_directory(target) as building:
+        with whole_directory(target, checksums=True) as building:
             task.save(building)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from draftplus.build import build_model, build_problem, build_rewards, compares_images, quiet_libraries
@@ -18,7 +18,9 @@ from draftplus.evaluation.scores import Rewards
 from draftplus.evaluation.variants import add_variants, check_checkpoints
 from draftplus.metrics.lpips import SMALLEST
 from draftplus.progress import Advance
+from draftplus.runs.inputs import same_inputs
 from draftplus.runs.journal import Row
+from draftplus.runs.origin import write_origin
 from draftplus.training.ddpo import ddpo_step
 from draftplus.training.guards import stop_reason, write_best
 from draftplus.training.optim import Parameters
@@ -31,13 +33,14 @@ from draftplus.types import Model
 
 @dataclass(frozen=True)
 class FineTuning:
-    """The task. rewards: those that are trained on and those that are held out, by name."""
+    """The task. rewards: those that are trained on and those that are held out, by name. inputs: `same_inputs`."""
 
     setup: Setup
     rewards: Rewards
     held_out: EvaluationSet
     run: Path
     total: int
+    inputs: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def model(self) -> Model:
@@ -52,7 +55,7 @@ class FineTuning:
         return (gradient_step if differentiates else ddpo_step)(self.setup, state, abandonable)
 
     def note(self, row: Row) -> str:
-        return f"reward {row['reward']:.3f}  kl {row['kl']:.2e}"
+        return f"reward {row['reward']:.3f}, kl {row['kl']:.2e}"
 
     def evaluate(self, step: int, advance: Advance) -> Row:
         note = self._evaluating(step, advance)
@@ -89,6 +92,8 @@ class FineTuning:
 
     def before(self, evaluated: Sequence[int], step: int) -> None:
         check_checkpoints(self.setup.config, evaluated, step)
+        if self.setup.here.is_main:
+            write_origin(self.run, self.setup.config, self.inputs, step)
 
     def finish(self, step: int, advance: Advance) -> None:
         """Measures `eval.variants`."""
@@ -123,7 +128,8 @@ def fine_tuning(config: Config, run: Path, placement: Placement, here: World) ->
             raise UserError(f"{key} is {side}; evaluation compares pictures by LPIPS, which needs {SMALLEST} pixels")
     shape = model.latent_shape(config.sampler.height, config.sampler.width)
     setup = Setup(config, problem, prompts.train, shape, micro, here, placement)
-    return FineTuning(setup, rewards, held_out, run, total_steps(config, len(prompts.train)))
+    inputs = same_inputs(config, run, prompts.train, here)
+    return FineTuning(setup, rewards, held_out, run, total_steps(config, len(prompts.train)), inputs)
 
 
 def total_steps(config: Config, prompts: int) -> int:

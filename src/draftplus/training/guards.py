@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeGuard
 
 from draftplus.config import RewardConfig, StopConfig
 from draftplus.runs.files import write_text
@@ -23,7 +24,7 @@ def stop_reason(rows: Sequence[Row], stop: StopConfig, held_out: Iterable[str]) 
         return None
     base, now = rows[0], rows[-1]
     floor = stop.diversity_floor
-    if floor is not None and not (_is_number(base["lpips"]) and _is_number(now["lpips"])):
+    if floor is not None and not (_is_number(base.get("lpips")) and _is_number(now.get("lpips"))):
         return f"LPIPS is not finite, so it cannot be compared with stop.diversity_floor={floor:g}"
     if floor is not None and now["lpips"] < floor * base["lpips"]:
         return (
@@ -45,7 +46,7 @@ def stop_reason(rows: Sequence[Row], stop: StopConfig, held_out: Iterable[str]) 
     return None
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, float) and math.isfinite(value)
 
 
@@ -63,11 +64,11 @@ def write_best(run: Path, rows: Sequence[Row], rewards: Mapping[str, RewardConfi
     rows: as `stop_reason` takes them. With `stop.diversity_floor`, of the steps whose LPIPS is not below it. Removes it
     where there is no such step.
     """
-    past = [row for row in rows if row["step"] > 0 and _is_number(row["reward"])]
+    past = [row for row in rows if row["step"] > 0 and _is_number(row.get("reward"))]
     floor = stop.diversity_floor
     if floor is not None and rows:
-        base = rows[0]["lpips"]
-        past = [r for r in past if _is_number(base) and _is_number(r["lpips"]) and r["lpips"] >= floor * base]
+        base = rows[0].get("lpips")
+        past = [r for r in past if _is_number(base) and _is_number(r.get("lpips")) and r["lpips"] >= floor * base]
     if not past:
         (run / "best.json").unlink(missing_ok=True)
         return

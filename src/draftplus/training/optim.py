@@ -29,6 +29,12 @@ def gradient_norm(parameters: Parameters, limit: float | None) -> float:
     return float(nn.utils.clip_grad_norm_(parameters.values(), float("inf") if limit is None else limit))
 
 
+@torch.no_grad()
+def parameter_norm(parameters: Parameters) -> float:
+    """The Euclidean norm over all parameters."""
+    return float(nn.utils.get_total_norm(parameters.values()))
+
+
 def optimizer_tensors(parameters: Parameters, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
     """The optimizer's state by name."""
     return {

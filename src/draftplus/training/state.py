@@ -26,7 +26,7 @@ class State:
     """Where training stands.
 
     step: complete steps. skipped: updates that were not finite, `skipped_in_a_row` at the end. history: each prompt's
-    latest rewards, which DDPO remembers.
+    latest rewards, which DDPO remembers. torn: a change broke off half done, so that this is no state to continue from.
     """
 
     parameters: Parameters
@@ -37,6 +37,14 @@ class State:
     skipped: int = 0
     skipped_in_a_row: int = 0
     history: History = field(default_factory=dict)
+    torn: bool = False
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Around what must be done as a whole."""
+        self.torn = True
+        yield
+        self.torn = False
 
     def averaged(self) -> AbstractContextManager[None]:
         """Inside, the parameters hold their moving average, where there is one."""
@@ -106,5 +114,6 @@ def whole_or_not(state: State) -> Iterator[None]:
         yield
     except BaseException:
         put_back(state, groups, numbers)
+        state.torn = False
         state.optimizer.zero_grad(set_to_none=True)
         raise

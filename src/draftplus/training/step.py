@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from draftplus import rng
-from draftplus.chunks import SAMPLING_BATCH, chunks
 from draftplus.config import Config
 from draftplus.data.batches import Batch, batch
 from draftplus.diffusion.objectives import Loss, kept_loss, loss, plan, prefix
 from draftplus.diffusion.problem import Noise, Problem
 from draftplus.diffusion.sampler import Rollout
 from draftplus.distributed import World
+from draftplus.evaluation.chunks import SAMPLING_BATCH, chunks
 from draftplus.runs.rows import reward_key
 from draftplus.training.placement import Placement
 from draftplus.training.state import State
@@ -75,7 +75,9 @@ def gradient_step(setup: Setup, state: State, abandonable: Abandonable) -> dict[
     """One step of any method but DDPO, which is one update of the weights. Returns its means, by name."""
     with abandonable():
         means = setup.complete(accumulate(setup, state.step))
-    return {**means, "grad_norm": update(state, setup.config.optim, means, setup.placement)}
+    objective = setup.config.objective
+    learns = objective.method != "refl" or objective.refl.hinge is None  # all rewards may be beyond the hinge
+    return {**means, "grad_norm": update(state, setup.config.optim, means, setup.placement, learns)}
 
 
 @dataclass(frozen=True)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
 from draftplus.config import Config
 from draftplus.distributed import world
+from draftplus.progress import progress
 from draftplus.runs.directory import locked
 from draftplus.training.drive import drive
 from draftplus.training.fine_tuning import fine_tuning
 from draftplus.training.placement import make_placement
 
 
-def train(config: Config, run: Path) -> Path:
+def train(config: Config, run: Path, told: Callable[[Path], None] | None = None) -> Path:
     """Trains as the configuration says, or continues, in the run directory `run`. Returns it.
+
+    told: called with the run after each evaluation, on the main process.
 
     Raises UserError for a user's mistake, and Interrupted, once the last complete step is saved, where the process is
     asked to stop.
@@ -22,5 +26,7 @@ def train(config: Config, run: Path) -> Path:
     with world(config.device) as here:
         placement = make_placement(config.parallel.mode, here)
         with locked(run) if here.is_main else nullcontext():
-            drive(fine_tuning(config, run, placement, here), config, run, placement, here)
+            with progress("loading the model", None, here.is_main):
+                task = fine_tuning(config, run, placement, here)
+            drive(task, config, run, placement, here, told)
     return run

@@ -8,27 +8,38 @@ from collections.abc import Mapping
 from draftplus.config.schema import OptimConfig
 from draftplus.errors import UserError
 from draftplus.runs.rows import reward_names
-from draftplus.training.optim import learning_rate
+from draftplus.training.optim import learning_rate, parameter_norm
 from draftplus.training.placement import Placement
 from draftplus.training.state import State
 
 MOST_SKIPPED_IN_A_ROW = 10
+ROUNDING = 1e-7  # of the weights' norm; a smaller gradient at the first step is float32's rounding, not the loss's
 
 
-def update(state: State, config: OptimConfig, means: Mapping[str, float], placement: Placement) -> float:
+def update(
+    state: State, config: OptimConfig, means: Mapping[str, float], placement: Placement, learns: bool = True
+) -> float:
     """Moves the weights, and their average where there is one, and empties the gradients. Returns the gradient's norm.
 
-    means: the numbers of this update, `loss` among them. Raises UserError for numbers that are not finite at the first
-    step, or ten times in a row.
+    means: the numbers of this update, `loss` among them. learns: False where the loss may rightly have no gradient.
+    Raises UserError for numbers that are not finite at the first step, or ten times in a row, and for a gradient that
+    is none at the first step: Adam would make updates of full size of its rounding.
     """
     norm = placement.clip(state.parameters, config.grad_clip)
+    if learns and state.step == 0 and norm <= ROUNDING * (weights := parameter_norm(state.parameters)):
+        raise UserError(
+            f"the gradient of the first step has norm {norm:.1e}, which is nothing but rounding for weights of norm "
+            f"{weights:.1e}: the rewards do not depend on what is trained. See that they change with the images and "
+            "have a weight, that images are not all black or white, and that model.dtype does not underflow (float16)"
+        )
     if math.isfinite(norm) and math.isfinite(means["loss"]):
-        for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate(config, state.step)
-        state.optimizer.step()
-        if state.ema is not None:
-            state.ema.update(state.parameters)
-        state.skipped_in_a_row = 0
+        with state.changing():
+            for group in state.optimizer.param_groups:
+                group["lr"] = learning_rate(config, state.step)
+            state.optimizer.step()
+            if state.ema is not None:
+                state.ema.update(state.parameters)
+            state.skipped_in_a_row = 0
     else:
         skip(state, means, norm)
     state.optimizer.zero_grad(set_to_none=True)
@@ -36,10 +47,10 @@ def update(state: State, config: OptimConfig, means: Mapping[str, float], placem
 
 
 def skip(state: State, means: Mapping[str, float], norm: float) -> None:
-    """Counts an update that is not made. Raises as `update` does."""
-    state.skipped += 1
-    state.skipped_in_a_row += 1
-    if state.step > 0 and state.skipped_in_a_row < MOST_SKIPPED_IN_A_ROW:
+    """Counts an update that is not made. Raises as `update` does, and then counts nothing: its step is done again."""
+    if state.step > 0 and state.skipped_in_a_row + 1 < MOST_SKIPPED_IN_A_ROW:
+        state.skipped += 1
+        state.skipped_in_a_row += 1
         return
     bad = [name for name, value in {**means, "grad_norm": norm}.items() if not math.isfinite(value)]
     rewards = reward_names(bad)

@@ -1,0 +1,180 @@
+"""The model card, README.md as a model hub takes it: what was tuned and how, what came of it, and how to use it."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCardData, hf_hub_download, metadata_load
+
+from draftplus import __version__
+from draftplus.config import Config, flatten, to_dict
+from draftplus.metrics.intervals import mean_over_images
+from draftplus.models.families import MODELS
+from draftplus.models.loading import is_single_file, looks_local
+from draftplus.publish.usage import elsewhere, snippet
+from draftplus.report.read import Run
+from draftplus.report.summary import gain_between, held_out_rewards
+from draftplus.report.wording import method_in_words, setting, show, show_gain
+from draftplus.runs.rows import HeldOut
+
+MADE_HERE = "<!-- written by draftplus export -->"
+PICTURES = "images"
+SHOWN = 4  # pictures of prompts of their own
+LICENCES = {"emoji": {"license": "apache-2.0"}}  # of built-in models, as assets/LICENSES.md says
+HERE = {"name", "output_dir", "device", "log.to"}  # keys that say nothing about the result
+
+
+def write_card(
+    directory: Path, form: str, run: Run, config: Config, step: int, label: str, lora: bool, told: dict[str, Any]
+) -> None:
+    """Writes README.md and the pictures that it shows. told: what the format tells of what it wrote."""
+    file = told.get("file", "pytorch_lora_weights.safetensors")
+    shown = _copy_pictures(run, step, directory)
+    prompt = shown[0][0] if shown else "a cat"
+    adapter = lora and form != "merged"
+    facts: dict[str, Any] = {
+        **_base(config),
+        **({"base_model_relation": "adapter" if adapter else "finetune"} if _on_hub(config) else {}),
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "tags": ["text-to-image", "stable-diffusion", "diffusers", "draftplus", *(["lora"] if adapter else [])],
+        "widget": [{"text": text, "output": {"url": url}} for text, url in shown] or None,
+    }
+    data = ModelCardData(**facts)
+    kind = "A LoRA adapter" if adapter else "A fully fine-tuned UNet" if form == "diffusers" else "A whole pipeline"
+    base = config.model.path if _on_hub(config) or config.model.path in MODELS else Path(config.model.path).name
+    parts = [
+        f"---\n{data.to_yaml()}\n---\n{MADE_HERE}\n\n# {label}\n",
+        f"{kind} for reward fine-tuned text-to-image generation, of the base model `{base}`, at step {step}. "
+        f"Trained with draftplus {__version__}.\n\n{_public_text(method_in_words(to_dict(config)), config)}",
+        *(["<Gallery />"] if shown else []),
+        _grids(directory),
+        _numbers(run, step),
+        f"## With diffusers\n\n```python\n{snippet(config, form, lora, file, told.get('dtype'), prompt)}\n```",
+        _notes(config, form, told),
+        f"## With other programs\n\n{elsewhere(config, form, lora, file)}",
+        f"## Configuration\n\nWhat differs from the defaults of draftplus:\n\n```\n{_settings(config)}\n```",
+    ]
+    (directory / "README.md").write_text("\n\n".join(part.rstrip() for part in parts if part) + "\n", encoding="utf-8")
+
+
+def _on_hub(config: Config) -> bool:
+    path = config.model.path
+    return path not in MODELS and not looks_local(path) and not is_single_file(path) and not Path(path).exists()
+
+
+def _base(config: Config) -> dict[str, Any]:
+    """base_model, where it is on the hub, and the licence fields of its own card, where they are known."""
+    path = config.model.path
+    if path in MODELS:
+        return dict(LICENCES.get(path, {}))
+    card: Path | None = Path(path).expanduser() / "README.md"
+    if _on_hub(config):
+        try:
+            card = Path(hf_hub_download(path, "README.md", revision=config.model.revision, etag_timeout=5))
+        except Exception:  # without the network, or a card: the licence is not known
+            card = None
+    try:
+        known = metadata_load(card) if card is not None and card.is_file() else None
+    except ValueError:
+        known = None
+    licence = {key: value for key, value in (known or {}).items() if key in ("license", "license_name", "license_link")}
+    return {**({"base_model": path} if _on_hub(config) else {}), **licence}
+
+
+def _copy_pictures(run: Run, step: int, directory: Path) -> list[tuple[str, str]]:
+    """Copies the grids before and after, and a picture each of some prompts: these with their paths below."""
+    (directory / PICTURES).mkdir()
+    for name, at in (("before.png", 0), ("after.png", step)):
+        if at in run.grids:
+            shutil.copyfile(run.grids[at], directory / PICTURES / name)
+    shown: dict[int, tuple[str, str]] = {}
+    for (number, _), picture in sorted(run.samples.get(step, {}).items()):
+        if number not in shown and number < len(run.prompts) and len(shown) < SHOWN:
+            shutil.copyfile(picture, directory / PICTURES / picture.name)
+            shown[number] = (run.prompts[number], f"{PICTURES}/{picture.name}")
+    return list(shown.values())
+
+
+def _grids(directory: Path) -> str:
+    rows = [("Base model", "before.png"), ("Tuned, same prompts and seeds", "after.png")]
+    there = [(text, name) for text, name in rows if (directory / PICTURES / name).is_file()]
+    if not there:
+        return ""
+    head, line = (" | ".join(cells) for cells in ([text for text, _ in there], ["---"] * len(there)))
+    return f"| {head} |\n| {line} |\n| {' | '.join(f'![{text}]({PICTURES}/{name})' for text, name in there)} |"
+
+
+def _numbers(run: Run, step: int) -> str:
+    """The rewards and the diversity before and after, as a section."""
+    rows = {row.step: row.held_out for row in run.evaluations}
+    after, before = rows.get(step), rows.get(0)
+    if after is None:
+        return "## Results\n\nThis step was not evaluated."
+    lines = ["| held-out prompts | base model | this model | change |", "|---|---|---|---|"]
+    for name in held_out_rewards([after]):
+        gain = gain_between(before, after, name) if before and step else None
+        change = show_gain(gain.mean, gain.standard_error) if gain else "–"
+        lines.append(f"| reward `{name}` | {_mean(before, name)} | {_mean(after, name)} | {change} |")
+    old, new = before.lpips if before else None, after.lpips
+    change = show_gain(new - old) if old is not None and new is not None else "–"
+    lines.append(f"| diversity (mean pairwise LPIPS) | {show(old, new)} | {show(new, old)} | {change} |")
+    told = (
+        f"Means ± standard errors over {after.images} images of {len(after.prompts)} prompts that were not trained on"
+    )
+    return (
+        "## Results\n\n" + "\n".join(lines) + f"\n\n{told}; the change is paired, over the same prompts and seeds. "
+        "Diversity is the distance of two images of one prompt; its error was not recorded."
+    )
+
+
+def _mean(held: HeldOut | None, name: str) -> str:
+    if held is None:
+        return "–"
+    mean, scores = held.rewards.get(name), held.scores(name)
+    if not scores or mean is None:
+        return show(mean)
+    values = [torch.tensor([math.nan if one is None else one for one in group]) for group in scores]
+    error = mean_over_images(values).standard_error
+    return show(mean) if error is None else f"{show(mean)} ± {show(error, mean)}"
+
+
+def _notes(config: Config, form: str, told: dict[str, Any]) -> str:
+    notes = []
+    replaced = [f"`model.{key}={_public(getattr(config.model, key))}`" for key in ("denoiser", "vae")
+                if getattr(config.model, key)]  # fmt: skip
+    if replaced and form != "merged":
+        notes.append(
+            f"In training, parts of the base model were replaced ({', '.join(replaced)}); replace them here too, or "
+            "export the format merged."
+        )
+    if form == "merged":
+        rounded = f", rounded to {told['dtype']} as the base model is stored" if told["dtype"] != "float32" else ""
+        notes.append(f"The adapter was added in float32{rounded}. The pipeline has no safety checker.")
+    return " ".join(notes)
+
+
+def _public(value: Any) -> Any:
+    """A value without the directories of the machine that it comes from."""
+    if isinstance(value, list):
+        return [_public(one) for one in value]
+    local = isinstance(value, str) and value.startswith(("/", "~", "."))
+    return Path(value).name if local else value
+
+
+def _public_text(text: str, config: Config) -> str:
+    return text.replace(config.model.path, str(_public(config.model.path)))
+
+
+def _settings(config: Config) -> str:
+    default = flatten(to_dict(Config()))
+    lines = [
+        f"{key}={' '.join(setting(_public(value)).split())}"
+        for key, value in flatten(to_dict(config)).items()
+        if key not in HERE and (key not in default or value != default[key])
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,135 @@
+"""The weights of a run in the forms that other programs load, each in a directory with a model card."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils import convert_state_dict_to_kohya
+from safetensors.torch import load_file, save_file
+
+from draftplus.build import build_model, quiet_libraries
+from draftplus.config import Config
+from draftplus.errors import UserError
+from draftplus.models.lora_files import LORA_FILE, read_lora
+from draftplus.models.stable_diffusion import StableDiffusion, as_pipeline
+from draftplus.models.stored import stored_dtype
+from draftplus.publish.card import MADE_HERE, PICTURES, write_card
+from draftplus.publish.usage import stock_scheduler
+from draftplus.report.read import Run, read_run
+from draftplus.runs.directory import is_run
+from draftplus.runs.files import whole_directory
+from draftplus.runs.rows import EvaluationRow
+from draftplus.runs.weights import find_weights
+
+PARTS = {"unet", "vae", "text_encoder", "tokenizer", "scheduler"}  # the directories of a pipeline
+
+
+@dataclass(frozen=True)
+class Export:
+    """What is exported. step: of the weights. label: of the run, with the step where it was asked for."""
+
+    run: Run
+    config: Config
+    adapter: Path
+    step: int
+    label: str
+
+    @property
+    def is_lora(self) -> bool:
+        return (self.adapter / LORA_FILE).is_file()
+
+
+def export_run(target: str, form: str = "diffusers", output: Path | None = None) -> Path:
+    """Writes the weights of RUN, RUN@step or RUN@best, and their card, as `api.export` says. Returns the directory."""
+    if form not in FORMATS:
+        raise UserError(f"format '{form}': choose one of {', '.join(FORMATS)}")
+    path, _, at = target.partition("@")
+    if not is_run(path):
+        raise UserError(f"'{target}' is not a run directory; export takes RUN, RUN@step or RUN@best")
+    weights = find_weights(target)
+    assert weights.adapter is not None
+    run = read_run(Path(path))
+    step = _step(weights.adapter, run.evaluations)
+    what = Export(run, weights.config, weights.adapter, step, weights.label)
+    if form == "kohya" and not what.is_lora:
+        raise UserError(
+            f"{path} is a fully fine-tuned denoiser, and the format kohya is for LoRA adapters; use diffusers or merged"
+        )
+    directory = output or Path(path) / "export" / (f"{form}-step-{step:06d}" if at else form)
+    _refuse_foreign(directory)
+    quiet_libraries()
+    with whole_directory(directory) as building:
+        told = FORMATS[form](what, building)
+        write_card(building, form, what.run, what.config, step, what.label, what.is_lora, told)
+    return directory
+
+
+def _step(adapter: Path, evaluations: list[EvaluationRow]) -> int:
+    name = adapter.name.removeprefix("step-")
+    return int(name) if name.isdigit() else max((row.step for row in evaluations), default=0)
+
+
+def _refuse_foreign(directory: Path) -> None:
+    """UserError for a path where something stands that export has not written, which would be lost."""
+    if directory.suffix in (".safetensors", ".ckpt"):
+        raise UserError(f"'{directory}': export writes a directory, with a model card; leave out {directory.suffix}")
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+        return
+    if not directory.is_dir():
+        raise UserError(f"'{directory}' exists and is not a directory; name another output")
+    card = directory / "README.md"
+    ours = card.is_file() and MADE_HERE in card.read_text(encoding="utf-8", errors="replace")
+    known = {"README.md", "config.json", "model_index.json", PICTURES, *PARTS}
+    other = [p.name for p in sorted(directory.iterdir()) if p.name not in known and ".safetensors" not in p.name]
+    if not ours or other:
+        named = f" ('{other[0]}', for one)" if other else ""
+        raise UserError(f"'{directory}' holds something that export did not write{named}; name another output")
+
+
+def _diffusers(what: Export, directory: Path) -> dict[str, Any]:
+    for file in what.adapter.iterdir():
+        if file.suffix in (".safetensors", ".json"):
+            shutil.copyfile(file, directory / file.name)
+    return {}
+
+
+def _kohya(what: Export, directory: Path) -> dict[str, Any]:
+    state = load_file(what.adapter / LORA_FILE)
+    ranks = {tensor.shape[0] for name, tensor in state.items() if "lora_A" in name}
+    header = {"format": "pt", "ss_network_module": "networks.lora", "ss_output_name": what.label}
+    header |= {"ss_network_dim": str(max(ranks)), "ss_network_alpha": str(max(ranks))}
+    widths = {tensor.shape[1] for name, tensor in state.items() if name.endswith("attn2.to_k.lora_A.weight")}
+    if widths:  # AUTOMATIC1111 and Forge list a file only beside models of its version
+        header["ss_v2"] = str(widths == {1024})
+    name = f"{what.label.replace('@', '-')}.safetensors"
+    save_file(convert_state_dict_to_kohya(state), directory / name, metadata=header)
+    lost = state.keys() - {f"unet.{key}" for key in read_lora(directory / name).half("unet")}
+    if lost:  # of a layer that Stable Diffusion itself does not have
+        raise UserError(
+            f"the adapter's layer '{min(lost).partition('.lora_')[0]}' has no name in the format kohya; "
+            "use diffusers or merged"
+        )
+    return {"file": name}
+
+
+def _merged(what: Export, directory: Path) -> dict[str, Any]:
+    dtype = stored_dtype(what.config.model) or getattr(torch, what.config.model.dtype)
+    model = build_model(replace(what.config.model, dtype="float32"), torch.device("cpu"), trainable=False)
+    assert isinstance(model, StableDiffusion)
+    model.tuned.load(what.adapter)
+    model.tuned.merge()
+    scheduler = stock_scheduler(what.config.sampler, model.scheduler_config)
+    as_pipeline(model, scheduler).to(dtype=dtype).save_pretrained(directory)
+    return {"dtype": str(dtype).removeprefix("torch.")}
+
+
+FORMATS: Mapping[str, Callable[[Export, Path], dict[str, Any]]] = {
+    "diffusers": _diffusers,
+    "kohya": _kohya,
+    "merged": _merged,
+}

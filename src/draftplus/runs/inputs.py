@@ -1,0 +1,149 @@
+"""The files that shape a run, by their content: prompts, model, and the rewards' weights and code."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from draftplus.build import REWARDS, reward_loader
+from draftplus.config import Config, ModelConfig, RewardConfig, values
+from draftplus.distributed import World
+from draftplus.errors import UserError
+from draftplus.models.families import model_path
+from draftplus.models.single_file import PACKAGED
+from draftplus.rewards.arguments import parameters_of
+from draftplus.runs.checksums import files_hash, named_hash, text_hash
+from draftplus.runs.directory import saved_steps
+from draftplus.runs.origin import ORIGIN, read_origin
+
+PARTS = ("unet", "transformer", "vae", "text_encoder", "tokenizer", "scheduler")  # of a model, with those numbered _2
+CONFIGS = (".json", ".txt", ".model")
+
+
+def file_keys(config: Config) -> set[str]:
+    """The keys that name files or directories, those of its rewards too."""
+    return {key for key, facts, _ in values(config) if facts.file}
+
+
+def source_hash(path: str, revision: str | None, index: str = "model_index.json") -> str:
+    """The SHA-256 of a file or directory; of a hub model its id and the commit that is in the cache."""
+    local = Path(path).expanduser()
+    if local.exists():
+        return files_hash(local)
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(path, index, revision=revision)
+    commit = Path(found).parent.name if isinstance(found, str) else revision or "main"
+    return f"{path}@{commit}"
+
+
+def same_inputs(config: Config, run: Path, prompts: Sequence[str], here: World) -> Mapping[str, str]:
+    """The hashes of what shapes a run, by key; every process calls it. prompts: those to train on.
+
+    Raises UserError where the run is continued, and one of them is not what it was.
+    """
+    told = here.gather(_looked_at(config, run, prompts) if here.is_main else None)[0]
+    if isinstance(told, UserError):
+        raise told
+    assert isinstance(told, dict)
+    return told
+
+
+def _looked_at(config: Config, run: Path, prompts: Sequence[str]) -> dict[str, str] | UserError:
+    now = {"data.prompts": text_hash(list(prompts)), **_model(config.model)}
+    for name, reward in config.reward.items():
+        now |= _reward(name, reward)
+    before = read_origin(run) if saved_steps(run / "checkpoints") else None
+    files = file_keys(config)
+    for key in sorted(now.keys() | before.inputs.keys()) if before else ():
+        assert before is not None
+        # what only one of two versions of draftplus looks at is no change; a file that was none before is
+        if now.get(key) != before.inputs.get(key) and (key in files or (key in now and key in before.inputs)):
+            since = f"at step {before.step}" if before.step else "when it was started"
+            return UserError(
+                f"{run}: {key} has another content than {since}; restore it, or choose another name= for a new run. "
+                f"To continue with what is there now, remove {run / ORIGIN}"
+            )
+    return now
+
+
+def _model(config: ModelConfig) -> dict[str, str]:
+    path = Path(model_path(config)).expanduser()
+    if path.is_dir():
+        files = {"model_index.json": path / "model_index.json"}
+        for part in (part for name in PARTS for part in path.glob(f"{name}*") if part.is_dir()):
+            files |= {f"{part.name}/{file.name}": file for file in _loaded(part, config.variant)}
+        hashes = {"model.path": named_hash(files)}
+    else:
+        hashes = {"model.path": source_hash(str(path), config.revision)}
+    for key in ("denoiser", "vae"):
+        if getattr(config, key) is not None:
+            given = Path(getattr(config, key)).expanduser()
+            files = {file.name: file for file in _loaded(given, config.variant)} if given.is_dir() else {"": given}
+            hashes[f"model.{key}"] = named_hash(files)
+    if config.config is not None:
+        given = Path(config.config).expanduser()
+        packaged = config.config in PACKAGED or not given.is_dir()
+        files = {} if packaged else {str(file.relative_to(given)): file for file in given.rglob("*.json")}
+        hashes["model.config"] = config.config if packaged else named_hash(files)
+    return hashes
+
+
+def _loaded(part: Path, variant: str | None) -> list[Path]:
+    """The files of a part of a model that are loaded: its configurations, and one set of weights."""
+    inside = [path for path in part.iterdir() if path.is_file() and not path.name.startswith(".")]
+    weights = [path for path in inside if path.suffix == ".safetensors"] or [p for p in inside if p.suffix == ".bin"]
+    named = [path for path in weights if f".{variant}" in path.stem]
+    plain = [path for path in weights if "." not in path.stem]
+    configs = [path for path in inside if path.suffix in CONFIGS and not path.name.endswith(".index.json")]
+    return [*(named or plain or weights), *configs]
+
+
+def _reward(name: str, config: RewardConfig) -> dict[str, str]:
+    loader = reward_loader(name)
+    default = next((p.default for p in parameters_of(name, loader) if p.name == "path"), None)
+    hashes = {}
+    path = config.path or (default if isinstance(default, (str, Path)) else None)
+    if path is not None:
+        hashes[f"reward.{name}.path"] = source_hash(str(path), config.args.get("revision"), "config.json")
+    for key, value in config.args.items():
+        if isinstance(value, str) and value and Path(value).expanduser().exists():
+            hashes[f"reward.{name}.args.{key}"] = files_hash(Path(value).expanduser())
+    if name not in REWARDS:
+        hashes[f"reward.{name}"] = named_hash(code_of(name.partition(":")[0]))
+    return hashes
+
+
+def code_of(module: str) -> dict[str, Path]:
+    """The source files of an imported module, and of those that it imports from beside it, by name."""
+    file = getattr(sys.modules.get(module), "__file__", None)
+    if file is None:
+        return {}
+    above = module.count(".") + (Path(file).name == "__init__.py")
+    root, found = Path(file).resolve().parents[above], dict[str, Path]()
+    installed = {"site-packages", "dist-packages"} & set(root.parts)
+    _follow(root, module, module.partition(".")[0] if installed else "", found)
+    return found
+
+
+def _follow(root: Path, module: str, only: str, found: dict[str, Path]) -> None:
+    place = root.joinpath(*module.split("."))
+    file = next((one for one in (place / "__init__.py", place.with_suffix(".py")) if one.is_file()), None)
+    if file is None or module in found or (only and module.partition(".")[0] != only):
+        return
+    found[module] = file
+    above = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
+    for node in ast.walk(ast.parse(file.read_bytes())):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join([*above[: len(above) - node.level + 1], *filter(None, [node.module])] if node.level else [])
+            base = base or node.module or ""
+            names = [base, *(f"{base}.{alias.name}".lstrip(".") for alias in node.names)]
+        for name in names:
+            parts = name.split(".")
+            for end in range(1, len(parts) + 1):  # importing a module imports the packages that it is in
+                _follow(root, ".".join(parts[:end]), only, found)

@@ -1,0 +1,107 @@
+"""What a run was started with: its configuration, and the content of the files that shape it.
+
+It continues with the same, and says so where it finds something else.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, reduce
+from pathlib import Path
+from typing import Any
+
+from draftplus.config import Config, flatten, load_run_config, to_dict, values
+from draftplus.data.prompts import BUILT_IN
+from draftplus.distributed import is_main_process
+from draftplus.errors import UserError
+from draftplus.models.families import MODELS
+from draftplus.models.single_file import PACKAGED
+from draftplus.runs.checksums import seal, unseal
+from draftplus.runs.files import write_text
+
+ORIGIN = "origin.json"
+OPEN = ("reward.", "eval.rewards.", "model.lora.")  # what lies below may be absent
+
+
+@dataclass(frozen=True)
+class Origin:
+    """step: since which `inputs` are known. inputs: hashes by key. config: every key, as it was written last."""
+
+    step: int
+    inputs: Mapping[str, str]
+    config: Mapping[str, Any]
+
+
+def read_origin(run: Path) -> Origin | None:
+    """None for a run of an earlier version. Raises UserError where it is damaged."""
+    try:
+        told = unseal((run / ORIGIN).read_text(encoding="utf-8"))
+        return Origin(told["step"], told["inputs"], told["config"])
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{run / ORIGIN}: damaged ({error}); remove it to go on without what it recorded") from None
+
+
+def write_origin(run: Path, config: Config, inputs: Mapping[str, str], step: int) -> None:
+    """Notes the configuration, and the inputs that are not noted yet."""
+    before = read_origin(run)
+    since, known = (before.step, before.inputs) if before else (step, {})
+    told = {"step": since, "inputs": {**inputs, **known}, "config": flatten(to_dict(absolute_paths(config)))}
+    write_text(run / ORIGIN, seal(told))
+
+
+def run_config(run: Path, overrides: Sequence[str] = ()) -> Config:
+    """A run's configuration; where config.yaml was edited, that is told on stderr.
+
+    Raises UserError as `load_run_config` does.
+    """
+    for key, (then, now) in edited(run).items():
+        _tell(f"{run / 'config.yaml'} was edited or damaged since draftplus wrote it: {key} was {then}, is {now}")
+    return load_run_config(run, overrides)
+
+
+def edited(run: Path) -> dict[str, tuple[Any, Any]]:
+    """The keys of config.yaml that are not as they were written: what they were, and are."""
+    before = read_origin(run)
+    return {} if before is None else differences(before.config, flatten(to_dict(load_run_config(run))))
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The keys whose values differ. Those that only one of two versions of draftplus has are left out."""
+    found = [key for key in then if (key in now and now[key] != then[key]) or (key not in now and key.startswith(OPEN))]
+    found += [key for key in now if key not in then and key.startswith(OPEN[:2]) and key.endswith(".weight")]
+    return {key: (then.get(key), now.get(key)) for key in found}
+
+
+@cache
+def _tell(line: str) -> None:
+    if is_main_process():
+        print(line, file=sys.stderr)
+
+
+def absolute_paths(config: Config) -> Config:
+    """The configuration with whole paths to the files that it names, so that it means the same in any directory."""
+    told = copy.deepcopy(config)
+    for key, facts, value in list(values(told)):
+        if facts.file:
+            *sections, last = key.split(".")
+            setattr(reduce(_inside, sections, told), last, _absolute(value))
+    return told
+
+
+def _inside(node: Any, name: str) -> Any:
+    return node[name] if isinstance(node, dict) else getattr(node, name)
+
+
+def _absolute(path: str | None) -> str | None:
+    if path is None or path in (*MODELS, *BUILT_IN, *PACKAGED):
+        return path
+    local = Path(path).expanduser()
+    if local.exists() or set(path) & set("*?[{"):
+        # a link stays itself, since its name may say what it is: in the hub's cache its target has no suffix
+        return str(local.parent.resolve() / local.name)
+    return path

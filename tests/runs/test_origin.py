@@ -1,0 +1,217 @@
+"""A run goes on with what it was started with: by content, wherever that lies."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from draftplus.config import load_config, run_name
+from draftplus.data.prompts import load_prompts
+from draftplus.distributed import World
+from draftplus.errors import UserError
+from draftplus.report import write_report
+from draftplus.report.read import read_run
+from draftplus.runs.directory import write_config
+from draftplus.runs.inputs import code_of, same_inputs
+from draftplus.runs.origin import ORIGIN, read_origin, write_origin
+from draftplus.runs.plan import plan_run, settled
+from tests.support.runs import fingerprint, train_here
+from tests.tiny import CPU
+
+HERE = World(0, 1, CPU)
+
+REWARD = "from helper import SCALE\n\n\ndef score(images, prompts):\n    return SCALE * images.mean((1, 2, 3))\n"
+
+
+@pytest.fixture
+def project(settings: list[str], small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with a recipe that names a model, prompts and a reward of its own by relative paths."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    shutil.copytree(small, tmp_path / "models" / "base")
+    (tmp_path / "mine.py").write_text(REWARD)
+    (tmp_path / "helper.py").write_text("SCALE = 100\n")
+    recipe = tmp_path / "small.yaml"
+    text = recipe.read_text().replace(str(small), "models/base").replace(f"{tmp_path}/", "")
+    recipe.write_text(text.replace("tests.support.rewards:redness", "mine:score"))
+    for name in ("mine", "helper"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return tmp_path
+
+
+def begin(*overrides: str) -> Path:
+    """What a start and the first checkpoint leave of the inputs, without the training between."""
+    config, run = plan_run("small.yaml", overrides)
+    (run / "checkpoints" / "step-000002").mkdir(parents=True)
+    write_config(run, config)
+    prompts = load_prompts(config.data.prompts).train
+    write_origin(run, config, same_inputs(config, run, prompts, HERE), 0)
+    return run
+
+
+def go_on(target: Path | str, *overrides: str) -> None:
+    """As far as the check of the inputs."""
+    config, run = plan_run(target, overrides)
+    same_inputs(config, run, load_prompts(config.data.prompts).train, HERE)
+
+
+def edit(path: str, *old_new: str) -> Callable[[], None]:
+    def do() -> None:
+        text = Path(path).read_text()
+        assert old_new[0] in text
+        Path(path).write_text(text.replace(*old_new))
+
+    return do
+
+
+def flip(path: str) -> Callable[[], None]:
+    def do() -> None:
+        data = bytearray(Path(path).read_bytes())
+        data[-5] ^= 1
+        Path(path).write_bytes(data)
+
+    return do
+
+
+CHANGES = {
+    "prompts": ("data.prompts", edit("prompts.txt", "a cat", "a tiger")),
+    "the order of prompts": ("data.prompts", edit("prompts.txt", "a cat\na dog\n", "a dog\na cat\n")),
+    "reward": ("reward.mine:score", edit("mine.py", "SCALE *", "2 * SCALE *")),
+    "what the reward imports": ("reward.mine:score", edit("helper.py", "100", "101")),
+    "denoiser": ("model.path", flip("models/base/unet/diffusion_pytorch_model.safetensors")),
+    "scheduler": ("model.path", edit("models/base/scheduler/scheduler_config.json", "0.012", "0.013")),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_other_content_is_refused_by_name(project: Path, what: str) -> None:
+    """And continues where the user says that it is meant."""
+    key, change = CHANGES[what]
+    run = begin()
+    go_on(run)
+    change()
+    for target in (run, "small.yaml"):
+        with pytest.raises(UserError, match=rf"run: {key} has another content than when it was started") as told:
+            go_on(target)
+    assert len(str(told.value).splitlines()) <= 2 and f"remove {run / ORIGIN}" in str(told.value)
+    (run / ORIGIN).unlink()
+    go_on(run)
+
+
+def test_what_is_not_read_may_change(project: Path) -> None:
+    run = begin()
+    (project / "models" / "base" / "README.md").write_text("new")
+    (project / "models" / "base" / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"x")
+    (project / "prompts.txt").write_text((project / "prompts.txt").read_text().replace("\n", "\r\n"))
+    go_on(run)
+
+
+def test_a_moved_file_is_the_same(project: Path) -> None:
+    run = begin()
+    shutil.move("models", "elsewhere")
+    shutil.move("prompts.txt", "those.txt")
+    go_on(run, "model.path=elsewhere/base", "data.prompts=those.txt")
+    go_on("small.yaml", "model.path=elsewhere/base", "data.prompts=those.txt")
+    with pytest.raises(UserError, match=r"models/base"):
+        go_on(run)
+
+
+def test_another_directory(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative paths mean what they meant, also where something else lies at them."""
+    named = run_name(settled(load_config("small.yaml", ["name=null"])), "small", False)
+    run = begin("name=null")
+    assert run.name == named, "the name of the same settings is as before"
+    other = project / "other"
+    shutil.copytree(project / "models", other / "models")
+    monkeypatch.chdir(other)
+    flip("models/base/unet/diffusion_pytorch_model.safetensors")()
+    (other / "prompts.txt").write_text("a car\n" * 9)
+    go_on(project / run)
+    config = plan_run(project / run, [])[0]
+    assert config.model.path == str(project / "models" / "base") and config.data.prompts == str(project / "prompts.txt")
+    again = plan_run(project / run / "config.yaml", ["name=again"])[0]
+    assert again.model.path == config.model.path, "as a recipe it repeats the run"
+
+
+@pytest.mark.slow
+def test_trained_from_elsewhere(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = train_here(["small.yaml"], "name=whole")
+    run = train_here(["small.yaml"], "train.steps=2")
+    monkeypatch.chdir("/")
+    config, same = plan_run(project / run, ["train.steps=4"])
+    from draftplus.training.train import train
+
+    train(config, same)
+    assert fingerprint(project / run) == fingerprint(project / whole)
+    (project / "prompts.txt").write_text("".join(f"a car with {n} doors\n" for n in range(9)))
+    with pytest.raises(UserError, match=r"data\.prompts has another content"):
+        train(*plan_run(project / run, ["train.steps=6"]))
+    origin = read_origin(project / run)
+    assert origin is not None and origin.step == 0 and "data.prompts" in origin.inputs
+
+
+def test_an_edited_configuration(project: Path, capsys: Any) -> None:
+    """What may change is taken and told; what shapes the run is refused."""
+    run = begin()
+    edit(f"{run}/config.yaml", "steps: 4", "steps: 9")()
+    assert plan_run(run, [])[0].train.steps == 9
+    assert f"{run}/config.yaml was edited or damaged" in capsys.readouterr().err
+    edit(f"{run}/config.yaml", "lr: 0.01", "lr: 0.02")()
+    with pytest.raises(UserError, match=r"was started with optim\.lr=0\.01, but now it is 0\.02"):
+        go_on(run)
+    assert "config.yaml (optim.lr was 0.01, is 0.02: edited or damaged)" in read_run(run).missing
+
+
+@pytest.mark.parametrize("text", ["[]", '{"step": [1]}', '{"step": null}', "{}"])
+def test_an_odd_best_in_a_report(project: Path, text: str) -> None:
+    run = begin()
+    (run / "best.json").write_text(text)
+    write_report(run)
+    assert any(one.startswith("best.json (") for one in read_run(run).missing)
+
+
+@pytest.mark.parametrize("kept", [0, 40, 0.5, 0.9])
+def test_a_configuration_that_was_cut(project: Path, kept: float) -> None:
+    """It is never filled with defaults; the command that started the run writes it again."""
+    run = begin()
+    whole = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(whole[: int(kept if kept > 1 else kept * len(whole))])
+    with pytest.raises(UserError, match=r"config\.yaml"):
+        plan_run(run, [])
+    config, same = plan_run("small.yaml", [])
+    write_config(same, config)
+    assert (run / "config.yaml").read_text() == whole
+
+
+def test_a_record_that_is_damaged(project: Path) -> None:
+    run = begin()
+    edit(f"{run}/{ORIGIN}", "0.01", "0.02")()
+    with pytest.raises(UserError, match=r"origin\.json: damaged .*remove it"):
+        plan_run(run, [])
+
+
+def test_code_that_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packages, relative imports and what they import; not what lies beside them, nor installed libraries."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    package = tmp_path / "rewards_of_mine"
+    (package / "inner").mkdir(parents=True)
+    (package / "__init__.py").write_text("import json\n")
+    (package / "inner" / "__init__.py").write_text("")
+    (package / "inner" / "good.py").write_text("from ..shared import one\nfrom . import beside\nimport torch\n")
+    (package / "inner" / "beside.py").write_text("")
+    (package / "shared.py").write_text("import top_of_mine\none = 1\n")
+    (package / "unused.py").write_text("")
+    (tmp_path / "top_of_mine.py").write_text("")
+    import importlib
+
+    importlib.import_module("rewards_of_mine.inner.good")
+    names = {
+        "rewards_of_mine", "rewards_of_mine.inner", "rewards_of_mine.inner.good", "rewards_of_mine.inner.beside",
+        "rewards_of_mine.shared", "top_of_mine",
+    }  # fmt: skip
+    assert code_of("rewards_of_mine.inner.good").keys() == names
