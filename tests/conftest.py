@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 
 # before anything imports huggingface_hub, which reads it once
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp()  # what tests trust is not what the user of this machine trusts
 
 import torch
 
@@ -17,6 +20,10 @@ from tests.support.runs import save_small, small_settings
 from tests.tiny import randomize, save_tiny, tiny_model
 
 torch.set_num_threads(1)
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["XDG_STATE_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from draftplus.build import build_model, build_reward, quiet_libraries
-from draftplus.config import Config, ModelConfig, RewardConfig
+from draftplus.config import Config, ModelConfig, RewardConfig, trusting
 from draftplus.distributed import is_main_process, pick_device
 from draftplus.errors import UserError
 from draftplus.evaluation.evaluate import compare
@@ -52,14 +52,16 @@ def load_reward(
     return build_reward(name, RewardConfig(path=path, args=dict(args or {})), pick_device(device))
 
 
-def train(recipe: Config | str | Path = "emoji", overrides: Sequence[str] = ()) -> Path:
+def train(recipe: Config | str | Path = "emoji", overrides: Sequence[str] = (), trust: bool = False) -> Path:
     """Trains, or continues, and writes the report, at each evaluation too. Returns the run directory.
 
-    recipe: a configuration, a recipe's name or file, or a run directory. overrides: `key=value` strings.
+    recipe: a configuration, a recipe's name or file, or a run directory. overrides: `key=value` strings. trust: whether
+    code may run that a file names as a reward; a configuration and overrides are the caller's own.
 
     Raises UserError for a user's mistake.
     """
-    config, run = plan_run(recipe, overrides)
+    with trusting(trust):
+        config, run = plan_run(recipe, overrides)
     _train(config, run, _report_so_far)
     if is_main_process():
         write_report(run)
@@ -74,14 +76,16 @@ def _report_so_far(run: Path) -> None:
         print(f"{run / 'report.html'} is not written: {error}; the training goes on", file=sys.stderr)
 
 
-def describe(recipe: Config | str | Path = "emoji", overrides: Sequence[str] = ()) -> str:
+def describe(recipe: Config | str | Path = "emoji", overrides: Sequence[str] = (), trust: bool = False) -> str:
     """What `train` would do with these arguments: the resolved configuration, the passes of a step, and the time.
 
     It takes one step, whose result is thrown away.
 
     Raises UserError for everything that `train` would reject before its first step.
     """
-    return _describe(*plan_run(recipe, overrides))
+    with trusting(trust):
+        config, run = plan_run(recipe, overrides)
+    return _describe(config, run)
 
 
 def generate(
@@ -113,15 +117,18 @@ def write_images(
     lora_scale: float = 1.0,
     anneal: str | None = None,
     rewards: Sequence[str] = (),
+    trust: bool = False,
 ) -> list[dict[str, Any]]:
-    """Makes the images of `generate`, scores them by rewards, and writes them to a directory with their grid.
+    """Makes the images of `generate`, scores them by rewards, and writes them to a directory with their grid. trust: as
+    for `train`.
 
     Returns the rows of `output`/images.jsonl, one for each image: file, prompt, seed, and reward/<name>.
 
     Raises UserError for a user's mistake.
     """
     jobs = (target, prompts, list(seeds), overrides, None if adapter is None else Path(adapter))
-    return write_gallery(Path(output), *jobs, Knobs(lora_scale, anneal), rewards)
+    with trusting(trust):
+        return write_gallery(Path(output), *jobs, Knobs(lora_scale, anneal), rewards)
 
 
 def evaluate(
@@ -137,6 +144,7 @@ def evaluate(
     anneal: str | None = None,
     output: str | Path = "evaluated",
     latents: str | Path | None = None,
+    trust: bool = False,
 ) -> dict[str, Any]:
     """Measures models, runs (RUN, RUN@step, RUN@best) and adapters (files, directories) on the same prompts and seeds.
 
@@ -146,17 +154,19 @@ def evaluate(
     `build.METRICS` or rewards; none: LPIPS, and for the embedded model entropy and divergence of styles. Of each
     of these lists, one text stands for a list of it. features: the `CLIPModel` of metrics that need one, the embedded
     one unless given. lora_scale, anneal: for all that has trained weights. The base model is always measured too.
+    trust: as for `train`.
 
     Returns what is in `output`/eval.json, beside which the pictures lie. Images that were made before, for the same
     files and settings, are not made again, if their latents are in `latents`, which is `output`/latents unless given.
 
     Raises UserError for a user's mistake.
     """
-    return compare(
-        _listed(targets), _listed(overrides), Path(output), None if prompts is None else _listed(prompts),
-        images_per_prompt, list(seeds) if seeds is not None else None, _listed(rewards), _listed(metrics), features,
-        Knobs(lora_scale, anneal), None if latents is None else Path(latents),
-    )  # fmt: skip
+    with trusting(trust):
+        return compare(
+            _listed(targets), _listed(overrides), Path(output), None if prompts is None else _listed(prompts),
+            images_per_prompt, list(seeds) if seeds is not None else None, _listed(rewards), _listed(metrics),
+            features, Knobs(lora_scale, anneal), None if latents is None else Path(latents),
+        )  # fmt: skip
 
 
 def _listed(texts: str | Sequence[str]) -> list[str]:
@@ -182,17 +192,19 @@ def sweep(
     name: str | None = None,
     directory: str | Path = "sweeps",
     jobs: int | None = None,
+    trust: bool = False,
 ) -> Path:
     """Trains a grid of runs, each in a process of its own, and writes the report. Returns the sweep's directory.
 
     recipe: a recipe's name or file, or a sweep file. grid: each key's values, such as {"objective.kl_coeff": [0, 1],
     "seed": range(3)}; a value that is itself a list stands in a list of its own. What became of each run is in
     manifest.json; the same call again goes on where it was stopped. jobs: how many runs train at the same time; one on
-    each GPU, or one, unless given.
+    each GPU, or one, unless given. trust: as for `train`.
 
     Raises UserError for a user's mistake, before any run starts, and Interrupted where the process is asked to stop.
     """
-    planned = plan_sweep(recipe, written_grid(grid or {}, "grid"), name, Path(directory))
+    with trusting(trust):
+        planned = plan_sweep(recipe, written_grid(grid or {}, "grid"), name, Path(directory))
     run_planned(planned, jobs)
     return planned.directory
 

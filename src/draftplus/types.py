@@ -93,6 +93,11 @@ class TunedWeights(Protocol):
         """Inside, adapters are folded into float32 weights for faster inference; bit-identical afterwards."""
         ...
 
+    def widened(self) -> AbstractContextManager[None]:
+        """Inside, frozen weights in half precision are in float32; bit-identical afterwards. Backward passes of what is
+        computed inside belong inside too."""
+        ...
+
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """The parameters that training updates, by a stable name."""
         ...
@@ -155,7 +160,15 @@ class Model(Protocol):
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images (b, 3, H, W) float32 (float64 stays float64), clamped to [0, 1], with gradient where enabled."""
+        """Images (b, 3, H, W) float32 (float64 stays float64), clamped to [0, 1], with gradient where enabled.
+
+        What overflowed is NaN.
+        """
+        ...
+
+    @property
+    def decoder_dtype(self) -> torch.dtype:
+        """The precision of the decoder's weights."""
         ...
 
     def blocks(self) -> Sequence[torch.nn.Module]:

@@ -380,6 +380,21 @@ def test_a_layer_without_a_name_is_not_lost(tmp_path: Path, run: Path) -> None:
         write._kohya(write.Export(write.read_run(run), None, tmp_path, 1, "sd"), tmp_path)  # type: ignore[arg-type]
 
 
+def test_linspace_is_told(small: Path) -> None:
+    """Where stock diffusers' DDIM goes to other levels than ours."""
+    from draftplus.config import load_config
+    from draftplus.publish.usage import differs_from_stock, snippet
+
+    def of(*settings: str) -> bool:
+        return differs_from_stock(load_config(None, [f"model.path={small}", *settings]))
+
+    assert of("sampler.spacing=linspace") and not of() and not of("sampler.spacing=linspace", "sampler.solver=euler")
+    config = load_config(None, [f"model.path={small}", "sampler.solver=dpmpp_2m", "sampler.eta=0.5"])
+    text = snippet(config, "diffusers", True, LORA_FILE, None, 'a "cat"')
+    assert "DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, steps_offset=1)" in text
+    assert "eta=0.5" in text and r'"a \"cat\""' in text
+
+
 def test_the_function_is_the_command(run: Path, tmp_path: Path) -> None:
     assert draftplus.export(str(run), "kohya", tmp_path / "out") == tmp_path / "out"
     with pytest.raises(UserError, match="choose one of"):

@@ -16,7 +16,7 @@ import typer
 from draftplus.build import METRICS, REWARDS, build_metric, is_reward, refuse_unknown_reward
 from draftplus.cli import CommandLineError, app
 from draftplus.cli.shared import read_seeds
-from draftplus.config import all_keys, load_config, recipe_names
+from draftplus.config import all_keys, load_config, recipe_names, trusting
 from draftplus.errors import UserError
 from draftplus.sweeps.grid import expand, parse_grid, with_variants
 
@@ -82,7 +82,8 @@ def test_recipes_that_are_shown_load(page, tmp_path):
     for block in re.findall(r"^ *```yaml\n(.*?)^ *```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
         recipe = tmp_path / "recipe.yaml"
         recipe.write_text(textwrap.dedent(block))
-        load_config(recipe)
+        with trusting(True):
+            load_config(recipe)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -3,8 +3,10 @@
 import itertools
 import json
 import math
+import os
 import re
 import shutil
+import socket
 import warnings
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from draftplus.report.grouping import Mean, comparisons, differing_keys, mean_ov
 from draftplus.report.inputs import read_inputs
 from draftplus.report.looks import ON_PAPER
 from draftplus.report.points import BASE, EARLY, Point, figures_of, pareto
+from draftplus.runs.files import make_output
 from tests.report.page import LOADING, Page
 from tests.report.synthetic import BASE as BASE_NUMBERS
 from tests.report.synthetic import PROMPTS, configuration, write_run, write_sweep
@@ -481,3 +484,51 @@ def test_figures_of_an_earlier_report_are_removed(tmp_path):
     write_report(tmp_path / "runs", tmp_path / "report.html")
     left = {path.name for path in (tmp_path / "figures").iterdir()}
     assert "mine.png" in left and "trade-off.svg" in left and "diversity-kl.png" not in left
+
+
+ODD = [0.0, math.nan, math.inf, -1.0, 1e308, 10**25]
+
+
+@pytest.mark.parametrize("value", ODD, ids=str)
+def test_numbers_that_no_run_should_have_are_drawn_or_left_out(tmp_path, value):
+    """0 is what the base model's diversity is where all its images are one; a page divided by it."""
+    for at in ("base", "last"):
+        runs = tmp_path / at
+        for kl in (0.0, 1.0):
+            run = write_run(runs / f"{kl:g}", {"objective.kl_coeff": kl}, steps=2, every=1, pictures=False)
+            rows = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
+            for row in [row for row in rows if (row["step"] == 0) == (at == "base")]:
+                row.update({"lpips": value} if value == 0 else {"lpips": value, f"reward/{REWARD}": value})
+            (run / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+            told = "".join(json.dumps({**row, "reward": value, "kl": value, "seconds": value}) + "\n" for row in steps)
+            (run / "metrics.jsonl").write_text(told)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", RuntimeWarning)
+            text = page_of(runs).text
+            alone = Page(write_report(runs / "0", tmp_path / "alone.html").read_text(encoding="utf-8")).text
+        if value == 0.0 and at == "base":
+            assert "no share of the base model's, which is 0" in text and "no share of" in alone
+
+
+def test_only_files_and_directories_are_written_to(tmp_path, monkeypatch):
+    """As root, `report -o /dev/null` replaced the device by a page."""
+    run = write_run(tmp_path / "run", pictures=False)
+    os.mkfifo(tmp_path / "pipe")
+    listening = socket.socket(socket.AF_UNIX)
+    monkeypatch.chdir(tmp_path)  # the address of a socket is short
+    listening.bind("socket")
+    places = [tmp_path / "pipe", tmp_path / "socket", Path("/dev/null")]
+    for i, place in enumerate(places[:]):
+        (tmp_path / f"link{i}").symlink_to(place)
+        places.append(tmp_path / f"link{i}")
+    for place in places:
+        before = place.lstat().st_mode
+        with pytest.raises(UserError, match="is a device, pipe or socket; give the name of a file"):
+            write_report(run, place)
+        with pytest.raises(UserError, match=r"cannot be created.*name another output directory"):
+            make_output(place)
+        assert place.lstat().st_mode == before
+    listening.close()
+    (tmp_path / "page.html").write_text("old")
+    assert "<html" in write_report(run, tmp_path / "page.html").read_text()

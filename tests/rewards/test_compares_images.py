@@ -11,7 +11,7 @@ import torch
 from draftplus import api
 from draftplus.build import REWARDS as BUILT_IN
 from draftplus.build import build_reward, compares_images
-from draftplus.config import RewardConfig, load_config
+from draftplus.config import RewardConfig, load_config, trusting
 from draftplus.errors import UserError
 from draftplus.rewards.combined import Combined
 from draftplus.rewards.custom import load_custom
@@ -142,6 +142,8 @@ def test_it_scores_no_image_by_itself(settings: list[str], tmp_path: Path, name:
 def test_a_sweep_does_not_continue_a_run_with_other_micro_batches(settings: list[str], tmp_path: Path) -> None:
     recipe = Path(settings[0])
     recipe.write_text(recipe.read_text().replace(f"{REWARDS}:redness", SPREAD).replace("name: run\n", ""))
+    with trusting(True):
+        load_config(recipe)
     first = plan_sweep(recipe, {"train.micro_batch_size": ["2", "4"]}, "sizes", tmp_path).runs[0]
     train_here(
         settings, "train.steps=1", "train.micro_batch_size=4", f"output_dir={tmp_path / 'sizes'}", f"name={first.name}"

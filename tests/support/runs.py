@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from draftplus.config import Config, RewardConfig, load_config
+from draftplus.config import Config, RewardConfig, load_config, trusting
 from draftplus.runs.plan import plan_run
 from draftplus.training.train import train
 from tests.tiny import save_tiny
@@ -60,6 +60,8 @@ eval: {{every: 100, images_per_prompt: 2}}
 checkpoint: {{every: 2}}
 log: {{to: []}}
 """)
+    with trusting(True):  # once, as its user would
+        load_config(recipe)
     return [str(recipe)]
 
 

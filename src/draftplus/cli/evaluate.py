@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from draftplus.cli.shared import PROMPTS, Anneal, LoraScale, examples, identity, prompts_of, read_seeds
+from draftplus.cli.shared import PROMPTS, Anneal, LoraScale, Trust, examples, identity, prompts_of, read_seeds
 from draftplus.errors import UserError, printable
 from draftplus.runs.rows import REWARD, MetricRow, read_target
 
@@ -68,6 +69,7 @@ def evaluate(
             help="Directory for eval.json and the images. Default: evaluated/NAME, after the target and the settings.",
         ),
     ] = None,
+    trust: Trust = False,
 ) -> None:
     """Measure reward and diversity of models and runs. All use the same prompts and seeds as the base model."""
     settings = [text for text in arguments if "=" in text and not Path(text.rpartition("@")[0] or text).exists()]
@@ -91,7 +93,7 @@ def evaluate(
     directory = output or output_directory("evaluated", name, given, asked, "eval.json")
     told = api.evaluate(
         targets, settings, chosen, images_per_prompt, numbers, reward or [], metric or [], features, lora_scale,
-        anneal, directory, None if output else Path("evaluated") / name / "latents",
+        anneal, directory, None if output else Path("evaluated") / name / "latents", trust,
     )  # fmt: skip
     if output is None:
         record(directory, asked)
@@ -125,6 +127,8 @@ def shown(metric: MetricRow) -> str:
     """A metric as mean ± standard error, with its change from the base model in brackets."""
 
     def plain(mean: float | None, error: float | None, sign: str = "") -> str:
+        if mean is None or not math.isfinite(mean):
+            return "not finite"
         return f"{mean:{sign}.3f}" + ("" if error is None else f" ± {error:.3f}")
 
     told, change = plain(metric.mean, metric.standard_error), metric.change

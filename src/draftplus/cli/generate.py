@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from draftplus.cli.shared import PROMPTS, Anneal, LoraScale, examples, identity, prompts_of, read_seeds
+from draftplus.cli.shared import PROMPTS, Anneal, LoraScale, Trust, examples, identity, prompts_of, read_seeds
 from draftplus.errors import UserError
 
 EXAMPLES = examples(
@@ -45,6 +45,7 @@ def generate(
             help="Directory for the images. Default: generated/NAME, after the target and the settings.",
         ),
     ] = None,
+    trust: Trust = False,
 ) -> None:
     """Generate images from a model or run. With --reward, they are also scored."""
     chosen = list(dict.fromkeys([*(prompt or []), *prompts_of(prompts, settings or [])]))
@@ -60,7 +61,7 @@ def generate(
     directory = output or output_directory("generated", name, given, asked, "images.jsonl")
 
     rows = api.write_images(
-        directory, target, chosen, numbers, settings or [], adapter, lora_scale, anneal, reward or []
+        directory, target, chosen, numbers, settings or [], adapter, lora_scale, anneal, reward or [], trust
     )
     if output is None:
         record(directory, asked)

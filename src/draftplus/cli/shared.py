@@ -18,6 +18,11 @@ Anneal = Annotated[
     typer.Option("--anneal", help="Schedule from the base model to the tuned one: linear, power:2 or step:0.6."),
 ]
 
+Trust = Annotated[
+    bool,
+    typer.Option("--trust", help="Run the code that a recipe, sweep file or run names as a reward, and remember that."),
+]
+
 
 def examples(text: str) -> str:
     """The text below a command's options, its lines kept as they are."""

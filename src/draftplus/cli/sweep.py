@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from draftplus.cli.shared import examples
+from draftplus.cli.shared import Trust, examples
 from draftplus.errors import UserError, printable
 
 EXAMPLES = examples(
@@ -34,14 +34,17 @@ def sweep(
         int | None, typer.Option("--jobs", help="Runs to train at the same time. Default: one per GPU, or one.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list the runs, and stop.")] = False,
+    trust: Trust = False,
 ) -> None:
     """Train a grid of runs and compare them. Repeat the command to continue an unfinished sweep."""
     if "=" in recipe:
         raise UserError(f"'{recipe}' is where the recipe should be; for example: draftplus sweep emoji {recipe}")
+    from draftplus.config import trusting
     from draftplus.sweeps.grid import parse_grid
     from draftplus.sweeps.plan import plan_sweep
 
-    planned = plan_sweep(recipe, parse_grid(grid or []), name)
+    with trusting(trust):
+        planned = plan_sweep(recipe, parse_grid(grid or []), name)
     if dry_run:
         print("\n".join(printable(f"{run.name}  {' '.join(run.settings)}") for run in planned.runs))
         print(f"{len(planned.runs)} runs, {sum(run.steps for run in planned.runs):,} steps: {planned.directory}")

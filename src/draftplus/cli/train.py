@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from draftplus.cli.shared import examples
+from draftplus.cli.shared import Trust, examples
 from draftplus.config import describe_keys, recipe_names
 
 EXAMPLES = examples(
@@ -33,6 +33,7 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Take one trial step, print what to expect, and stop.")
     ] = False,
+    trust: Trust = False,
 ) -> None:
     """Fine-tune a model on a reward. Repeat the command to continue an unfinished run."""
     if target and "=" in target and not Path(target).exists():
@@ -43,9 +44,9 @@ def train(
 
     recipe = target or "emoji"
     if dry_run:
-        told = api.describe(recipe, settings or [])
+        told = api.describe(recipe, settings or [], trust)
     else:
-        run = api.train(recipe, settings or [])
+        run = api.train(recipe, settings or [], trust)
         told = f"adapter: {run / 'adapter'}\nreport:  {run / 'report.html'}"
     if is_main_process():
         print(told)

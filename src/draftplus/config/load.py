@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +13,8 @@ from draftplus.config.check import check
 from draftplus.config.keys import CHANGEABLE, flatten, is_below, keys_where, nearest, to_dict
 from draftplus.config.reading import read_text, read_value, read_yaml
 from draftplus.config.schema import Config
-from draftplus.config.typed import RENAMED, assigned, is_text
+from draftplus.config.trust import refuse_untrusted
+from draftplus.config.typed import RENAMED, assigned, is_text, joined
 from draftplus.errors import UserError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -27,16 +28,20 @@ def load_config(recipe: str | Path | None = None, overrides: Sequence[str] = (),
     recipe: a built-in name (see `recipe_names`), a YAML file, or None. base: the configuration to change, instead of
     the defaults.
 
-    Raises UserError for an unknown recipe or key (naming the nearest), a wrong type, or values that do not fit
-    together.
+    Raises UserError for an unknown recipe or key (naming the nearest), a wrong type, values that do not fit together,
+    or code that a file names and that is not trusted.
     """
-    return _merged(_recipe_layers(recipe) if recipe is not None else [], overrides, base)
+    layers = _recipe_layers(recipe) if recipe is not None else []
+    config = _merged(layers, overrides, base)
+    refuse_untrusted(config, [(layer.file, layer.tree) for layer in layers if layer.file], given_by(overrides))
+    return config
 
 
-def load_run_config(run: Path, overrides: Sequence[str] = ()) -> Config:
+def load_run_config(run: Path, overrides: Sequence[str] = (), code: Collection[str] | None = None) -> Config:
     """The configuration that a run was made with, with `key=value` overrides, checked.
 
-    run: a run directory. It may use key names of earlier versions; overrides may not.
+    run: a run directory. It may use key names of earlier versions; overrides may not. code: the rewards that are going
+    to be imported, by name; None: all of them.
 
     Raises UserError as `load_config` does, and for a file whose end is missing.
     """
@@ -46,7 +51,19 @@ def load_run_config(run: Path, overrides: Sequence[str] = ()) -> Config:
             f"{run / 'config.yaml'} is empty or cut off, so the settings of this run are not known; put back a copy of "
             "it, or repeat the command that started the run"
         )
-    return _merged([*parents, own._replace(tree=with_new_names(own.tree))], overrides)
+    layers = [*parents, own._replace(tree=with_new_names(own.tree))]
+    config = _merged(layers, overrides)
+    files = [(layer.file, layer.tree) for layer in layers if layer.file]
+    refuse_untrusted(config, files, given_by(overrides), code)
+    return config
+
+
+def given_by(overrides: Sequence[str]) -> dict[str, Any]:
+    """What `key=value` arguments say, as one nested configuration."""
+    told: dict[str, Any] = {}
+    for text in overrides:
+        told = joined(told, _parse_override(text).tree, text)
+    return told
 
 
 def with_new_names(tree: Mapping[Any, Any], prefix: str = "") -> dict[Any, Any]:
@@ -60,23 +77,20 @@ def with_new_names(tree: Mapping[Any, Any], prefix: str = "") -> dict[Any, Any]:
 
 
 class _Layer(NamedTuple):
-    """Settings over those before. where: the file that they are from, to be shown before a key; empty: none.
-
-    replaces: whether its rewards are instead of those before.
-    """
+    """Settings over those before. file: that they are from. replaces: whether its rewards are instead of the others."""
 
     tree: Mapping[Any, Any]
-    where: str = ""
+    file: Path | None = None
     replaces: bool = True
 
 
 def _merged(recipe: Sequence[_Layer], overrides: Sequence[str], base: Config | None = None) -> Config:
     given = [] if base is None else [_Layer(to_dict(base))]
     config = Config()
-    for tree, where, replaces in [*given, *recipe, *map(_parse_override, overrides)]:
+    for tree, file, replaces in [*given, *recipe, *map(_parse_override, overrides)]:
         if replaces and isinstance(tree.get("reward"), Mapping):
             config = replace(config, reward={})
-        config = assigned(Config, tree, config, "", where)
+        config = assigned(Config, tree, config, "", f"{file}: " if file else "")
     check(config)
     return config
 
@@ -109,8 +123,8 @@ def _recipe_layers(recipe: str | Path, children: tuple[Path, ...] = ()) -> list[
         raise UserError(f"{path} extends itself through {children[-1]}; remove extends from one of the recipes")
     if path.suffix.lower() not in (".yaml", ".yml"):  # a recipe of somebody else may not look into any file
         raise UserError(f"{path}: the name of a recipe ends in .yaml; rename it if it is one")
-    loaded, where = read_yaml(path), f"{path}: "
-    parent, own = loaded.pop("extends", None), _Layer(_normalise_reward(loaded, where), where)
+    loaded = read_yaml(path)
+    parent, own = loaded.pop("extends", None), _Layer(_normalise_reward(loaded, f"{path}: "), path)
     if parent is None:
         return [own]
     if not isinstance(parent, str):

@@ -56,7 +56,7 @@ def assigned(kind: Any, value: Any, old: Any, key: str, shown: str = "") -> Any:
     """
     kind, optional = _without_none(kind)
     if kind is Any:
-        return _merged(old, value, f"{shown}{key}")
+        return joined(old, value, f"{shown}{key}")
     if value is None and optional:
         return None
     if _is_section(kind) and isinstance(value, Mapping):
@@ -106,13 +106,13 @@ def _scalar(kind: Any, value: Any, where: str) -> Any:
     return None
 
 
-def _merged(old: Any, value: Any, where: str) -> Any:
+def joined(old: Any, value: Any, where: str) -> Any:
     """A value of any type. Mappings are merged into those that are there."""
     if isinstance(value, Mapping):
         before = old if isinstance(old, dict) else {}
-        return {**before, **{name: _merged(before.get(name), one, f"{where}.{name}") for name, one in value.items()}}
+        return {**before, **{name: joined(before.get(name), one, f"{where}.{name}") for name, one in value.items()}}
     if isinstance(value, (list, tuple)):
-        return [_merged(None, one, where) for one in value]
+        return [joined(None, one, where) for one in value]
     if isinstance(value, str):
         _refuse_odd(value, where)
     return value

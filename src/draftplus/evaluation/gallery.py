@@ -20,6 +20,7 @@ from draftplus.evaluation.pictures import save_pictures
 from draftplus.evaluation.scores import score_images
 from draftplus.progress import progress
 from draftplus.runs.files import disk_errors, output_held, write_text
+from draftplus.runs.journal import finite
 from draftplus.runs.rows import reward_key
 from draftplus.runs.weights import find_weights, intact
 
@@ -41,7 +42,16 @@ class Gallery:
             {"file": path.name, "prompt": job.prompt, "seed": job.seed, **{key: scores[key][i] for key in scores}}
             for i, (path, job) in enumerate(zip(paths, self.jobs, strict=True))
         ]
-        write_text(directory / "images.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        lines = [json.dumps(finite(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
+        write_text(directory / "images.jsonl", "".join(lines))
+        for name, values in self.scores.items():
+            bad = [job for job, score in zip(self.jobs, values, strict=True) if not score.isfinite()]
+            if bad:
+                raise UserError(
+                    f"reward '{name}' is not finite for {len(bad)} of {len(rows)} images, such as '{bad[0].prompt}' "
+                    f"with seed {bad[0].seed}; check what it returns for images in [0, 1].\n"
+                    f"The pictures are in {directory}"
+                )
         return rows
 
 
@@ -58,7 +68,7 @@ def make_gallery(
     """
     if "" in (prompt.strip() for prompt in prompts):
         raise UserError("a prompt is empty; describe a picture, such as 'a cat'")
-    weights = find_weights(target, overrides)
+    weights = find_weights(target, overrides, code=rewards)
     if adapter is not None and not adapter.exists():
         raise UserError(f"--adapter '{adapter}': no such file or directory")
     config = weights.config

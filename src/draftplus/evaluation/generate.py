@@ -15,6 +15,7 @@ from draftplus import rng
 from draftplus.build import build_sampler
 from draftplus.config import SamplerConfig
 from draftplus.diffusion.annealing import anneal_weights, annealed
+from draftplus.diffusion.overflow import Watch, check_decoded
 from draftplus.diffusion.sampler import sample
 from draftplus.errors import UserError
 from draftplus.evaluation.chunks import SAMPLING_BATCH, chunks
@@ -95,16 +96,24 @@ def generate_images(
 
 @torch.no_grad()
 def decoded(model: Model, latents: Tensor, batch_size: int) -> Tensor:
-    """The images (n, 3, H, W) float32 in [0, 1] of latents (n, c, h, w), on the CPU."""
+    """The images (n, 3, H, W) float32 in [0, 1] of latents (n, c, h, w), on the CPU.
+
+    Raises UserError where they are not finite.
+    """
     parts = chunks(len(latents), batch_size)
-    return torch.cat([model.decode(latents[rows].to(model.device)).float().cpu() for rows in parts])
+    images = torch.cat([model.decode(latents[rows].to(model.device)).float().cpu() for rows in parts])
+    check_decoded(images, model.decoder_dtype)
+    return images
 
 
 @torch.no_grad()
 def sampled_latents(
     model: Model, jobs: Sequence[Job], config: SamplerConfig, batch_size: int, knobs: Knobs = TUNED
 ) -> Iterator[tuple[slice, Tensor]]:
-    """The final latents (b, c, h, w) of the jobs, batch by batch, with the rows that they belong to."""
+    """The final latents (b, c, h, w) of the jobs, batch by batch, with the rows that they belong to.
+
+    Raises UserError where they are not finite.
+    """
     sampler = build_sampler(model, config)
     shape = model.latent_shape(config.height, config.width)
     weights = knobs.weights(len(sampler.schedule))
@@ -118,8 +127,10 @@ def sampled_latents(
                     frozen = sampler.frozen(model.encode(prompts))
                 denoise = annealed(denoise, frozen, weights)
             noise = partial(_solver_noise, shape, seeds, model.device)
-            start = sampler.start(rng.stock_noise(shape, seeds).to(model.device))
-            yield rows, sample(denoise, start, sampler.schedule, sampler.solver, noise=noise).latents
+            start, watch = sampler.start(rng.stock_noise(shape, seeds).to(model.device)), Watch(denoise)
+            latents = sample(watch, start, sampler.schedule, sampler.solver, noise=noise).latents
+            watch.check(latents, len(sampler.schedule), model)
+            yield rows, latents
 
 
 @contextmanager

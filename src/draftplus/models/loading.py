@@ -178,6 +178,15 @@ def _known_names(cls: Any, state: dict[str, Tensor], directory: Path, name: str)
     return state
 
 
+def decodes_in_float32(vae: Any) -> bool:
+    """Whether an autoencoder's configuration says that it overflows in float16, as stock pipelines ask of SDXL's.
+
+    One that says nothing about it has the same setting, by default, and no meaning.
+    """
+    told = vae.config.force_upcast and "force_upcast" not in vae.config.get("_use_default_values", ())
+    return bool(told and vae.dtype == torch.float16)
+
+
 def whole(part: Any, info: Mapping[str, Any]) -> Any:
     """The part. info: what its loader reports. Raises ValueError if weights are missing."""
     # the loaders fill missing weights with random numbers, or leave them empty
@@ -205,4 +214,5 @@ def loading(key: str, value: str, family: str = "") -> Iterator[None]:
                 "download)"
             )
         wanted = f" as {family}" if family else ""
-        raise UserError(f"{key} '{value}': cannot be loaded{wanted}: {first_line(error)}{hint}") from error
+        said = first_line(error).partition(". If you want")[0]  # diffusers goes on with arguments that nobody can give
+        raise UserError(f"{key} '{value}': cannot be loaded{wanted}: {said}{hint}") from error

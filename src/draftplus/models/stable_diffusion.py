@@ -102,10 +102,16 @@ class StableDiffusion:
         raw: Tensor = unet(latents.to(dtype), timestep, encoder_hidden_states=hidden, **extras, return_dict=False)[0]
         return raw
 
+    @property
+    def decoder_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.vae.dtype
+        return dtype
+
     def decode(self, latents: Tensor) -> Tensor:
-        config, dtype = self.vae.config, self.vae.dtype
+        config, dtype = self.vae.config, self.decoder_dtype
         latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
         image = self.vae.decode(latents.to(dtype), return_dict=False)[0]
+        image = image + 0 * image  # an overflow becomes NaN, where clamp would make white or black of it
         return (image.to(torch.promote_types(torch.float32, dtype)) / 2 + 0.5).clamp(0, 1)
 
     def blocks(self) -> Sequence[nn.Module]:
@@ -130,6 +136,8 @@ def load(
         _repair(path, unet, vae, text_encoder, tokenizer)
     for part in (unet, vae, text_encoder):
         part.requires_grad_(False).eval().to(device)
+    if loading.decodes_in_float32(vae):
+        vae.to(torch.float32)
     tuned = make_tuned(unet, "unet", config.lora, seed, trainable, ATTENTION)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()

@@ -61,6 +61,23 @@ class Tuned:
         with lora.folded(self.denoiser):
             yield
 
+    @contextmanager
+    def widened(self) -> Iterator[None]:
+        # a frozen weight is replaced by itself in float32 and rounded back, which is exact both ways: no copy is kept
+        narrow = [
+            (tensor, tensor.dtype)
+            for network in self.networks()
+            for tensor in (*network.parameters(), *network.buffers())
+            if tensor.dtype in (torch.bfloat16, torch.float16)
+        ]
+        try:
+            for tensor, _ in narrow:
+                tensor.data = tensor.data.float()
+            yield
+        finally:
+            for tensor, dtype in narrow:
+                tensor.data = tensor.data.to(dtype)
+
     def merge(self) -> None:
         """Adds adapters to the weights for good; the frozen model is no longer at hand."""
         for network in self._adaptable().values():

@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from draftplus.config import Config, SamplerConfig
-from draftplus.models.families import MODELS
+from draftplus.models.families import MODELS, model_path
 from draftplus.models.loading import is_single_file
 
 # sampler.solver -> the scheduler of stock diffusers, what it must be told, and what other programs call it
 SCHEDULERS: Mapping[str, tuple[str, dict[str, Any], str]] = {
-    "ddim": ("DDIMScheduler", {"clip_sample": False}, "DDIM"),
-    "euler": ("EulerDiscreteScheduler", {}, "Euler"),
-    "dpmpp_2m": ("DPMSolverMultistepScheduler", {}, "DPM++ 2M"),
-}
+    "ddim": ("DDIMScheduler", {"clip_sample": False, "steps_offset": 1}, "DDIM"),
+    "euler": ("EulerDiscreteScheduler", {"steps_offset": 1}, "Euler"),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {"steps_offset": 1}, "DPM++ 2M"),
+}  # as the stock pipeline's constructor repairs old files, which from_config forgets
 
 
 def _scheduler(sampler: SamplerConfig) -> tuple[str, dict[str, Any], str]:
@@ -29,6 +29,20 @@ def stock_scheduler(sampler: SamplerConfig, config: Mapping[str, Any]) -> Any:
 
     name, changes, _ = _scheduler(sampler)
     return getattr(diffusers, name).from_config(dict(config), **changes)
+
+
+def differs_from_stock(config: Config) -> bool:
+    """Whether the run sampled with DDIM and linspace spacing, whose noise levels are others than in stock diffusers."""
+    from diffusers import DDIMScheduler
+
+    if _scheduler(config.sampler)[0] != "DDIMScheduler" or config.sampler.spacing not in (None, "linspace"):
+        return False
+    told = {"subfolder": "scheduler", "revision": config.model.revision, "local_files_only": True}
+    try:
+        file = DDIMScheduler.load_config(config.model.config or model_path(config.model), **told)
+    except (OSError, ValueError):  # a single file, say, whose families are not spaced so
+        file = {}
+    return (config.sampler.spacing or file.get("timestep_spacing")) == "linspace"
 
 
 def snippet(config: Config, form: str, lora: bool, file: str, dtype: str | None, prompt: str) -> str:
@@ -52,6 +66,7 @@ def snippet(config: Config, form: str, lora: bool, file: str, dtype: str | None,
             base = json.dumps(config.model.path, ensure_ascii=False)
         load = "from_single_file" if is_single_file(config.model.path) else "from_pretrained"
         revision = f", revision={json.dumps(config.model.revision)}" if config.model.revision else ""
+        revision += f", variant={json.dumps(config.model.variant)}" if config.model.variant else ""
         told_config = f", config={json.dumps(config.model.config)}" if config.model.config else ""
         unet = ", unet=UNet2DConditionModel.from_pretrained(here)" if whole else ""
         lines.append(f"pipeline = StableDiffusionPipeline.{load}({base}{revision}{told_config}{unet})")

@@ -51,7 +51,7 @@ def export_run(target: str, form: str = "diffusers", output: Path | None = None)
     path, _, at = target.partition("@")
     if not is_run(path):
         raise UserError(f"'{target}' is not a run directory; export takes RUN, RUN@step or RUN@best")
-    weights = find_weights(target)
+    weights = find_weights(target, code=())
     assert weights.adapter is not None
     run = read_run(Path(path))
     step = _step(weights.adapter, run.evaluations)

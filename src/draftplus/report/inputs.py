@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from draftplus.errors import UserError
-from draftplus.report.read import Run, read_run
+from draftplus.report.read import Run, loads, read_run
 from draftplus.runs.rows import MetricRow, read_target
 
 MANIFEST, EVALUATION = "manifest.json", "eval.json"
@@ -120,7 +121,7 @@ def _read_sweep(path: Path, found: Inputs, seen: set[Path]) -> None:
 
 def _read_evaluation(path: Path, found: Inputs) -> None:
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        told = loads(path.read_text(encoding="utf-8"))
         prompts = tuple(map(str, told.get("prompts") or ()))
         images = len(told["seeds"]) // len(prompts) if prompts else None
         model = json.dumps(told["model"]) if "model" in told else None
@@ -129,7 +130,7 @@ def _read_evaluation(path: Path, found: Inputs) -> None:
         found.problems.append(f"{path}: not what draftplus evaluate writes; left out")
         return
     for row in rows:
-        known = {name: metric for name, metric in row.metrics.items() if metric.mean is not None}
+        known = {name: m for name, m in row.metrics.items() if m.mean is not None and math.isfinite(m.mean)}
         found.targets.append(Evaluated(row.label, str(path), known, row.step, prompts, model, images))
         bad = [name for name in row.metrics if name not in known]
         if bad:

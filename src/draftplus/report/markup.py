@@ -10,6 +10,7 @@ from draftplus.report.points import BASE, Figures, Point
 from draftplus.report.wording import show
 
 MOST_LISTED = 8  # items of a list before the rest is folded away
+NO_SHARE = "no share of the base model's, which is 0"
 ENOUGH = 0.8  # of the base model's diversity
 
 SHAPES = {
@@ -76,7 +77,7 @@ def cards(figures: Figures) -> str:
     measured = [(mean.value, p) for p in figures.shown() if (mean := p.reward(name)) is not None and p is not base]
     if not measured:
         return ""
-    varied = [one for one in measured if one[1].lpips.value >= ENOUGH * base.lpips.value]
+    varied = [one for one in measured if 0 < ENOUGH * base.lpips.value <= one[1].lpips.value]
     told = [_card("Base model", base, name, base), _card("Highest reward", _first(measured), name, base)]
     if varied:
         told.append(
@@ -93,7 +94,8 @@ def _card(title: str, point: Point, name: str, base: Point) -> str:
     mean = point.reward(name)
     error = f" ± {show(mean.error, mean.value)}" if mean and mean.error else ""
     alone = "; one training run" if len(point.runs) == 1 and point is not base else ""
-    share = "" if point is base else f" ({point.lpips.value / base.lpips.value:.0%} of the base model's)"
+    part = f"{point.lpips.value / base.lpips.value:.0%} of the base model's" if base.lpips.value > 0 else NO_SHARE
+    share = "" if point is base else f" ({part})"
     return (
         f'<div class="card"><h3>{escape(title)}</h3><p class="value">{show(mean.value if mean else None)}{error}</p>'
         f'<p class="detail">{escape(name)}; {escape(point.label)}{alone}</p>'

@@ -15,6 +15,7 @@ from draftplus.config import Config, flatten, to_dict
 from draftplus.progress import duration
 from draftplus.report import summary
 from draftplus.report.curves import curves
+from draftplus.report.markup import NO_SHARE
 from draftplus.report.pictures import before_and_after
 from draftplus.report.read import Run
 from draftplus.report.wording import method_in_words, setting, show, show_gain
@@ -121,7 +122,7 @@ def _arrow(change: summary.Change) -> str:
 
 def _ratio(change: summary.Change, run: Run) -> str:
     if change.after is None or not change.before or not math.isfinite(change.after / change.before):
-        return "one evaluation only" if change.after is None else "no ratio"
+        return "one evaluation only" if change.after is None else NO_SHARE if change.before == 0 else "no ratio"
     whose = "the base model's" if run.evaluations[0].step == 0 else "the first evaluation's"
     return f"{change.after / change.before:.0%} of {whose}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from draftplus.runs.directory import is_held
 from draftplus.runs.origin import edited
 from draftplus.runs.rows import EvaluationRow, are_numbers, ill_formed, read_evaluation
 
+LARGEST = 1e30  # that matplotlib can place
 STEP_DIRECTORY = re.compile(r"step-(\d+)")
 SAMPLE_FILE = re.compile(r"(?P<prompt>\d+)-.*-(?P<seed>\d+)\.png")
 
@@ -111,6 +113,15 @@ def _read_config(run: Run) -> dict[str, Any]:
     return {str(key): value for key, value in config.items()}
 
 
+def loads(text: str) -> Any:
+    """JSON, whose numbers that no figure could show are infinite."""
+    return json.loads(text, parse_float=_shown, parse_int=lambda told: int(told) if len(told) < 20 else _shown(told))
+
+
+def _shown(text: str) -> float:
+    return number if abs(number := float(text)) < LARGEST else math.copysign(math.inf, number)
+
+
 def _not_numbers(row: Mapping[str, Any]) -> list[str]:
     return [key for key, value in row.items() if not are_numbers([value])]
 
@@ -129,7 +140,7 @@ def _read_rows(
         return []
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         try:
-            row = json.loads(line)
+            row = loads(line)
             row["step"] = int(row["step"])
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             run.missing.append(f"{name}, line {number} (not a row with a step)")
@@ -223,7 +234,7 @@ def _read_json(run: Run, name: str) -> Any:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         run.missing.append(f"{name} (not JSON)")
         return None

@@ -30,6 +30,8 @@ def write_report(inputs: Path | Sequence[Path], output: Path | None = None, figu
     at = Path(output) if output is not None else _beside(paths) / "report.html"
     if at.is_dir():
         raise UserError(f"the output '{at}' is a directory; give a file name, such as {at / 'report.html'}")
+    if at.exists() and not at.is_file():
+        raise UserError(f"the output '{at}' is a device, pipe or socket; give the name of a file")
     single = len(paths) == 1 and has_anything_of_a_run(paths[0])
     if single:
         run = read_run(paths[0])

@@ -17,7 +17,8 @@ class Combined:
     any of them does.
 
     rewards: {name: (reward, weight)}, not empty. Each reward is called once and its output checked; numbers that are
-    not finite pass, and the caller decides what to do about them.
+    not finite pass, and the caller decides what to do about them. Images that are not finite are not scored: all
+    their batch's scores are NaN.
     """
 
     def __init__(self, rewards: Mapping[str, tuple[Reward, float]]) -> None:
@@ -32,6 +33,9 @@ class Combined:
         and detached. UserError for a reward that returns anything but b floating-point scores on the images'
         device, or claims to be differentiable and returns scores without gradient to the images."""
         total = images.new_zeros(len(images), dtype=torch.promote_types(images.dtype, torch.float32))  # (b,)
+        if not images.isfinite().all():  # no reward's doing, and any of them may fail on it
+            lost = total + images.flatten(1).sum(1) * torch.nan
+            return Scores(lost, dict.fromkeys(self.rewards, lost.detach()))
         parts = {}
         for name, (reward, weight) in self.rewards.items():
             scores = _checked(name, reward(images, prompts), images)

@@ -6,7 +6,8 @@ import importlib
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from draftplus.config import refuse_library
 from draftplus.errors import UserError
 from draftplus.rewards.arguments import bind, parameters_of
+from draftplus.rewards.unharmed import Unharmed
 from draftplus.types import Reward
 
 _HINT = (
@@ -32,10 +35,13 @@ class CustomReward:
     args: Mapping[str, Any]
     differentiable: bool
     compares_images: bool
+    unharmed: Unharmed
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """images: (b, 3, H, W) in [0, 1]; prompts: b strings. Returns (b,)."""
-        return self.function(images, prompts, **self.args)
+        with self.unharmed("when it was called"):
+            # copies, since what it does in place would be in the saved pictures and in the next reward's score
+            return self.function(images.clone(), list(prompts), **self.args)
 
 
 def load_custom(spec: str, path: str | None, args: Mapping[str, Any], device: Any, dtype: torch.dtype | None) -> Reward:
@@ -53,7 +59,7 @@ def load_custom(spec: str, path: str | None, args: Mapping[str, Any], device: An
     UserError for a missing module or object, one that cannot be called, arguments that do not fit, and a reward that
     compares images although the named object does not say so. Exceptions of the user's own code pass through.
     """
-    target = resolve_custom(spec)
+    target, unharmed = resolve_custom(spec), Unharmed(spec)
     if not callable(target):
         raise UserError(f"reward '{spec}' is of type {type(target).__name__}: it must be a function or a class.")
     parameters = parameters_of(spec, target)
@@ -61,8 +67,9 @@ def load_custom(spec: str, path: str | None, args: Mapping[str, Any], device: An
     keywords = bind(spec, parameters[2:] if itself else parameters, path, args, device, dtype, _HINT)
     compares = bool(getattr(target, "compares_images", False))
     if itself:
-        return CustomReward(target, keywords, bool(getattr(target, "differentiable", True)), compares)
-    made = target(**keywords)
+        return CustomReward(target, keywords, bool(getattr(target, "differentiable", True)), compares, unharmed)
+    with unharmed("when it was made"):
+        made = target(**keywords)
     if not callable(made):
         raise UserError(
             f"reward '{spec}' returned an object of type {type(made).__name__}, which cannot be called with "
@@ -77,7 +84,7 @@ def load_custom(spec: str, path: str | None, args: Mapping[str, Any], device: An
     if isinstance(made, torch.nn.Module):
         made.requires_grad_(False).eval()
     differentiable = bool(getattr(made, "differentiable", getattr(target, "differentiable", True)))
-    return CustomReward(made, {}, differentiable, compares)
+    return CustomReward(made, {}, differentiable, compares, unharmed)
 
 
 def resolve_custom(spec: str) -> Any:
@@ -88,17 +95,18 @@ def resolve_custom(spec: str) -> Any:
     module_name, colon, attribute = spec.partition(":")
     if not colon or not module_name or not attribute:
         raise UserError(f"reward '{spec}' is not of the form package.module:object")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
+    refuse_library(spec)
     try:
-        target = importlib.import_module(module_name)
+        with _working_directory_first(), Unharmed(spec)("when it was imported"):
+            target = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if not f"{module_name}.".startswith(f"{error.name}."):  # a module that it imports itself
             raise UserError(_broken(spec, error)) from error
         raise UserError(
-            f"reward '{spec}': there is no module '{error.name}' in {here}, nor is one installed."
+            f"reward '{spec}': there is no module '{error.name}' in {Path.cwd()}, nor is one installed."
         ) from error
+    except UserError:
+        raise
     except (Exception, SystemExit) as error:
         raise UserError(_broken(spec, error)) from error
     for name in attribute.split("."):
@@ -108,7 +116,29 @@ def resolve_custom(spec: str) -> Any:
             raise UserError(
                 f"reward '{spec}': module '{module_name}' has no '{attribute}'; check the name after the colon."
             ) from error
+    if inspect.isbuiltin(target) or _is_of_python(target):
+        raise UserError(f"reward '{spec}' is a function of Python or of a C library, and none of these is a reward.")
     return target
+
+
+def _is_of_python(target: Any) -> bool:
+    if not (inspect.isroutine(target) or inspect.isclass(target)):  # an object is its module's own, a partial say
+        return False
+    return (getattr(target, "__module__", None) or "").partition(".")[0] in sys.stdlib_module_names
+
+
+@contextmanager
+def _working_directory_first() -> Iterator[None]:
+    """Inside, modules in the working directory come first; afterwards last, for what a reward imports as it is called,
+    so that no file there takes the place of a library's."""
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
+        if here not in sys.path:
+            sys.path.append(here)
 
 
 def _broken(spec: str, error: BaseException) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from draftplus.config import Config, to_yaml
+from draftplus.config import Config, remember, to_yaml
 from draftplus.errors import UserError
 from draftplus.runs import journal
 from draftplus.runs.files import clean, file_mode, remove, write_text
@@ -83,8 +83,13 @@ def is_held(run: Path) -> bool:
 
 
 def write_config(run: Path, config: Config) -> None:
-    """Writes config.yaml, which makes a directory a run; only once it is known that the run can start."""
-    write_text(run / "config.yaml", to_yaml(absolute_paths(config)))
+    """Writes config.yaml, which makes a directory a run; only once it is known that the run can start.
+
+    The code that it names is trusted from then on: its user typed it, or was asked.
+    """
+    told = absolute_paths(config)
+    write_text(run / "config.yaml", to_yaml(told))
+    remember(run / "config.yaml", told)
 
 
 def forget_after(run: Path, step: int) -> None:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, reduce
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -54,20 +54,20 @@ def write_origin(run: Path, config: Config, inputs: Mapping[str, str], step: int
     write_text(run / ORIGIN, seal(told))
 
 
-def run_config(run: Path, overrides: Sequence[str] = ()) -> Config:
-    """A run's configuration; where config.yaml was edited, that is told on stderr.
+def run_config(run: Path, overrides: Sequence[str] = (), code: Collection[str] | None = None) -> Config:
+    """A run's configuration; where config.yaml was edited, that is told on stderr. code: as for `load_run_config`.
 
     Raises UserError as `load_run_config` does.
     """
     for key, (then, now) in edited(run).items():
         _tell(f"{run / 'config.yaml'} was edited or damaged since draftplus wrote it: {key} was {then}, is {now}")
-    return load_run_config(run, overrides)
+    return load_run_config(run, overrides, code)
 
 
 def edited(run: Path) -> dict[str, tuple[Any, Any]]:
     """The keys of config.yaml that are not as they were written: what they were, and are."""
     before = read_origin(run)
-    return {} if before is None else differences(before.config, flatten(to_dict(load_run_config(run))))
+    return {} if before is None else differences(before.config, flatten(to_dict(load_run_config(run, code=()))))
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -88,13 +88,20 @@ def absolute_paths(config: Config) -> Config:
     told = copy.deepcopy(config)
     for key, facts, value in list(values(told)):
         if facts.file:
-            *sections, last = key.split(".")
-            setattr(reduce(_inside, sections, told), last, _absolute(value))
+            section, _, last = key.rpartition(".")
+            setattr(_inside(told, section), last, _absolute(value))
     return told
 
 
-def _inside(node: Any, name: str) -> Any:
-    return node[name] if isinstance(node, dict) else getattr(node, name)
+def _inside(node: Any, key: str) -> Any:
+    """What a key names; the name of a reward, module:object, may have dots of its own."""
+    if not key:
+        return node
+    if isinstance(node, dict):
+        name = next(name for name in node if key == name or key.startswith(f"{name}."))
+        return _inside(node[name], key[len(name) + 1 :])
+    name, _, rest = key.partition(".")
+    return _inside(getattr(node, name), rest)
 
 
 def _absolute(path: str | None) -> str | None:

@@ -64,7 +64,7 @@ def settled(config: Config) -> Config:
 
 def _refuse_changes(config: Config, run: Path) -> None:
     origin = read_origin(run)
-    then = origin.config if origin else flatten(to_dict(absolute_paths(resolve(run_config(run)))))
+    then = origin.config if origin else flatten(to_dict(absolute_paths(resolve(run_config(run, code=())))))
     now = flatten(to_dict(absolute_paths(config)))
     shaping, files = shaping_keys(config, compares_images(config.reward)), file_keys(config)
     for key, (old, new) in sorted(differences(then, now).items()):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,10 +25,10 @@ class Weights:
     label: str
 
 
-def find_weights(target: str, overrides: Sequence[str] = ()) -> Weights:
-    """What `MODEL`, `RUN`, `RUN@step` or `RUN@best` means.
+def find_weights(target: str, overrides: Sequence[str] = (), code: Collection[str] | None = None) -> Weights:
+    """What `MODEL`, `RUN`, `RUN@step` or `RUN@best` means. code: as for `load_run_config`.
 
-    Raises UserError for a step that was not saved.
+    Raises UserError for a step that was not saved, and for code of a run that is not trusted.
     """
     path, sign, at = ("", "", "") if is_run(target) else target.rpartition("@")
     path = path or target
@@ -45,7 +45,7 @@ def find_weights(target: str, overrides: Sequence[str] = ()) -> Weights:
             raise UserError(f"'{target}' is given but model.path={config.model.path} is set too; remove one of them")
         return Weights(resolve(config), None, target)
     run = Path(path) if Path(path).name not in ("", "..") else Path(path).resolve()  # "." has no name
-    config = resolve(run_config(run, overrides))
+    config = resolve(run_config(run, overrides, code))
     steps = saved_steps(run / "adapters")
     if not sign:
         adapter = run / "adapter"
@@ -91,7 +91,7 @@ def _best(run: Path) -> int:
     try:
         return int(json.loads((run / "best.json").read_text(encoding="utf-8"))["step"])
     except FileNotFoundError:
-        floor = run_config(run).stop.diversity_floor
+        floor = run_config(run, code=()).stop.diversity_floor
         why = "it is written at the first evaluation after step 0"
         if floor is not None:
             why += f" with an LPIPS of at least stop.diversity_floor={floor:g} times the base model's"

@@ -21,7 +21,8 @@ from draftplus.sweeps.manifest import Entry, Manifest, read_manifest
 from draftplus.sweeps.plan import Plan, PlannedRun, identity
 from draftplus.training.interrupt import interruption
 
-COMMAND = (sys.executable, "-P", "-m", "draftplus", "train")  # -P: not the modules of the working directory
+# -P: not the modules of the working directory; --trust: planning has asked
+COMMAND = (sys.executable, "-P", "-m", "draftplus", "train", "--trust")
 LOGS = "logs"
 BETWEEN_LOOKS = 0.5  # seconds
 PATIENCE = 120.0  # seconds for a run to save itself when the sweep is stopped

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from draftplus.build import refuse_unknown_reward
-from draftplus.config import Config, load_config, nearest, read_yaml, recipe_path, refuse_bad_name, to_dict
+from draftplus.config import (
+    Config,
+    given_by,
+    load_config,
+    nearest,
+    read_yaml,
+    recipe_path,
+    refuse_bad_name,
+    refuse_untrusted,
+    to_dict,
+)
 from draftplus.data.prompts import PromptSet, load_prompts
 from draftplus.distributed import is_main_process
 from draftplus.errors import UserError
@@ -76,7 +86,7 @@ def plan_sweep(
     runs: list[PlannedRun] = []
     with progress("planning", len(settings), is_main_process(), "runs") as advance:
         for run, one in zip(_names(directory, file.recipe, settings), settings, strict=True):
-            runs.append(_plan_run(directory, run, file.recipe, grid.arguments(one), prompts))
+            runs.append(_plan_run(directory, run, file.recipe, grid.arguments(one), prompts, Path(recipe), over))
             advance(len(runs), "")
     _refuse_twins(runs)
     return Plan(directory, file.recipe, cells, runs)
@@ -153,9 +163,16 @@ def identity(recipe: str, arguments: Sequence[str]) -> str:
     return json.dumps({**to_dict(config), "name": None}, sort_keys=True)
 
 
-def _plan_run(directory: Path, name: str, recipe: str, settings: list[str], prompts: Any) -> PlannedRun:
+def _plan_run(
+    directory: Path, name: str, recipe: str, settings: list[str], prompts: Any, file: Path, over: Collection[str]
+) -> PlannedRun:  # fmt: skip
+    """file: which gave the settings, but for those of the keys `over`, which the user typed."""
     try:
         config = settled(load_config(recipe, [*settings, f"output_dir={json.dumps(str(directory))}", f"name={name}"]))
+        theirs = [one for one in settings if one.partition("=")[0] not in over]
+        if theirs:
+            own = given_by([one for one in settings if one not in theirs])
+            refuse_untrusted(config, [(file, given_by(theirs))], own)
         if saved_steps(directory / name / "checkpoints"):
             plan_run(config, [])  # refuses a key that shaped the run and has changed
         for reward in (*config.reward, *config.eval.rewards):

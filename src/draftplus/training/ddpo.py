@@ -24,7 +24,7 @@ from draftplus.diffusion.regularisers import REGULARISERS
 from draftplus.evaluation.chunks import chunks
 from draftplus.runs.rows import reward_key
 from draftplus.training.state import State, whole_or_not
-from draftplus.training.step import Metrics, Setup, saturated
+from draftplus.training.step import Metrics, Setup, precisely, saturated
 from draftplus.training.task import Abandonable
 from draftplus.training.update import skip, update
 from draftplus.types import Conditioning
@@ -60,6 +60,12 @@ def ddpo_step(setup: Setup, state: State, abandonable: Abandonable) -> dict[str,
 
     Those of the updates (loss, kl, grad_norm, ddpo/…) are means over the updates too.
     """
+    planned = plan(setup.problem.objective, setup.problem.sampler.schedule, setup.config.seed, state.step)
+    with precisely(setup, planned):  # the rollouts too, or the first ratios would not be 1
+        return _ddpo_step(setup, state, planned, abandonable)
+
+
+def _ddpo_step(setup: Setup, state: State, planned: StepPlan, abandonable: Abandonable) -> dict[str, float]:
     settings = setup.config.objective.ddpo
     with abandonable():
         made = experience(setup, state.step)
@@ -74,7 +80,6 @@ def ddpo_step(setup: Setup, state: State, abandonable: Abandonable) -> dict[str,
         skip(state, scores, math.nan)
         return {"loss": math.nan, **dict.fromkeys(REGULARISERS, math.nan), "grad_norm": math.nan, **scores}
     mine = advantages[made.places]
-    planned = plan(setup.problem.objective, setup.problem.sampler.schedule, setup.config.seed, state.step)
     size = len(mine) // settings.updates
     parts = [rows for _ in range(settings.inner_epochs) for rows in chunks(len(mine), size)]
     done: list[dict[str, float]] = []

@@ -11,6 +11,7 @@ from draftplus.config import Config
 from draftplus.data.batches import check_batch_sizes, steps_of_epochs
 from draftplus.data.prompts import load_prompts
 from draftplus.diffusion.methods import METHODS
+from draftplus.diffusion.overflow import Overflow
 from draftplus.distributed import World
 from draftplus.errors import UserError
 from draftplus.evaluation.held_out import EvaluationSet, evaluate_held_out, evaluation_set, same_images
@@ -26,7 +27,7 @@ from draftplus.training.guards import stop_reason, write_best
 from draftplus.training.optim import Parameters
 from draftplus.training.placement import Placement
 from draftplus.training.state import State
-from draftplus.training.step import Setup, gradient_step
+from draftplus.training.step import Setup, gradient_step, what_overflowed
 from draftplus.training.task import Abandonable
 from draftplus.types import Model
 
@@ -52,7 +53,10 @@ class FineTuning:
 
     def step(self, state: State, abandonable: Abandonable) -> dict[str, float]:
         differentiates = METHODS[self.setup.config.objective.method].differentiates
-        return (gradient_step if differentiates else ddpo_step)(self.setup, state, abandonable)
+        try:
+            return (gradient_step if differentiates else ddpo_step)(self.setup, state, abandonable)
+        except Overflow as error:
+            raise UserError(f"at step {state.step + 1}: {what_overflowed(self.setup, state.step) or error}") from None
 
     def note(self, row: Row) -> str:
         return f"reward {row['reward']:.3f}, kl {row['kl']:.2e}"

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 
 from draftplus.config.schema import OptimConfig
+from draftplus.diffusion.overflow import Overflow
 from draftplus.errors import UserError
 from draftplus.runs.rows import reward_names
 from draftplus.training.optim import learning_rate, parameter_norm
@@ -54,7 +55,10 @@ def skip(state: State, means: Mapping[str, float], norm: float) -> None:
         return
     bad = [name for name, value in {**means, "grad_norm": norm}.items() if not math.isfinite(value)]
     rewards = reward_names(bad)
+    at = f"(step {state.step + 1})"
     when = "at the first step" if state.step == 0 else f"in {MOST_SKIPPED_IN_A_ROW} updates in a row"
+    if "clipped_fraction" in bad:  # without an image there is no reward to blame
+        raise Overflow(f"the images are not finite {when} {at}; use model.dtype=float32. This step was discarded")
     what = f"reward '{rewards[0]}' is" if rewards else f"{', '.join(bad)} is"
     remedy = "check what it returns for images in [0, 1]" if rewards else "lower optim.lr, or use model.dtype=float32"
-    raise UserError(f"{what} not finite {when} (step {state.step + 1}); {remedy}. This step was discarded")
+    raise UserError(f"{what} not finite {when} {at}; {remedy}. This step was discarded")
