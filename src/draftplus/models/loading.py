@@ -214,4 +214,5 @@ def loading(key: str, value: str, family: str = "") -> Iterator[None]:
                 "download)"
             )
         wanted = f" as {family}" if family else ""
-        raise UserError(f"{key} '{value}': cannot be loaded{wanted}: {first_line(error)}{hint}") from error
+        said = first_line(error).partition(". If you want")[0]  # diffusers goes on with arguments that nobody can give
+        raise UserError(f"{key} '{value}': cannot be loaded{wanted}: {said}{hint}") from error

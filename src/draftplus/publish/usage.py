@@ -66,6 +66,7 @@ def snippet(config: Config, form: str, lora: bool, file: str, dtype: str | None,
             base = json.dumps(config.model.path, ensure_ascii=False)
         load = "from_single_file" if is_single_file(config.model.path) else "from_pretrained"
         revision = f", revision={json.dumps(config.model.revision)}" if config.model.revision else ""
+        revision += f", variant={json.dumps(config.model.variant)}" if config.model.variant else ""
         told_config = f", config={json.dumps(config.model.config)}" if config.model.config else ""
         unet = ", unet=UNet2DConditionModel.from_pretrained(here)" if whole else ""
         lines.append(f"pipeline = StableDiffusionPipeline.{load}({base}{revision}{told_config}{unet})")
