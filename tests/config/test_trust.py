@@ -216,7 +216,7 @@ def test_python_s_own_functions_are_no_rewards(name: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         draftplus.load_reward(name, device="cpu")
     if "Python itself" in words:
-        with trusting(True), pytest.raises(UserError, match=words):
+        with trusting(True), pytest.raises(UserError, match=f"theirs.yaml: .*{words}"):
             load_config(recipe(f"reward: {name}"))
 
 

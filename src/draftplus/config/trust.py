@@ -40,11 +40,13 @@ def trusting(given: bool) -> Iterator[None]:
         _GIVEN.reset(token)
 
 
-def refuse_library(reference: str) -> None:
+def refuse_library(reference: str, where: str = "") -> None:
     """UserError for what belongs to Python itself, in which no function is a reward and many do harm."""
     top = reference.partition(":")[0].partition(".")[0]
     if top in sys.stdlib_module_names:
-        raise UserError(f"reward '{reference}': {top} is a module of Python itself, and nothing in it is a reward")
+        raise UserError(
+            f"{where}reward '{reference}': {top} is a module of Python itself, and nothing in it is a reward"
+        )
 
 
 def refuse_untrusted(
@@ -61,11 +63,11 @@ def refuse_untrusted(
     for reference, (key, settings) in named_by(config).items():
         if only is not None and reference not in only:
             continue
-        refuse_library(reference)
+        file = whose.get(reference, files[-1][0])  # what no layer names in so many words is the last file's
+        refuse_library(reference, f"{file}: " if reference not in own else "")
         alone = own.get(reference) == {"path": settings.path, "args": settings.args}
         if alone or (reference in own and reference not in whose):
             continue
-        file = whose.get(reference, files[-1][0])  # a reference can also be put together, as ${...}
         known, code = _trusted(file).get(reference), digest(reference, settings)
         if known != code and not _GIVEN.get():
             changed = "has changed since you trusted it" if known else "runs only if you trust it"
