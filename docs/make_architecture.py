@@ -28,8 +28,8 @@ CAPTION = [
     "nor where it is from the vocabulary, which everything may import.",
 ]
 
-WIDTH = 960
-LEFT, RIGHT = 130, 934  # where boxes may stand
+WIDTH = 1010
+LEFT, RIGHT = 130, 984  # where boxes may stand
 ALONE = 600  # width of a box without neighbours; arrows pass on both sides
 GAP, EDGE, ARC = 38, 13, 16  # between rows; between a box and its band's edge; of an arrow above its row
 NAME, FILE, LINE = 7.9, 7.3, 17  # width of a letter in names and in files, height of a line

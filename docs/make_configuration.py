@@ -34,8 +34,8 @@ Where a key's value is text, `key=value` takes it literally, whatever YAML would
 `sampler.negative_prompt=no`, `'sampler.negative_prompt=[deformed | disfigured], poorly drawn # really'`. Two things are
 special: `null` means none, and text that is as a whole in quotes is what stands between them, so that
 `'sampler.negative_prompt="null"'` is the word. All other values are read as YAML: numbers, lists, mappings, a reward's
-`args`. In a YAML file a word that YAML takes for something else (`no`, `on`, `1e5`, `007`, `12:30`) is refused for a
-key that is text, with the advice to put it in quotes. `config.yaml` of a run keeps every text as it was.
+`args`. In a YAML file a word that YAML takes for something else (`no`, `on`, `1e5`, `007`) is refused for a key that
+is text, with the advice to put it in quotes. `config.yaml` of a run keeps every text as it was.
 
 References such as `${oc.env:NAME}` are not resolved, because the files of a run would keep what they stand for: they
 are refused, and `\\${` writes the text `${` in a YAML file. Give such a value on the command line, where the shell
@@ -71,6 +71,7 @@ NOTES = {
     "sampler": "How images are sampled: in training, in evaluation and in `draftplus generate`.",
     "objective": "What is optimised; see [concepts](concepts.md).",
     "reward": "Settings of each reward, under its name; see [rewards](rewards.md).",
+    "data": "Which files can be read: see [prompts](prompts.md).",
     "train": "The length of the run is set by `steps` or `epochs`; if both are given, `epochs` counts.",
     "eval": "Evaluation uses prompts and seeds that are never used in training.",
     "log": "TensorBoard writes to `tensorboard/` in the run directory; the other two need the extra of the same name.",

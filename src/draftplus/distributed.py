@@ -62,8 +62,8 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError):
+        torch.empty(1, device=device).item()  # "meta" makes tensors without content
+    except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"device '{name}' is not available on this machine; try device=auto or device=cpu") from None
     return device
 

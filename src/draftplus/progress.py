@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
+from draftplus.errors import printable
+
 Advance = Callable[[int, str], None]  # (units done so far, what to say)
 
 QUIET = 2.0  # seconds in which a job may end without a word
@@ -67,7 +69,7 @@ def _bar(title: str, total: int | None, unit: str) -> Iterator[Progress]:
     # a step may take longer than the 30 s over which rich would measure the speed; what is not counted leaves no bar
     with Bar(*columns, console=Console(stderr=True), transient=total is None, speed_estimate_period=1800) as bar:
         task = bar.add_task(title, total=total, note="")
-        yield Progress(lambda done, note, event: bar.update(task, completed=done, note=note))
+        yield Progress(lambda done, note, event: bar.update(task, completed=done, note=printable(note)))
 
 
 @contextmanager
@@ -90,7 +92,7 @@ def _lines(title: str, total: int | None, unit: str) -> Iterator[Progress]:
 
 def _write(line: str) -> None:
     with suppress(OSError, ValueError):  # who read it has gone; a job does not end for that
-        print(line, file=sys.stderr, flush=True)
+        print(printable(line), file=sys.stderr, flush=True)
 
 
 @dataclass

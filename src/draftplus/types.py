@@ -166,11 +166,6 @@ class Model(Protocol):
         """
         ...
 
-    @property
-    def decoder_dtype(self) -> torch.dtype:
-        """The precision of the decoder's weights."""
-        ...
-
     def blocks(self) -> Sequence[torch.nn.Module]:
         """The denoiser's repeated blocks, the units in which it may be sharded or compiled."""
         ...

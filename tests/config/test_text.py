@@ -156,16 +156,6 @@ def test_what_is_no_recipe_is_not_printed(tmp_path: Path, content: str, name: st
         assert not any(word in message.replace(str(tmp_path), "") for word in ("secret", "root", "hash", "$y$"))
 
 
-def test_a_file_that_may_not_be_read_is_no_broken_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "recipe.yaml").write_text("seed: 1")
-
-    def denied(*_: object, **__: object) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(Path, "read_text", denied)
-    assert refused(recipe=tmp_path / "recipe.yaml").endswith("recipe.yaml: cannot be read: Permission denied")
-
-
 def test_a_configuration_made_in_python_is_checked_too() -> None:
     with pytest.raises(UserError, match=r"optim\.lr: 'fast' is not a number"):
         load_config(None, base=replace(Config(), optim=replace(Config().optim, lr="fast")))  # type: ignore[arg-type]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from draftplus.config import load_config, run_name
+from draftplus.config import load_config, run_name, trusting
 from draftplus.data.prompts import load_prompts
 from draftplus.distributed import World
 from draftplus.errors import UserError
@@ -29,7 +29,7 @@ REWARD = "from helper import SCALE\n\n\ndef score(images, prompts):\n    return 
 
 
 @pytest.fixture
-def project(settings: list[str], small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def project(settings: list[str], small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A directory with a recipe that names a model, prompts and a reward of its own by relative paths."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -41,7 +41,8 @@ def project(settings: list[str], small: Path, tmp_path: Path, monkeypatch: pytes
     recipe.write_text(text.replace("tests.support.rewards:redness", "mine:score"))
     for name in ("mine", "helper"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    return tmp_path
+    with trusting(True):  # what is refused here is refused of a run whose code is trusted
+        yield tmp_path
 
 
 def begin(*overrides: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -13,8 +14,9 @@ import typer
 
 from draftplus import __version__
 from draftplus.cli import evaluate, export, generate, report, sweep, train
+from draftplus.cli.failures import in_one_line
 from draftplus.cli.shared import examples
-from draftplus.errors import Interrupted, UserError
+from draftplus.errors import Interrupted, UserError, printable
 from draftplus.launcher import end_with_launcher
 
 # typer brings its own copy of click in some versions, so its base class is reached through typer
@@ -68,7 +70,7 @@ def main() -> None:
         _fail(f"{error.format_message().rstrip('.')}; see draftplus --help")
     except Interrupted as stopped:
         if stopped.args:
-            print(f"draftplus: {stopped}", file=sys.stderr)
+            print(f"draftplus: {printable(str(stopped))}", file=sys.stderr)
             sys.exit(130)
         sys.exit(1)
     except typer.Abort:
@@ -77,7 +79,13 @@ def main() -> None:
         _fail(
             f"{error.filename or 'a file'}: {error.strerror or error}; ask its owner, or use another file or directory"
         )
-    except Exception:
+    except BrokenPipeError:  # whoever read the output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the interpreter does not fail at exit
+        sys.exit(1)
+    except Exception as error:
+        told = in_one_line(error)
+        if told is not None:
+            _fail(told, 1)
         traceback.print_exc()
         sys.exit(1)
     finally:
@@ -91,6 +99,6 @@ def _on_interrupt(number: int, frame: FrameType | None) -> None:
     raise Interrupted("interrupted")
 
 
-def _fail(message: str) -> None:
-    print(f"draftplus: {message}", file=sys.stderr)
-    sys.exit(2)
+def _fail(message: str, status: int = 2) -> None:
+    print(f"draftplus: {printable(message)}", file=sys.stderr)
+    sys.exit(status)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from draftplus.cli.shared import PROMPTS, Anneal, LoraScale, Trust, examples, identity, prompts_of, read_seeds
-from draftplus.errors import UserError
+from draftplus.errors import UserError, printable
 from draftplus.runs.rows import REWARD, MetricRow, read_target
 
 EXAMPLES = examples(
@@ -72,7 +72,7 @@ def evaluate(
     trust: Trust = False,
 ) -> None:
     """Measure reward and diversity of models and runs. All use the same prompts and seeds as the base model."""
-    settings = [text for text in arguments if "=" in text and not Path(text.partition("@")[0]).exists()]
+    settings = [text for text in arguments if "=" in text and not Path(text.rpartition("@")[0] or text).exists()]
     targets = [text for text in arguments if text not in settings]
     if not targets:
         missing = f" ({settings[0]} does not exist, so it was read as a setting)" if settings else ""
@@ -105,6 +105,7 @@ def print_evaluation(told: dict[str, Any]) -> None:
     """Prints every target's metrics with their standard errors and their changes from the base model."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     rows = [read_target(target) for target in told["targets"]]
     table = Table(box=None, pad_edge=False)
@@ -112,7 +113,7 @@ def print_evaluation(told: dict[str, Any]) -> None:
     for name in rows[0].metrics:
         table.add_column(name.removeprefix(REWARD), justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(row.label, *(shown(metric) for metric in row.metrics.values()))
+        table.add_row(Text(printable(row.label)), *(shown(metric) for metric in row.metrics.values()))
     # as wide as needed: a terminal wraps a line that is too long, whereas rich would cut the numbers off
     Console(width=40 + 40 * len(table.columns)).print(table)
     images, prompts = len(told["seeds"]), len(told["prompts"])

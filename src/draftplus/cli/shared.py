@@ -30,6 +30,7 @@ def examples(text: str) -> str:
     return "\n\n".join("\b\n" + paragraph for paragraph in text.split("\n\n"))
 
 
+MOST_SEEDS = 1_000_000
 PROMPTS = "Built-in prompt set, or a file or shards of prompts, as for data.prompts."
 
 
@@ -56,7 +57,10 @@ def read_seeds(text: str) -> list[int]:
     """The seeds of `--seeds`, each once. Raises UserError for anything else."""
     first, colon, end = text.partition(":")
     try:
-        seeds = list(range(int(first), int(end))) if colon else [int(part) for part in text.split(",")]
+        given = range(int(first), int(end)) if colon else [int(part) for part in text.split(",")]
+        if len(given[: MOST_SEEDS + 1]) > MOST_SEEDS:
+            raise UserError(f"--seeds '{text}': more than {MOST_SEEDS:,} seeds; give fewer, such as 0:16")
+        seeds = list(given)
     except ValueError:
         seeds = []
     if not seeds or min(seeds) < 0 or max(seeds) >= 2**63:

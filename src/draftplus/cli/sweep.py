@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from draftplus.cli.shared import Trust, examples
-from draftplus.errors import UserError
+from draftplus.errors import UserError, printable
 
 EXAMPLES = examples(
     "Examples:\n"
@@ -46,7 +46,7 @@ def sweep(
     with trusting(trust):
         planned = plan_sweep(recipe, parse_grid(grid or []), name)
     if dry_run:
-        print("\n".join(f"{run.name}  {' '.join(run.settings)}" for run in planned.runs))
+        print("\n".join(printable(f"{run.name}  {' '.join(run.settings)}") for run in planned.runs))
         print(f"{len(planned.runs)} runs, {sum(run.steps for run in planned.runs):,} steps: {planned.directory}")
         return
     from draftplus import api

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -35,7 +36,7 @@ def train(
     trust: Trust = False,
 ) -> None:
     """Fine-tune a model on a reward. Repeat the command to continue an unfinished run."""
-    if target and "=" in target:
+    if target and "=" in target and not Path(target).exists():
         settings = [target, *(settings or [])]
         target = None
     from draftplus import api

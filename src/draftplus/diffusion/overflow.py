@@ -39,9 +39,10 @@ class Watch:
         )
 
 
-def check_decoded(images: Tensor, dtype: torch.dtype) -> None:
-    """UserError for images that are not finite, of latents that are. dtype: of the decoder's weights."""
+def check_decoded(images: Tensor, model: Model) -> None:
+    """UserError for images that are not finite, of latents that are. model: that they are of."""
     if not images.isfinite().all():
+        dtype = _frozen_dtype(model)
         raise UserError(
             "the images are not finite although the latents are: after the last sampling step the autoencoder "
             f"overflowed in {_name(dtype)};\n{_remedy(dtype, 'check its weights')}"

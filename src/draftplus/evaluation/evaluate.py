@@ -30,7 +30,7 @@ from draftplus.metrics.intervals import Estimate, mean_over_images, paired_gain,
 from draftplus.metrics.lpips import pairwise_lpips
 from draftplus.metrics.metric import Seen
 from draftplus.progress import Advance, progress
-from draftplus.runs.files import make_output, whole_directory, write_text
+from draftplus.runs.files import output_held, whole_directory, write_text
 from draftplus.runs.journal import finite
 from draftplus.runs.rows import MetricRow, TargetRow, reward_key
 
@@ -58,7 +58,14 @@ def compare(
     targets = find_targets(names, overrides, knobs)
     which = images_of(targets, prompts, images_per_prompt, seeds)
     quiet_libraries()
-    make_output(output)
+    with output_held(output):
+        return _compare(targets, which, output, rewards, metrics, features, latents or output / "latents")
+
+
+def _compare(
+    targets: list[Target], which: Images, output: Path, rewards: Sequence[str], metrics: Sequence[str],
+    features: str | None, latents: Path,
+) -> dict[str, Any]:  # fmt: skip
     with progress("loading the rewards and metrics", None):
         tools = instruments_of(targets, which, rewards, metrics, features)
     rows: list[dict[str, Any]] = []
@@ -67,7 +74,7 @@ def compare(
     with progress("evaluating", len(targets) * len(which.jobs()), unit="images") as advance:
         for number, target in enumerate(targets):
             show = _shifted(advance, number * len(which.jobs()), target)
-            measured = _measure(target, which, tools, base, output, latents or output / "latents", show)
+            measured = _measure(target, which, tools, base, output, latents, show)
             base = base or measured
             rows.append(_row(target, which, tools, measured, base).row())
     told = {

@@ -19,7 +19,7 @@ from draftplus.evaluation.generate import TUNED, Job, Knobs, generate_images, jo
 from draftplus.evaluation.pictures import save_pictures
 from draftplus.evaluation.scores import score_images
 from draftplus.progress import progress
-from draftplus.runs.files import make_output, write_text
+from draftplus.runs.files import disk_errors, output_held, write_text
 from draftplus.runs.journal import finite
 from draftplus.runs.rows import reward_key
 from draftplus.runs.weights import find_weights, intact
@@ -66,6 +66,8 @@ def make_gallery(
 
     Raises UserError for a user's mistake, before any image is made.
     """
+    if "" in (prompt.strip() for prompt in prompts):
+        raise UserError("a prompt is empty; describe a picture, such as 'a cat'")
     weights = find_weights(target, overrides, code=rewards)
     if adapter is not None and not adapter.exists():
         raise UserError(f"--adapter '{adapter}': no such file or directory")
@@ -98,5 +100,7 @@ def write_gallery(
 
     Raises UserError, before any image is made, also if `output` cannot be written.
     """
-    make_output(output)
-    return make_gallery(target, prompts, seeds, overrides, adapter, knobs, rewards).save(output)
+    with output_held(output):
+        gallery = make_gallery(target, prompts, seeds, overrides, adapter, knobs, rewards)
+        with disk_errors(output):
+            return gallery.save(output)

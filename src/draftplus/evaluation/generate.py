@@ -102,7 +102,7 @@ def decoded(model: Model, latents: Tensor, batch_size: int) -> Tensor:
     """
     parts = chunks(len(latents), batch_size)
     images = torch.cat([model.decode(latents[rows].to(model.device)).float().cpu() for rows in parts])
-    check_decoded(images, model.decoder_dtype)
+    check_decoded(images, model)
     return images
 
 

@@ -36,6 +36,8 @@ def images_of(
 ) -> Images:
     """The prompts and seeds: those that are given, else those of the first run's evaluation during training."""
     chosen = list(dict.fromkeys(prompts)) if prompts is not None else _held_out(targets)
+    if "" in (prompt.strip() for prompt in chosen):
+        raise UserError("a prompt is empty; describe a picture, such as 'a cat', or leave it out")
     if not chosen:
         raise UserError(
             "no prompts given; give at least one, or leave prompts out to use the held-out prompts of the run"

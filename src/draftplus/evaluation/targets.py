@@ -110,8 +110,9 @@ def _find(name: str, overrides: Sequence[str], knobs: Knobs, settings: Config | 
 
 def _run_of(name: str) -> Path | None:
     """The run of a target that is a run, one of its steps, or one of its adapter directories."""
-    if is_run(name.partition("@")[0]):
-        return Path(name.partition("@")[0])
+    for one in (name, name.rpartition("@")[0]):
+        if one and is_run(one):
+            return Path(one)
     path = Path(name)
     return next((up for up in list(path.parents)[:3] if _is_adapter(path) and is_run(up)), None)
 

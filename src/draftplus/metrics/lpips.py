@@ -33,7 +33,8 @@ def pairwise_lpips(images: Tensor, weights: str | Path = WEIGHTS) -> Tensor:
     """
     if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < SMALLEST or len(images) == 0:
         raise UserError(
-            f"LPIPS needs n >= 1 images (n, 3, H, W), sides of at least {SMALLEST} pixels, got {tuple(images.shape)}."
+            f"LPIPS needs n >= 1 images (n, 3, H, W), sides of at least {SMALLEST} pixels, got {tuple(images.shape)}; "
+            "raise sampler.height and sampler.width."
         )
     if not images.is_floating_point() or images.amin() < -0.01 or images.amax() > 1.01:
         raise UserError(

@@ -102,13 +102,8 @@ class StableDiffusion:
         raw: Tensor = unet(latents.to(dtype), timestep, encoder_hidden_states=hidden, **extras, return_dict=False)[0]
         return raw
 
-    @property
-    def decoder_dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self.vae.dtype
-        return dtype
-
     def decode(self, latents: Tensor) -> Tensor:
-        config, dtype = self.vae.config, self.decoder_dtype
+        config, dtype = self.vae.config, self.vae.dtype
         latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
         image = self.vae.decode(latents.to(dtype), return_dict=False)[0]
         image = image + 0 * image  # an overflow becomes NaN, where clamp would make white or black of it

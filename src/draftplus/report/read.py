@@ -142,7 +142,7 @@ def _read_rows(
         try:
             row = loads(line)
             row["step"] = int(row["step"])
-        except (ValueError, TypeError, KeyError, OverflowError):
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             run.missing.append(f"{name}, line {number} (not a row with a step)")
             continue
         bad = ill_formed(row)
@@ -162,11 +162,15 @@ def _read_samples(run: Run) -> None:
             continue
         step = int(match[1])
         named = {path: m for path in sorted(directory.glob("*.png")) if (m := SAMPLE_FILE.fullmatch(path.name))}
-        broken += [path for path in named if not _is_whole(path)]
-        pictures = {(int(m["prompt"]), int(m["seed"])): path for path, m in named.items() if path not in broken}
+        huge = {path for path in named if _is_huge(path)}
+        run.missing += [f"{path.relative_to(run.directory)} (a picture too large to be read)" for path in sorted(huge)]
+        broken += [path for path in named if path not in huge and not _is_whole(path)]
+        left_out = {*huge, *broken}
+        pictures = {(int(m["prompt"]), int(m["seed"])): path for path, m in named.items() if path not in left_out}
         if pictures:
             run.samples[step] = pictures
-        if (directory / "grid.png").is_file() and _is_whole(directory / "grid.png"):
+        grid = directory / "grid.png"
+        if grid.is_file() and not _is_huge(grid) and _is_whole(grid):
             run.grids[step] = directory / "grid.png"
     if broken:
         first = broken[0].relative_to(run.directory)
@@ -179,6 +183,17 @@ def _read_samples(run: Run) -> None:
         run.prompts = [str(prompt) for prompt in prompts]
     else:
         run.missing.append("samples/prompts.json (prompts are shown by number)")
+
+
+def _is_huge(path: Path) -> bool:
+    """Whether Pillow refuses a picture for its size, which may be an attack on the reader's memory."""
+    try:
+        with Image.open(path):
+            return False
+    except Image.DecompressionBombError:
+        return True
+    except (OSError, SyntaxError, ValueError):
+        return False
 
 
 def _is_whole(path: Path) -> bool:
@@ -220,6 +235,6 @@ def _read_json(run: Run, name: str) -> Any:
         return None
     try:
         return loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         run.missing.append(f"{name} (not JSON)")
         return None

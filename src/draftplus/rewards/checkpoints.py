@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from draftplus.errors import UserError
+from draftplus.hub import why_offline
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -53,11 +54,12 @@ def read_json(path: str, name: str, revision: str | None = None) -> dict[str, An
 def _file(path: str, name: str, revision: str | None) -> str | None:
     from transformers.utils import cached_file
 
+    offline = None if Path(path).is_dir() else why_offline()
     try:
         return cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
     except OSError as error:
         raise UserError(
-            f"reward weights '{path}' were found neither on this disk nor on the hub: {_first(error)}"
+            f"reward weights '{path}' were found neither on this disk nor on the hub: {offline or _first(error)}"
         ) from error
 
 

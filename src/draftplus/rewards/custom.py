@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,7 +90,7 @@ def load_custom(spec: str, path: str | None, args: Mapping[str, Any], device: An
 def resolve_custom(spec: str) -> Any:
     """The object that `package.module:object` names; modules in the working directory can be imported.
 
-    UserError if there is no such module or object. Exceptions of the user's own code pass through.
+    UserError if there is no such module or object, or importing the module fails, with its file and line.
     """
     module_name, colon, attribute = spec.partition(":")
     if not colon or not module_name or not attribute:
@@ -99,9 +100,15 @@ def resolve_custom(spec: str) -> Any:
         with _working_directory_first(), Unharmed(spec)("when it was imported"):
             target = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
+        if not f"{module_name}.".startswith(f"{error.name}."):  # a module that it imports itself
+            raise UserError(_broken(spec, error)) from error
         raise UserError(
             f"reward '{spec}': there is no module '{error.name}' in {Path.cwd()}, nor is one installed."
         ) from error
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise UserError(_broken(spec, error)) from error
     for name in attribute.split("."):
         try:
             target = getattr(target, name)
@@ -132,3 +139,14 @@ def _working_directory_first() -> Iterator[None]:
         sys.path.remove(here)
         if here not in sys.path:
             sys.path.append(here)
+
+
+def _broken(spec: str, error: BaseException) -> str:
+    """Which line of the user's own files fails on import, and how."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
+    here = [frame for frame in frames[1:] if Path(frame.filename).is_relative_to(Path.cwd())] or frames
+    file, line, what = here[-1].filename, here[-1].lineno, str(error)
+    if isinstance(error, SyntaxError):
+        file, line, what = error.filename or file, error.lineno or line, error.msg
+    reason = what.splitlines()[0] if what else ""
+    return f"reward '{spec}' cannot be imported: {file}, line {line}: {type(error).__name__}: {reason}".rstrip(": ")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -39,6 +40,7 @@ def locked(run: Path) -> Iterator[None]:
 
     Raises UserError where it cannot be written, or another process trains in it.
     """
+    made = [path for path in (run, *run.parents) if not path.exists()]
     try:
         run.mkdir(parents=True, exist_ok=True)
         # a look at whether it is held, `is_held`, takes no longer than the timeout
@@ -54,6 +56,13 @@ def locked(run: Path) -> Iterator[None]:
         ) from None
     try:
         yield
+    except Exception:
+        if made and not any((run / name).exists() for name in ("metrics.jsonl", "eval.jsonl", "checkpoints")):
+            shutil.rmtree(run, ignore_errors=True)  # it failed before it had a result, and the directory was its own
+            with suppress(OSError):  # others may have come to use one of those above
+                for path in made[1:]:
+                    path.rmdir()
+        raise
     finally:
         lock.release()
 

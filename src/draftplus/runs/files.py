@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from draftplus.errors import UserError
 from draftplus.runs.checksums import write_sums
 
@@ -83,6 +85,26 @@ def make_output(directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"'{directory}' cannot be created: {error.strerror}; name another output directory") from None
+
+
+@contextmanager
+def output_held(directory: Path) -> Iterator[None]:
+    """`make_output`, and the directory is held against a second process.
+
+    Raises UserError where it cannot be made, or another process writes to it.
+    """
+    make_output(directory)
+    try:
+        lock = FileLock(directory / ".lock", timeout=0, mode=file_mode(directory))
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"'{directory}': another process is writing to it; name another output directory") from None
+    except OSError as error:
+        raise UserError(f"'{directory}' cannot be written: {error.strerror}; name another output directory") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_text(target: Path, text: str) -> None:

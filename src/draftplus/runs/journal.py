@@ -31,7 +31,7 @@ def read_rows(path: Path) -> list[Row]:
     for number, line in enumerate([*lines, torn], 1):
         try:
             row = json.loads(line.decode("utf-8"))
-        except ValueError:
+        except (ValueError, RecursionError):
             if number <= len(lines):
                 raise _damaged(path, number, "is not JSON") from None
             continue

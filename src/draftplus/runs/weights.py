@@ -30,9 +30,10 @@ def find_weights(target: str, overrides: Sequence[str] = (), code: Collection[st
 
     Raises UserError for a step that was not saved, and for code of a run that is not trusted.
     """
-    path, _, at = target.partition("@")
+    path, sign, at = ("", "", "") if is_run(target) else target.rpartition("@")
+    path = path or target
     if not is_run(path):
-        if at:
+        if sign:
             raise UserError(f"'{target}': {path} is not a run directory, so it has no '{at}'")
         _refuse_missing(target)
         if lora_file(Path(target).expanduser()) is not None:
@@ -46,7 +47,7 @@ def find_weights(target: str, overrides: Sequence[str] = (), code: Collection[st
     run = Path(path) if Path(path).name not in ("", "..") else Path(path).resolve()  # "." has no name
     config = resolve(run_config(run, overrides, code))
     steps = saved_steps(run / "adapters")
-    if not at:
+    if not sign:
         adapter = run / "adapter"
         if not adapter.is_dir():
             if not steps:
@@ -64,9 +65,9 @@ def find_weights(target: str, overrides: Sequence[str] = (), code: Collection[st
 
 
 def intact(adapter: Path) -> Path:
-    """A directory of trained weights. Raises UserError where its files are not as they were written."""
+    """Trained weights, a directory or a file. Raises UserError where the files there are not as they were written."""
     try:
-        verify(adapter)
+        verify(adapter if adapter.is_dir() else adapter.parent)
     except ValueError as error:
         others = "the same draftplus train command writes adapter/ again, and RUN@step names the weights of a step"
         raise UserError(f"{adapter}: damaged ({error}); use other weights: {others}") from None

@@ -17,6 +17,7 @@ from draftplus.errors import UserError
 from draftplus.evaluation.held_out import EvaluationSet, evaluate_held_out, evaluation_set, same_images
 from draftplus.evaluation.scores import Rewards
 from draftplus.evaluation.variants import add_variants, check_checkpoints
+from draftplus.metrics.lpips import SMALLEST
 from draftplus.progress import Advance
 from draftplus.runs.inputs import same_inputs
 from draftplus.runs.journal import Row
@@ -126,6 +127,9 @@ def fine_tuning(config: Config, run: Path, placement: Placement, here: World) ->
     placement.place(model)
     rewards = build_rewards({**config.reward, **config.eval.rewards}, here.device)
     problem = build_problem(config, model, rewards)
+    for key, side in (("sampler.height", config.sampler.height), ("sampler.width", config.sampler.width)):
+        if side is not None and side < SMALLEST:
+            raise UserError(f"{key} is {side}; evaluation compares pictures by LPIPS, which needs {SMALLEST} pixels")
     shape = model.latent_shape(config.sampler.height, config.sampler.width)
     setup = Setup(config, problem, prompts.train, shape, micro, here, placement)
     inputs = same_inputs(config, run, prompts.train, here)

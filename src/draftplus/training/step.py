@@ -175,7 +175,7 @@ def what_overflowed(setup: Setup, step: int) -> str | None:
         latents = sample(watch, start, sampler.schedule, sampler.solver, noise=fresh).latents
         try:
             watch.check(latents, len(sampler.schedule), problem.model)
-            check_decoded(problem.model.decode(latents), problem.model.decoder_dtype)
+            check_decoded(problem.model.decode(latents), problem.model)
         except UserError as error:
             return str(error)
     return None
