@@ -89,10 +89,11 @@ def make_output(directory: Path) -> None:
 
 @contextmanager
 def output_held(directory: Path) -> Iterator[None]:
-    """`make_output`, and the directory is held against a second process.
+    """`make_output`, and the directory is held against a second process. What was refused leaves no new one behind.
 
     Raises UserError where it cannot be made, or another process writes to it.
     """
+    new = not directory.exists()
     make_output(directory)
     try:
         lock = FileLock(directory / ".lock", timeout=0, mode=file_mode(directory))
@@ -105,6 +106,8 @@ def output_held(directory: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+        if new and {path.name for path in directory.iterdir()} <= {".lock"}:
+            shutil.rmtree(directory)
 
 
 def write_text(target: Path, text: str) -> None:
