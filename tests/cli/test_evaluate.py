@@ -15,7 +15,7 @@ SMALL = ["--images-per-prompt", "2", "device=cpu", "sampler.steps=2"]
 
 
 def test_the_command(draftplus: Callable[..., Any], settings: list[str], tmp_path: Path) -> None:
-    # a directory with '=' in its name, such as one that was renamed, is a target and no setting
+    # a directory with '=' in its name, which no run gets any more, is a target and no setting
     run = train_here(settings, "train.steps=1")
     run = run.rename(run.with_name("lr=0.01"))
     prompts = tmp_path / "mine.txt"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -93,7 +93,7 @@ def output_held(directory: Path) -> Iterator[None]:
 
     Raises UserError where it cannot be made, or another process writes to it.
     """
-    new = not directory.exists()
+    made = [path for path in (directory, *directory.parents) if not path.exists()]
     make_output(directory)
     try:
         lock = FileLock(directory / ".lock", timeout=0, mode=file_mode(directory))
@@ -104,10 +104,23 @@ def output_held(directory: Path) -> Iterator[None]:
         raise UserError(f"'{directory}' cannot be written: {error.strerror}; name another output directory") from None
     try:
         yield
+    except Exception:
+        remove_made(made, keep=lambda: any(one.name != ".lock" for one in directory.iterdir()))
+        raise
     finally:
         lock.release()
-        if new and {path.name for path in directory.iterdir()} <= {".lock"}:
-            shutil.rmtree(directory)
+
+
+def remove_made(made: Sequence[Path], keep: Callable[[], bool]) -> None:
+    """Removes the directories that a command made, the innermost first, where it failed before it had a result.
+
+    keep: whether the innermost has one.
+    """
+    if made and not keep():
+        shutil.rmtree(made[0], ignore_errors=True)
+        with suppress(OSError):  # others may have come to use those above
+            for path in made[1:]:
+                path.rmdir()
 
 
 def write_text(target: Path, text: str) -> None:
