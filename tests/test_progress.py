@@ -157,7 +157,8 @@ def test_a_log_file_of_every_command(settings: list[str], tmp_path: Path) -> Non
         return said(lambda: Child(impatient, [list(arguments)], tmp_path, {}))
 
     trained = run("train", *settings, "eval.every=2", "objective.kl_coeff=0.1", "train.steps=6")
-    evaluated = [line for line in trained if "held-out reward" in line]
+    spoken = [line for line in trained if "held-out reward" in line]
+    evaluated = list({line.split()[1]: line for line in spoken[::-1]}.values())[::-1]  # the first of each step
     number, time = r"-?[\d.]+(e[+-]\d+)?", r"[\d.]+ (s|min)( \d+ s)?"
     assert len(evaluated) == 4, trained  # steps 0, 2, 4 and 6
     for step, line in zip((2, 4), evaluated[1:3], strict=True):

@@ -25,6 +25,8 @@ def draftplus(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Callable[..., Pri
 
     def run(*arguments: object) -> Printed:
         monkeypatch.setattr("sys.argv", ["draftplus", *map(str, arguments)])
+        for seconds in ("QUIET", "FIRST", "APART"):  # a slow machine would add lines of its own
+            monkeypatch.setattr(f"draftplus.progress.{seconds}", 3600.0)
         capsys.readouterr()
         try:
             cli.main()

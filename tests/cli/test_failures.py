@@ -182,3 +182,12 @@ def test_a_hub_that_cannot_be_reached_is_one_line_at_once(monkeypatch: pytest.Mo
 def test_an_empty_prompt_in_python(small: Path) -> None:
     with pytest.raises(UserError, match="a prompt is empty"):
         draftplus.api.generate(str(small), ["a cat", ""], [0])
+
+
+def test_a_command_that_is_refused_leaves_no_directory(
+    refused: Refused, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused(["evaluate", small, "--prompts", "animals", "--metric", "lpisp"], "did you mean 'lpips'")
+    refused(["generate", small, "--prompt", "a cat", "device=meta"], "device 'meta'")
+    assert list(tmp_path.iterdir()) == []

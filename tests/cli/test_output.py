@@ -79,6 +79,12 @@ def test_a_directory_that_is_named_is_taken(draftplus: Callable[..., Any], run: 
     assert not Path("generated").exists() and not Path("mine/command.json").exists()
 
 
+def test_what_is_refused_leaves_no_directory(draftplus: Callable[..., Any], run: Path) -> None:
+    assert draftplus("evaluate", run, "--metric", "lpisp").code == 2
+    assert draftplus("generate", run, "--prompt", "a cat", "--reward", "emoji_clap").code == 2
+    assert not [*Path("evaluated").glob("*"), *Path("generated").glob("*")]
+
+
 def test_what_was_stopped_goes_on_in_its_own_directory(draftplus: Callable[..., Any], run: Path) -> None:
     assert draftplus("evaluate", run).code == 0
     Path("evaluated/run/eval.json").unlink()

@@ -26,8 +26,6 @@ def check(config: Config) -> None:
     """
     for key, facts, value in values(config):
         _check_value(key, facts, value)
-    if config.name is not None:
-        refuse_bad_name("name", config.name)
     if not config.output_dir.strip():
         raise UserError("output_dir is empty; name a directory, such as output_dir=runs")
     if config.train.steps is None and config.train.epochs is None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from draftplus.config.check import check
+from draftplus.config.check import check, refuse_bad_name
 from draftplus.config.keys import CHANGEABLE, flatten, is_below, keys_where, nearest, to_dict
 from draftplus.config.reading import read_text, read_value, read_yaml
 from draftplus.config.schema import Config
@@ -33,6 +33,8 @@ def load_config(recipe: str | Path | None = None, overrides: Sequence[str] = (),
     """
     layers = _recipe_layers(recipe) if recipe is not None else []
     config = _merged(layers, overrides, base)
+    if config.name is not None:  # a run that is there already keeps its own
+        refuse_bad_name("name", config.name)
     refuse_untrusted(config, [(layer.file, layer.tree) for layer in layers if layer.file], given_by(overrides))
     return config
 

@@ -6,6 +6,7 @@ so the images come back bit for bit, at a fiftieth of the images' size.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def _read(directory: Path) -> dict[Job, Tensor]:
 def _write(directory: Path, batch: dict[Job, Tensor]) -> None:
     numbers = [int(file.stem) for file in directory.glob("*.safetensors") if file.stem.isdigit()]
     target = directory / f"{max(numbers, default=-1) + 1:06d}.safetensors"
-    building = target.with_name(f".{target.name}.building")
+    building = target.with_name(f".{target.name}.{os.getpid()}.building")  # two evaluations may share a base model
     with disk_errors(target):
         directory.mkdir(parents=True, exist_ok=True)
         save_file({f"{job.seed} {job.prompt}": latents.contiguous() for job, latents in batch.items()}, building)

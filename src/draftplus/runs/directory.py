@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -12,7 +11,7 @@ from filelock import FileLock, Timeout
 from draftplus.config import Config, remember, to_yaml
 from draftplus.errors import UserError
 from draftplus.runs import journal
-from draftplus.runs.files import clean, file_mode, remove, write_text
+from draftplus.runs.files import clean, file_mode, remove, remove_made, write_text
 from draftplus.runs.origin import ORIGIN, absolute_paths
 
 
@@ -57,11 +56,8 @@ def locked(run: Path) -> Iterator[None]:
     try:
         yield
     except Exception:
-        if made and not any((run / name).exists() for name in ("metrics.jsonl", "eval.jsonl", "checkpoints")):
-            shutil.rmtree(run, ignore_errors=True)  # it failed before it had a result, and the directory was its own
-            with suppress(OSError):  # others may have come to use one of those above
-                for path in made[1:]:
-                    path.rmdir()
+        results = ("metrics.jsonl", "eval.jsonl", "checkpoints")
+        remove_made(made, keep=lambda: any((run / name).exists() for name in results))
         raise
     finally:
         lock.release()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -89,10 +89,11 @@ def make_output(directory: Path) -> None:
 
 @contextmanager
 def output_held(directory: Path) -> Iterator[None]:
-    """`make_output`, and the directory is held against a second process.
+    """`make_output`, and the directory is held against a second process. What was refused leaves no new one behind.
 
     Raises UserError where it cannot be made, or another process writes to it.
     """
+    made = [path for path in (directory, *directory.parents) if not path.exists()]
     make_output(directory)
     try:
         lock = FileLock(directory / ".lock", timeout=0, mode=file_mode(directory))
@@ -103,8 +104,23 @@ def output_held(directory: Path) -> Iterator[None]:
         raise UserError(f"'{directory}' cannot be written: {error.strerror}; name another output directory") from None
     try:
         yield
+    except Exception:
+        remove_made(made, keep=lambda: any(one.name != ".lock" for one in directory.iterdir()))
+        raise
     finally:
         lock.release()
+
+
+def remove_made(made: Sequence[Path], keep: Callable[[], bool]) -> None:
+    """Removes the directories that a command made, the innermost first, where it failed before it had a result.
+
+    keep: whether the innermost has one.
+    """
+    if made and not keep():
+        shutil.rmtree(made[0], ignore_errors=True)
+        with suppress(OSError):  # others may have come to use those above
+            for path in made[1:]:
+                path.rmdir()
 
 
 def write_text(target: Path, text: str) -> None:
