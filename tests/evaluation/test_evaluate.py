@@ -362,7 +362,7 @@ def test_other_rewards_of_one_name(run: Path, other: Path, tmp_path: Path) -> No
     config.write_text(before.replace("args: {}", "args: {gain: 2}"))
     try:
         with pytest.raises(UserError, match=rf"different settings for reward '{RED}'"):
-            api.evaluate([str(run), str(other)], prompts=PROMPTS, output=tmp_path)
+            api.evaluate([str(run), str(other)], prompts=PROMPTS, output=tmp_path, trust=True)
     finally:
         config.write_text(before)
 
