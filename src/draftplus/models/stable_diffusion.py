@@ -142,7 +142,7 @@ def load(
 
 
 def as_pipeline(model: StableDiffusion, scheduler: Any = None) -> Any:
-    """The stock pipeline of a model's parts, without a safety checker. Its constructor mends the UNet's configuration."""
+    """The stock pipeline of a model, without a safety checker. Its constructor mends the configuration of the UNet."""
     from diffusers import StableDiffusionPipeline
 
     return StableDiffusionPipeline(
