@@ -238,7 +238,9 @@ def test_code_that_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     importlib.import_module("rewards_of_mine.inner.good")
     names = {
-        "rewards_of_mine", "rewards_of_mine.inner", "rewards_of_mine.inner.good", "rewards_of_mine.inner.beside",
-        "rewards_of_mine.shared", "top_of_mine",
+        "rewards_of_mine __init__.py", "rewards_of_mine.inner __init__.py", "rewards_of_mine.inner.good good.py",
+        "rewards_of_mine.inner.beside beside.py", "rewards_of_mine.shared shared.py", "top_of_mine top_of_mine.py",
     }  # fmt: skip
+    assert code_of("rewards_of_mine.inner.good").keys() == names
+    (tmp_path / "top_of_mine.py").write_text("print 'of another Python'\n")  # which an import may try, and do without
     assert code_of("rewards_of_mine.inner.good").keys() == names

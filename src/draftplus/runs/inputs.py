@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from draftplus.build import REWARDS, reward_loader
 from draftplus.config import Config, ModelConfig, RewardConfig, values
+from draftplus.config.trust import sources
 from draftplus.distributed import World
 from draftplus.errors import UserError
 from draftplus.models.families import model_path
@@ -126,33 +126,11 @@ def _reward(name: str, config: RewardConfig) -> dict[str, str]:
 
 
 def code_of(module: str) -> dict[str, Path]:
-    """The source files of an imported module, and of those that it imports from beside it, by name."""
+    """The files of an imported module, and of those that it imports from beside it, by the names of both."""
     file = getattr(sys.modules.get(module), "__file__", None)
     if file is None:
         return {}
     above = module.count(".") + (Path(file).name == "__init__.py")
-    root, found = Path(file).resolve().parents[above], dict[str, Path]()
+    root = Path(file).resolve().parents[above]
     installed = {"site-packages", "dist-packages"} & set(root.parts)
-    _follow(root, module, module.partition(".")[0] if installed else "", found)
-    return found
-
-
-def _follow(root: Path, module: str, only: str, found: dict[str, Path]) -> None:
-    place = root.joinpath(*module.split("."))
-    file = next((one for one in (place / "__init__.py", place.with_suffix(".py")) if one.is_file()), None)
-    if file is None or module in found or (only and module.partition(".")[0] != only):
-        return
-    found[module] = file
-    above = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
-    for node in ast.walk(ast.parse(file.read_bytes())):
-        names: list[str] = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = ".".join([*above[: len(above) - node.level + 1], *filter(None, [node.module])] if node.level else [])
-            base = base or node.module or ""
-            names = [base, *(f"{base}.{alias.name}".lstrip(".") for alias in node.names)]
-        for name in names:
-            parts = name.split(".")
-            for end in range(1, len(parts) + 1):  # importing a module imports the packages that it is in
-                _follow(root, ".".join(parts[:end]), only, found)
+    return dict(sources(module, [root], only=module.partition(".")[0] if installed else ""))
