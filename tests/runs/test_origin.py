@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from draftplus.config import load_config, run_name, trusting
+from draftplus.config import RewardConfig, load_config, run_name, trusting
 from draftplus.data.prompts import load_prompts
 from draftplus.distributed import World
 from draftplus.errors import UserError
 from draftplus.report import write_report
 from draftplus.report.read import read_run
+from draftplus.runs import inputs
 from draftplus.runs.directory import write_config
 from draftplus.runs.inputs import code_of, same_inputs
 from draftplus.runs.origin import ORIGIN, read_origin, write_origin
@@ -239,6 +240,28 @@ def test_a_record_that_is_damaged(project: Path) -> None:
     edit(f"{run}/{ORIGIN}", "0.01", "0.02")()
     with pytest.raises(UserError, match=r"origin\.json: damaged .*remove it"):
         plan_run(run, [])
+
+
+def test_texts_that_are_no_files(project: Path) -> None:
+    """Among a reward's arguments, and for its path: other text is no file, and nobody reads a whole disk."""
+    (project / "data.json").write_text("{}")
+    (project / "weights").mkdir()
+    (project / "weights" / "a.pt").write_text("1")
+    texts = {"a": "/", "b": ".", "c": "", "d": "~nobody-of-this-name/x", "e": "x" * 300, "f": "a\0b", "g": "/dev/zero"}
+    given = RewardConfig(path="https://example.org/w.pt", args={**texts, "h": "data.json", "i": "weights", "j": 3})
+    assert inputs._reward("mine:score", given).keys() == {
+        "reward.mine:score", "reward.mine:score.path", "reward.mine:score.args.h", "reward.mine:score.args.i",
+    }  # fmt: skip
+
+
+def test_a_helper_that_cannot_be_read_is_followed_no_further(project: Path) -> None:
+    (project / "mine.py").write_text("try:\n    import old\nexcept SyntaxError:\n    pass\n" + REWARD)
+    (project / "old.py").write_text("print 'of Python 2'\n")
+    run = begin()
+    go_on(run)
+    (project / "old.py").write_text("print 'another'\n")
+    with pytest.raises(UserError, match=r"reward\.mine:score has another content"):
+        go_on(run)
 
 
 def test_code_that_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

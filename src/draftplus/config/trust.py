@@ -123,7 +123,7 @@ def _sources(reference: str) -> list[tuple[str, Path]]:
             name = ".".join(parts[:depth])
             if name not in found and parts[0] != "draftplus":
                 found[name] = _files_of(name)
-                waiting += [imported for path in found[name] for imported in _imports(name, path)]
+                waiting += [imported for path in found[name] for imported in imports_of(name, path)]
     return [(f"{name} {path.name}", path) for name, paths in sorted(found.items()) for path in paths]
 
 
@@ -147,12 +147,12 @@ def _places() -> Iterator[Path]:
             yield entry
 
 
-def _imports(module: str, path: Path) -> Iterator[str]:
+def imports_of(module: str, path: Path) -> Iterator[str]:
     """The modules that a source file names in its imports, wherever they stand."""
     package = module if path.stem == "__init__" else module.rpartition(".")[0]
     try:
         nodes = list(ast.walk(ast.parse(path.read_bytes()))) if path.suffix == ".py" else []
-    except (SyntaxError, ValueError):  # its import will say so
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # its import will say so, where there is one
         return
     for node in nodes:
         if isinstance(node, ast.Import):

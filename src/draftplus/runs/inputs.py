@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from draftplus.build import REWARDS, reward_loader
-from draftplus.config import Config, ModelConfig, RewardConfig, values
+from draftplus.config import Config, ModelConfig, RewardConfig, imports_of, values
 from draftplus.distributed import World
 from draftplus.errors import UserError
 from draftplus.models.families import model_path
@@ -33,8 +32,12 @@ def source_hash(path: str, revision: str | None, index: str = "model_index.json"
     if local.exists():
         return files_hash(local)
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    found = try_to_load_from_cache(path, index, revision=revision)
+    try:
+        found = try_to_load_from_cache(path, index, revision=revision)
+    except HFValidationError:  # such as an address that a reward of the user's own reads
+        return path
     commit = Path(found).parent.name if isinstance(found, str) else revision or "main"
     return f"{path}@{commit}"
 
@@ -109,11 +112,22 @@ def _reward(name: str, config: RewardConfig) -> dict[str, str]:
     if path is not None:
         hashes[f"reward.{name}.path"] = source_hash(str(path), config.args.get("revision"), "config.json")
     for key, value in config.args.items():
-        if isinstance(value, str) and value and Path(value).expanduser().exists():
-            hashes[f"reward.{name}.args.{key}"] = files_hash(Path(value).expanduser())
+        named = _named(value) if isinstance(value, str) else None
+        if named is not None:
+            hashes[f"reward.{name}.args.{key}"] = files_hash(named)
     if name not in REWARDS:
         hashes[f"reward.{name}"] = named_hash(code_of(name.partition(":")[0]))
     return hashes
+
+
+def _named(text: str) -> Path | None:
+    """The file or directory that a text names; None for any other text, and for "." or "/", which hold everything."""
+    try:
+        path = Path(text).expanduser()
+        whole = not Path.cwd().is_relative_to(path.resolve())
+        return path if whole and (path.is_file() or path.is_dir()) else None
+    except (OSError, RuntimeError, ValueError):  # too long for a name, ~ of nobody, a zero in it
+        return None
 
 
 def code_of(module: str) -> dict[str, Path]:
@@ -134,16 +148,7 @@ def _follow(root: Path, module: str, only: str, found: dict[str, Path]) -> None:
     if file is None or module in found or (only and module.partition(".")[0] != only):
         return
     found[module] = file
-    above = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
-    for node in ast.walk(ast.parse(file.read_bytes())):
-        names: list[str] = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = ".".join([*above[: len(above) - node.level + 1], *filter(None, [node.module])] if node.level else [])
-            base = base or node.module or ""
-            names = [base, *(f"{base}.{alias.name}".lstrip(".") for alias in node.names)]
-        for name in names:
-            parts = name.split(".")
-            for end in range(1, len(parts) + 1):  # importing a module imports the packages that it is in
-                _follow(root, ".".join(parts[:end]), only, found)
+    for name in imports_of(module, file):
+        parts = name.split(".")
+        for end in range(1, len(parts) + 1):  # importing a module imports the packages that it is in
+            _follow(root, ".".join(parts[:end]), only, found)
