@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from draftplus.config import load_config, to_yaml
 from draftplus.errors import UserError, printable
 from draftplus.evaluation import gallery, pictures
 from draftplus.models.families import hub_index
+from draftplus.training import fine_tuning
 
 Refused = Callable[..., None]
 
@@ -140,6 +143,24 @@ def test_a_failure_before_the_first_step_leaves_no_directory(
     (tmp_path / "a" / "b" / "run").mkdir(parents=True)
     refused(["train", *settings, "sampler.height=8", f"output_dir={tmp_path / 'a' / 'b'}"], r"sampler\.height is 8")
     assert (tmp_path / "a" / "b" / "run").is_dir()
+
+
+def test_nor_does_ctrl_c_before_the_first_step(
+    draftplus: Any, settings: list[str], small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loading(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+
+    monkeypatch.setattr(fine_tuning, "build_model", loading)
+    monkeypatch.setattr(gallery, "build_model", loading)
+    for arguments in (
+        ["train", *settings, f"output_dir={tmp_path / 'a' / 'b'}"],
+        ["generate", small, "device=cpu", "--prompt", "a cat", "-o", tmp_path / "a" / "b"],
+    ):
+        printed = draftplus(*arguments)
+        assert printed.code == 130 and printed.err.endswith("draftplus: interrupted\n")
+        assert not (tmp_path / "a").exists()
 
 
 def test_a_picture_of_20000_pixels_is_left_out_of_the_report(tmp_path: Path) -> None:
