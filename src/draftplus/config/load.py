@@ -107,9 +107,8 @@ def recipe_path(recipe: str | Path) -> Path:
 
     Raises UserError where there is neither, naming the nearest built-in recipe.
     """
-    built_in = RECIPES / f"{recipe}.yaml"
-    if built_in.is_file():
-        return built_in
+    if str(recipe) in recipe_names():
+        return RECIPES / f"{recipe}.yaml"
     path = Path(recipe)
     if path.is_file():
         return path
