@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from draftplus.config import Config, load_config, nearest
+from draftplus.config import Config, load_config, nearest, refuse_nobodys_home
 from draftplus.errors import UserError
 from draftplus.models.families import MODELS, resolve
 from draftplus.models.lora_files import lora_file
@@ -30,6 +30,7 @@ def find_weights(target: str, overrides: Sequence[str] = (), code: Collection[st
 
     Raises UserError for a step that was not saved, and for code of a run that is not trusted.
     """
+    refuse_nobodys_home("target", target)
     path, sign, at = ("", "", "") if is_run(target) else target.rpartition("@")
     path = path or target
     if not is_run(path):
