@@ -68,7 +68,7 @@ def find_weights(target: str, overrides: Sequence[str] = (), code: Collection[st
 def intact(adapter: Path) -> Path:
     """Trained weights, a directory or a file. Raises UserError where the files there are not as they were written."""
     try:
-        verify(adapter if adapter.is_dir() else adapter.parent)
+        verify(adapter) if adapter.is_dir() else verify(adapter.parent, adapter.name)
     except ValueError as error:
         others = "the same draftplus train command writes adapter/ again, and RUN@step names the weights of a step"
         raise UserError(f"{adapter}: damaged ({error}); use other weights: {others}") from None
