@@ -69,6 +69,22 @@ def test_a_run_without_a_result_is_not_finished_whatever_it_says(tmp_path, stand
     assert (starts(tmp_path, 8), starts(tmp_path, 0)) == (2, 2)
 
 
+def test_an_error_of_the_sweep_itself_removes_no_result(tmp_path, stand_in, monkeypatch):
+    """Although the sweep made its directory; such as a disk that is full when the manifest is written."""
+    save = launch.Manifest.save
+
+    def full(manifest, directory):
+        if any(entry.status == "finished" for entry in manifest.runs):
+            raise UserError("no space left on the disk")
+        save(manifest, directory)
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="no space"):
+        patch.setattr(launch.Manifest, "save", full)
+        run_sweep(plan(tmp_path, 0))
+    assert (tmp_path / "s" / "seed-0" / "adapter").is_dir()
+    assert statuses(run_sweep(plan(tmp_path, 0))) == ["finished"]
+
+
 def test_the_same_command_takes_up_what_is_not_finished(tmp_path, stand_in):
     run_sweep(plan(tmp_path, 0, 1))
     (tmp_path / "s" / "seed-1" / "mended").touch()
