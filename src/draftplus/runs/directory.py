@@ -9,7 +9,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from draftplus.config import Config, remember, to_yaml
-from draftplus.errors import UserError
+from draftplus.errors import Interrupted, UserError
 from draftplus.runs import journal
 from draftplus.runs.files import clean, file_mode, remove, remove_made, write_text
 from draftplus.runs.origin import ORIGIN, absolute_paths
@@ -55,7 +55,7 @@ def locked(run: Path) -> Iterator[None]:
         ) from None
     try:
         yield
-    except Exception:
+    except (Exception, Interrupted):
         results = ("metrics.jsonl", "eval.jsonl", "checkpoints")
         remove_made(made, keep=lambda: any((run / name).exists() for name in results))
         raise
