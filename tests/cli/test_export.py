@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,11 +69,13 @@ def as_trained(model: Path) -> Any:
     return pipe
 
 
-def from_snippet(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Image.Image:
-    """Runs the Python of the card, beside it, and returns its picture."""
+def from_snippet(directory: Path, monkeypatch: pytest.MonkeyPatch, model: Path | None = None) -> Image.Image:
+    """Runs the Python of the card, beside it, and returns its picture. model: the base model, which the card names."""
     code = re.search(r"```python\n(.*?)```", (directory / "README.md").read_text(), re.DOTALL)
     assert code
     told: dict[str, Any] = {}
+    if model is not None:
+        (directory / model.name).symlink_to(model)
     monkeypatch.chdir(directory)
     exec(code[1], told)
     return told["image"]
@@ -104,7 +108,7 @@ def test_stock_draws_our_picture(
     theirs, mine = drawn(pipe), ours(run)
     assert (theirs - mine).abs().max() < 1e-3
     assert (theirs - base).abs().max() > 1e-2
-    assert is_shown(from_snippet(out, monkeypatch), out)
+    assert is_shown(from_snippet(out, monkeypatch, small), out)
 
 
 def test_a_fully_tuned_model(
@@ -120,7 +124,7 @@ def test_a_fully_tuned_model(
         if form == "diffusers":
             pipe.unet = UNet2DConditionModel.from_pretrained(out)
         assert (drawn(pipe) - mine).abs().max() < 1e-3
-        assert is_shown(from_snippet(out, monkeypatch), out)
+        assert is_shown(from_snippet(out, monkeypatch, small), out)
     refused(["export", full, "--format", "kohya"], "fully fine-tuned denoiser, and the format kohya is for LoRA")
 
 
@@ -131,6 +135,43 @@ def test_a_step_and_the_best(draftplus: Callable[..., Any], run: Path, tmp_path:
     assert step.read_bytes() == (run / "adapters" / "step-000001" / LORA_FILE).read_bytes()
     assert (tmp_path / "best" / LORA_FILE).is_file()
     assert "at step 1." in (step.parent / "README.md").read_text()
+
+
+def test_the_result_of_a_run_that_went_on(
+    draftplus: Callable[..., Any], refused: Callable[..., None], run: Path, tmp_path: Path
+) -> None:
+    """adapter/ is as old as the end that it was written at; the card tells of that step, and of no later one."""
+    copy = shutil.copytree(run, tmp_path / "me@host" / "run")
+    shutil.rmtree(copy / "adapter")
+    shutil.copytree(copy / "adapters" / "step-000001", copy / "adapter")
+    assert draftplus("export", copy, "-o", tmp_path / "out").code == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert (
+        "at step 1." in card
+        and (tmp_path / "out" / LORA_FILE).read_bytes() == (copy / "adapters" / "step-000001" / LORA_FILE).read_bytes()
+    )
+    assert draftplus("export", f"{copy}@2").code == 0
+    shutil.rmtree(copy / "adapters" / "step-000001")
+    refused(["export", copy], "has the weights of none of the steps in .*adapters; name a step: .*run@STEP")
+
+
+def test_other_evaluation_prompts_since(draftplus: Callable[..., Any], run: Path, tmp_path: Path) -> None:
+    """A picture has the prompt that it was drawn of, and only what was measured on the same images is compared."""
+    copy = shutil.copytree(run, tmp_path / "run")
+    drawn_of = json.loads((copy / "samples" / "prompts.json").read_text())
+    (copy / "samples" / "prompts.json").write_text(json.dumps(["something else"] * len(drawn_of)))
+    draftplus("export", copy, "-o", tmp_path / "one")
+    widget = ModelCard.load(tmp_path / "one" / "README.md").data.widget
+    assert [entry["text"] for entry in widget] == drawn_of
+    evaluated = [json.loads(line) for line in (copy / "eval.jsonl").read_text().splitlines()]
+    evaluated[0]["lpips_per_prompt"] = {f"{prompt}!": d for prompt, d in evaluated[0]["lpips_per_prompt"].items()}
+    (copy / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in evaluated))
+    draftplus("export", copy, "-o", tmp_path / "two")
+    text = (tmp_path / "two" / "README.md").read_text()
+    line = next(line for line in text.splitlines() if line.startswith("| reward"))
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[1] == "–" == cells[3] and cells[2] != "–"
+    assert not (tmp_path / "two" / "images" / "before.png").exists() and "Base model |" not in text
 
 
 def test_the_card(draftplus: Callable[..., Any], run: Path, small: Path, tmp_path: Path) -> None:
@@ -158,7 +199,7 @@ def test_the_card(draftplus: Callable[..., Any], run: Path, small: Path, tmp_pat
         assert error == pytest.approx(spread, rel=0.15, abs=1e-3)
     assert "±" in cells[3] and cells[3][0] in "+−"
     assert f"{last.lpips:.2f}"[:3] in next(line for line in card.text.splitlines() if "LPIPS" in line)
-    assert "sampler.spacing=trailing" in card.text and str(small) not in card.text.split("## With other programs")[1]
+    assert "sampler.spacing=trailing" in card.text and str(small.parent) not in card.content
     assert "models/loras" in card.text and "<lora:run:1>" in card.text and (out / "run.safetensors").is_file()
 
 
@@ -168,6 +209,10 @@ def test_base_model_and_licence_are_those_that_are_known(
     model = save_small(tmp_path / "model")
     (model / "README.md").write_text("---\nlicense: other\nlicense_name: mine\ntags: [x]\n---\ntext\n")
     run = trained(model, tmp_path, "train.steps=1")
+    (model / "README.md").rename(tmp_path / "kept")
+    (model / "README.md").write_text("---\nlicense: [\n---\n")  # not YAML
+    assert draftplus("export", run).code == 0
+    (tmp_path / "kept").rename(model / "README.md")
     draftplus("export", run)
     data = ModelCard.load(run / "export" / "diffusers" / "README.md").data
     assert data.license == "other" and data.license_name == "mine" and "x" not in data.tags
@@ -177,6 +222,8 @@ def test_base_model_and_licence_are_those_that_are_known(
     given = load_config(None, ["model.path=someone/some-model"])
     monkeypatch.setattr(card, "hf_hub_download", lambda *_, **__: str(model / "README.md"))
     assert card._base(given) == {"base_model": "someone/some-model", "license": "other", "license_name": "mine"}
+    (model / "README.md").write_text("---\nlicense: other\nlicense_link: LICENSE.md\n---\n")
+    assert card._base(given)["license_link"] == "https://huggingface.co/someone/some-model/blob/main/LICENSE.md"
     monkeypatch.setattr(card, "hf_hub_download", lambda *_, **__: 1 / 0)
     assert card._base(given) == {"base_model": "someone/some-model"}
     assert card._base(load_config(None, [])) == {"license": "apache-2.0"}
@@ -236,8 +283,11 @@ def test_what_stands_there_is_kept(refused: Callable[..., None], draftplus: Call
     (out / ".git").mkdir()
     refused(["export", run, "-o", out], r"something that export did not write \('\.git', for one\)")
     (out / ".git").rmdir()
+    (out / "another.safetensors").write_text("mine")
+    refused(["export", run, "-o", out], r"\('another\.safetensors', for one\); name another output")
+    (out / "another.safetensors").unlink()
     (out / "README.md").write_text("# mine\n")
-    refused(["export", run, "-o", out], "holds something that export did not write; name another output")
+    refused(["export", run, "-o", out], r"export did not write \('README\.md', for one\); name another output")
     assert (out / "run.safetensors").exists() and (out / "README.md").read_text() == "# mine\n"
 
 
@@ -391,8 +441,26 @@ def test_linspace_is_told(small: Path) -> None:
     assert of("sampler.spacing=linspace") and not of() and not of("sampler.spacing=linspace", "sampler.solver=euler")
     config = load_config(None, [f"model.path={small}", "sampler.solver=dpmpp_2m", "sampler.eta=0.5"])
     text = snippet(config, "diffusers", True, LORA_FILE, None, 'a "cat"')
+    assert f'base = "{small.name}"' in text and str(small.parent) not in text
     assert "DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, steps_offset=1)" in text
     assert "eta=0.5" in text and r'"a \"cat\""' in text
+
+
+def test_the_lines_for_stock_name_what_stock_has(small: Path, tmp_path: Path) -> None:
+    """The only variant, which stock has to be told of, and no configuration that is in this package alone."""
+    from draftplus.config import load_config
+    from draftplus.publish.usage import snippet
+
+    def of(path: str, *settings: str) -> str:
+        return snippet(load_config(None, [f"model.path={path}", *settings]), "diffusers", True, LORA_FILE, None, "x")
+
+    copy = shutil.copytree(small, tmp_path / "copy")
+    file = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    file.rename(file.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    assert 'from_pretrained(base, variant="fp16")' in of(str(copy)) and "from_pretrained(base)" in of(str(small))
+    assert "from_single_file(base)" in of("models/v2.safetensors", "model.config=sd2-base")
+    assert 'from_single_file(base, config="copy")' in of("models/v2.safetensors", f"model.config={copy}")
+    assert 'base = "someone/model"' in of("someone/model")
 
 
 def test_the_function_is_the_command(run: Path, tmp_path: Path) -> None:

@@ -357,14 +357,11 @@ def test_what_is_refused(
 
 
 def test_other_rewards_of_one_name(run: Path, other: Path, tmp_path: Path) -> None:
-    config = other / "config.yaml"
-    before = config.read_text()
-    config.write_text(before.replace("args: {}", "args: {gain: 2}"))
-    try:
-        with pytest.raises(UserError, match=rf"different settings for reward '{RED}'"):
-            api.evaluate([str(run), str(other)], prompts=PROMPTS, output=tmp_path, trust=True)
-    finally:
-        config.write_text(before)
+    copy = shutil.copytree(other, tmp_path / "copy")  # to trust the edited one would be to trust the other no longer
+    config = copy / "config.yaml"
+    config.write_text(config.read_text().replace("args: {}", "args: {gain: 2}"))
+    with pytest.raises(UserError, match=rf"different settings for reward '{RED}'"):
+        api.evaluate([str(run), str(copy)], prompts=PROMPTS, output=tmp_path, trust=True)
 
 
 def test_other_sampler_settings_are_named(run: Path, other: Path, tmp_path: Path) -> None:

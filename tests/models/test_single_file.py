@@ -69,6 +69,12 @@ def test_a_single_file_draws_the_directorys_picture(
     assert torch.equal(found, expected) and expected.std() > 0.01
 
 
+def test_the_text_encoder_of_the_second_version(tiny_path: Path, tmp_path: Path) -> None:
+    """OpenCLIP's names, its three matrices in one, and a last layer that is not used."""
+    save_file({name: t.clone() for name, t in as_single_file(tiny_path, 2).items()}, tmp_path / "m.safetensors")
+    assert_same(loaded(tmp_path / "m.safetensors", config=str(tiny_path)), tiny_model(tiny_path, trainable=False))
+
+
 def test_replaced_parts_of_a_single_file(tiny_path: Path, tensors: dict[str, Tensor], tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "m.safetensors")
     other = save_tiny(tmp_path / "other", seed=5)

@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from draftplus.config import RewardConfig, load_config, run_name, trusting
+from draftplus.config import ModelConfig, RewardConfig, load_config, run_name, trusting
 from draftplus.data.prompts import load_prompts
 from draftplus.distributed import World
 from draftplus.errors import UserError
+from draftplus.models.stored import loaded_variant, stored_dtype
 from draftplus.report import write_report
 from draftplus.report.read import read_run
 from draftplus.runs import inputs
 from draftplus.runs.directory import write_config
-from draftplus.runs.inputs import code_of, same_inputs
+from draftplus.runs.inputs import code_of, model_hashes, same_inputs
 from draftplus.runs.origin import ORIGIN, read_origin, write_origin
 from draftplus.runs.plan import plan_run, settled
 from tests.support.runs import fingerprint, train_here
@@ -111,6 +114,29 @@ def test_what_is_not_read_may_change(project: Path) -> None:
     (project / "models" / "base" / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"x")
     (project / "prompts.txt").write_text((project / "prompts.txt").read_text().replace("\n", "\r\n"))
     go_on(run)
+
+
+def test_the_weights_that_count_are_those_that_are_loaded(small: Path, tmp_path: Path) -> None:
+    """Beside the plain .bin files lies a variant, which the loader reads only where it is asked for."""
+    model = shutil.copytree(small, tmp_path / "model")
+    plain, other = model / "unet" / "diffusion_pytorch_model.bin", tmp_path / "unet"
+    variant = model / "unet" / "diffusion_pytorch_model.fp16.safetensors"
+    (model / "unet" / "diffusion_pytorch_model.safetensors").rename(variant)
+    torch.save(load_file(variant), plain)
+    shutil.copytree(small / "unet", other)
+    chosen = {None: plain, "fp16": variant}
+    for asked, read in chosen.items():
+        config = ModelConfig(path=str(model), variant=asked)
+        before, dtype = model_hashes(config), stored_dtype(config)
+        assert dtype == torch.float32 and loaded_variant(config) == asked
+        for file in chosen.values():
+            whole = file.read_bytes()
+            file.write_bytes(whole + b"more")
+            assert (model_hashes(config) != before) is (file == read)
+            replaced = ModelConfig(path=str(model), variant=asked, denoiser=str(other))
+            changed = model_hashes(replaced)
+            file.write_bytes(whole)
+            assert model_hashes(replaced) == changed
 
 
 def test_a_moved_file_is_the_same(project: Path) -> None:
@@ -280,7 +306,9 @@ def test_code_that_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     importlib.import_module("rewards_of_mine.inner.good")
     names = {
-        "rewards_of_mine", "rewards_of_mine.inner", "rewards_of_mine.inner.good", "rewards_of_mine.inner.beside",
-        "rewards_of_mine.shared", "top_of_mine",
+        "rewards_of_mine __init__.py", "rewards_of_mine.inner __init__.py", "rewards_of_mine.inner.good good.py",
+        "rewards_of_mine.inner.beside beside.py", "rewards_of_mine.shared shared.py", "top_of_mine top_of_mine.py",
     }  # fmt: skip
+    assert code_of("rewards_of_mine.inner.good").keys() == names
+    (tmp_path / "top_of_mine.py").write_text("print 'of another Python'\n")  # which an import may try, and do without
     assert code_of("rewards_of_mine.inner.good").keys() == names

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -54,14 +55,38 @@ def vae_as_ldm(state: dict[str, Tensor], levels: int = 2) -> dict[str, Tensor]:
     }
 
 
-def as_single_file(directory: Path) -> dict[str, Tensor]:
-    """The weights of a saved tiny pipeline as one file of Stable Diffusion 1.x holds them."""
+def text_as_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A text encoder's state as OpenCLIP has it, with one layer more, which Stable Diffusion 2.x leaves out."""
+    prefix = "cond_stage_model.model."
+    whole = {
+        "embeddings.token_embedding.weight": "token_embedding.weight",
+        "embeddings.position_embedding.weight": "positional_embedding",
+        "final_layer_norm.weight": "ln_final.weight", "final_layer_norm.bias": "ln_final.bias",
+    }  # fmt: skip
+    inside = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
+              "self_attn.out_proj": "attn.out_proj"}  # fmt: skip
+    bare = {name.removeprefix("text_model."): tensor for name, tensor in state.items()}
+    renamed = {prefix + theirs: bare[ours] for ours, theirs in whole.items()}
+    layers = 1 + max(int(name.split(".")[2]) for name in bare if name.startswith("encoder.layers."))
+    for layer in range(layers + 1):
+        ours, theirs = f"encoder.layers.{min(layer, layers - 1)}.", f"{prefix}transformer.resblocks.{layer}."
+        for end in ("weight", "bias"):
+            renamed |= {f"{theirs}{new}.{end}": bare[f"{ours}{old}.{end}"] for old, new in inside.items()}
+            qkv = [bare[f"{ours}self_attn.{part}_proj.{end}"] for part in "qkv"]
+            renamed[f"{theirs}attn.in_proj_{end}"] = torch.cat(qkv)
+    width = bare["embeddings.token_embedding.weight"].shape[1]
+    return renamed | {f"{prefix}text_projection": torch.zeros(width, width), f"{prefix}logit_scale": torch.zeros(())}
+
+
+def as_single_file(directory: Path, version: int = 1) -> dict[str, Tensor]:
+    """The weights of a saved tiny pipeline as one file of Stable Diffusion 1.x or 2.x holds them."""
     text = load_file(directory / "text_encoder/model.safetensors")
     prefix = "cond_stage_model.transformer.text_model."
+    encoder = {prefix + name.removeprefix("text_model."): tensor for name, tensor in text.items()}
     return {
         **unet_as_ldm(load_file(directory / "unet/diffusion_pytorch_model.safetensors")),
         **vae_as_ldm(load_file(directory / "vae/diffusion_pytorch_model.safetensors")),
-        **{prefix + name.removeprefix("text_model."): tensor for name, tensor in text.items()},
+        **(encoder if version == 1 else text_as_open_clip(text)),
     }
 
 

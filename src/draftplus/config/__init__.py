@@ -43,13 +43,13 @@ from draftplus.config.schema import (
     SamplerConfig,
     StopConfig,
 )  # fmt: skip
-from draftplus.config.trust import imports_of, refuse_library, refuse_untrusted, remember, trusting
+from draftplus.config.trust import refuse_library, refuse_untrusted, remember, trusting
 from draftplus.config.typed import is_text
 
 __all__ = [
     "ADDED", "BASE_MODEL", "CHANGEABLE", "KNOBS", "Config", "LoraConfig", "ModelConfig", "ObjectiveConfig",
     "RewardConfig", "SamplerConfig", "StopConfig", "all_keys", "base_model_of", "choices_of", "describe_keys",
-    "facts_of", "flatten", "given_by", "imports_of", "is_below", "is_text", "keys_that_affect", "keys_where",
+    "facts_of", "flatten", "given_by", "is_below", "is_text", "keys_that_affect", "keys_where",
     "load_config", "load_run_config", "nearest", "read_yaml", "recipe_names", "recipe_path", "refuse_bad_name",
     "refuse_library", "refuse_nobodys_home", "refuse_untrusted", "remember", "run_name", "shaping_keys", "to_dict",
     "to_yaml", "trusting", "values", "with_new_names", "written",

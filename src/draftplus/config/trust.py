@@ -119,22 +119,29 @@ def digest(reference: str, settings: RewardConfig) -> str:
 
 
 def _sources(reference: str) -> list[tuple[str, Path]]:
-    """The files of a module and of all that it imports, as far as they are not installed. Nothing is imported."""
+    return sources(reference.partition(":")[0], list(_places()))
+
+
+def sources(module: str, places: Sequence[Path], only: str = "") -> list[tuple[str, Path]]:
+    """The files of a module and of all that it imports from these directories, named. Nothing is imported.
+
+    only: the one top-level package that is followed; none: all but this one.
+    """
     found: dict[str, list[Path]] = {}
-    waiting = [reference.partition(":")[0]]
+    waiting = [module]
     while waiting:
         parts = waiting.pop().split(".")
         for depth in range(1, len(parts) + 1):
             name = ".".join(parts[:depth])
-            if name not in found and parts[0] != "draftplus":
-                found[name] = _files_of(name)
-                waiting += [imported for path in found[name] for imported in imports_of(name, path)]
+            if name not in found and (parts[0] == only if only else parts[0] != "draftplus"):
+                found[name] = _files_of(name, places)
+                waiting += [imported for path in found[name] for imported in _imports(name, path)]
     return [(f"{name} {path.name}", path) for name, paths in sorted(found.items()) for path in paths]
 
 
-def _files_of(module: str) -> list[Path]:
+def _files_of(module: str, places: Sequence[Path]) -> list[Path]:
     # all that could be meant in one directory: Python takes an extension before a source file
-    for place in _places():
+    for place in places:
         stem = place.joinpath(*module.split("."))
         candidates = [stem / f"__init__{suffix}" for suffix in machinery.all_suffixes()]
         candidates += [stem.with_name(stem.name + suffix) for suffix in machinery.all_suffixes()]
@@ -152,7 +159,7 @@ def _places() -> Iterator[Path]:
             yield entry
 
 
-def imports_of(module: str, path: Path) -> Iterator[str]:
+def _imports(module: str, path: Path) -> Iterator[str]:
     """The modules that a source file names in its imports, wherever they stand."""
     package = module if path.stem == "__init__" else module.rpartition(".")[0]
     try:

@@ -12,11 +12,10 @@ from draftplus import __version__
 from draftplus.config import Config, ModelConfig, load_config
 from draftplus.errors import UserError
 from draftplus.evaluation.generate import TUNED, Knobs
-from draftplus.models.families import model_path
 from draftplus.models.lora_files import lora_file
-from draftplus.runs.checksums import files_hash
+from draftplus.runs.checksums import files_hash, text_hash
 from draftplus.runs.directory import is_run
-from draftplus.runs.inputs import source_hash
+from draftplus.runs.inputs import model_hashes
 from draftplus.runs.weights import find_weights, intact
 
 BASE = "base"
@@ -146,11 +145,5 @@ def _refuse_other(target: Target, first: Target) -> None:
 
 
 def model_hash(config: ModelConfig) -> str:
-    """The SHA-256 of a base model's files; of a hub model its id and the commit that is in the cache.
-
-    Raises UserError for a model that is missing.
-    """
-    parts = [source_hash(model_path(config), config.revision)]
-    parts += [source_hash(str(Path(p).expanduser()), None) if p else "" for p in (config.denoiser, config.vae)]
-    parts += [f"{name} {value}" for name, value in (("variant", config.variant), ("config", config.config)) if value]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    """The SHA-256 of a base model, by its files that are loaded. Raises UserError for a model that is missing."""
+    return text_hash(model_hashes(config))

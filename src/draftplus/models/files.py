@@ -96,6 +96,15 @@ def files_of(folder: Path, stored: Stored) -> list[Path]:
         raise UserError(f"{file}: not an index of weights") from None
 
 
+def loaded_from(folder: Path, of_diffusers: bool, variant: str | None) -> list[Path]:
+    """The weights in a folder that are loaded, as far as they are there: one file, or several.
+
+    Raises UserError as `choose` and `files_of` do.
+    """
+    stored = choose(forms(names_in(folder), of_diffusers), variant, str(folder))
+    return [file for file in files_of(folder, stored) if file.is_file()] if stored else []
+
+
 def check(folder: Path, stored: Stored) -> None:
     """UserError if a file that will be loaded was not fetched, or is a pickle that contains more than tensors."""
     for file in files_of(folder, stored):

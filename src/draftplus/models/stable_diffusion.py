@@ -127,8 +127,6 @@ def load(
     frozen = dtype or getattr(torch, config.dtype)
     unet, vae, text_encoder, tokenizer, scheduler_config = _components(config, path, frozen)
     _refuse_other_families(path, unet.config, vae.config, text_encoder.config)
-    with loading.loading("model.path", path, NAME):
-        _repair(path, unet, vae, text_encoder, tokenizer)
     for part in (unet, vae, text_encoder):
         part.requires_grad_(False).eval().to(device)
     if loading.decodes_in_float32(vae):
@@ -137,11 +135,14 @@ def load(
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
         vae.enable_gradient_checkpointing()
-    return StableDiffusion(tuned, vae, text_encoder, tokenizer, _mended(path, scheduler_config))
+    model = StableDiffusion(tuned, vae, text_encoder, tokenizer, _mended(path, scheduler_config))
+    with loading.loading("model.path", path, NAME):
+        _repair(path, model)
+    return model
 
 
-def as_pipeline(model: StableDiffusion, scheduler: Any) -> Any:
-    """The stock pipeline of a model's parts, without a safety checker."""
+def as_pipeline(model: StableDiffusion, scheduler: Any = None) -> Any:
+    """The stock pipeline of a model, without a safety checker. Its constructor mends the configuration of the UNet."""
     from diffusers import StableDiffusionPipeline
 
     return StableDiffusionPipeline(
@@ -157,21 +158,17 @@ def _refuse_other_families(path: str, unet: Any, vae: Any, text: Any) -> None:
         raise UserError(f"model.path '{path}' is not a text-to-image model of the {NAME} family")
 
 
-def _repair(path: str, unet: Any, vae: Any, text_encoder: Any, tokenizer: Any) -> None:
-    """Mends configurations of early versions of diffusers as stock does, which is where it makes a pipeline."""
-    from diffusers import StableDiffusionPipeline
-
-    before = unet.config.sample_size
+def _repair(path: str, model: StableDiffusion) -> None:
+    """Mends a UNet's configuration of early versions of diffusers as stock does, which is where it makes a pipeline."""
+    before = model.unet.config.sample_size
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # its advice to edit the file, which we give in one line
-        StableDiffusionPipeline(
-            vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=None, safety_checker=None,
-            feature_extractor=None, requires_safety_checker=False,
-        )  # fmt: skip
-    if unet.config.sample_size != before:
+        as_pipeline(model)
+    config = model.unet.config
+    if config.sample_size != before:
         notice(
-            f"model.path '{path}': its unet/config.json, of diffusers {unet.config._diffusers_version}, says "
-            f"sample_size {before}; {unet.config.sample_size} is used instead, as stock diffusers does"
+            f"model.path '{path}': its unet/config.json, of diffusers {config._diffusers_version}, says "
+            f"sample_size {before}; {config.sample_size} is used instead, as stock diffusers does"
         )
 
 

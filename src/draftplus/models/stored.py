@@ -1,7 +1,8 @@
-"""In which precision a base model's files hold its denoiser."""
+"""In which files a base model's denoiser is stored, and in which precision."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from draftplus.config import ModelConfig
 from draftplus.models.families import model_path
-from draftplus.models.loading import is_single_file
+from draftplus.models.files import choose, forms, loaded_from, names_in
 from draftplus.models.weights import read_state_dict
 
 PRECISIONS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -18,22 +19,25 @@ DENOISER = ("model.diffusion_model.", "unet.", "")  # how its names begin in fil
 
 def stored_dtype(config: ModelConfig) -> torch.dtype | None:
     """The precision of the stored denoiser; None where the files are not at hand or do not tell."""
+    path = _place(config)
+    files = loaded_from(path, True, config.variant) if path.is_dir() else [path] if path.is_file() else []
+    return _dtype_of(files[0]) if files else None
+
+
+def loaded_variant(config: ModelConfig) -> str | None:
+    """The variant of the denoiser's files: that of `model.variant`, or the only one; None: plain files."""
+    path = _place(replace(config, denoiser=None))
+    stored = choose(forms(names_in(path), True), config.variant, str(path))
+    return stored.variant if stored else None
+
+
+def _place(config: ModelConfig) -> Path:
+    """The folder of the denoiser's weights, or the file that holds them."""
     path = Path(config.denoiser or model_path(config)).expanduser()
-    if not config.denoiser and not path.exists():
-        path = _cached(config)
-    if path.is_dir() and not config.denoiser:
-        path = path / "unet"
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
-    if not files or not (path.is_dir() or is_single_file(str(path)) or config.denoiser):
-        return None
-    wanted = [file for file in files if _variant(file) == config.variant]
-    return _dtype_of((wanted or files)[0])
-
-
-def _variant(file: Path) -> str | None:
-    """Such as fp16, of diffusion_pytorch_model.fp16.safetensors."""
-    parts = file.name.split(".")
-    return parts[1].partition("-")[0] if len(parts) > 2 else None
+    if config.denoiser:
+        return path
+    path = path if path.exists() else _cached(config)
+    return path / "unet" if path.is_dir() else path
 
 
 def _cached(config: ModelConfig) -> Path:

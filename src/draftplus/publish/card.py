@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,14 +16,15 @@ from draftplus import __version__
 from draftplus.config import Config, flatten, to_dict
 from draftplus.metrics.intervals import mean_over_images
 from draftplus.models.families import MODELS
-from draftplus.models.loading import is_single_file, looks_local
-from draftplus.publish.usage import differs_from_stock, elsewhere, snippet
+from draftplus.models.loading import is_single_file
+from draftplus.publish.usage import differs_from_stock, elsewhere, is_local, public, snippet
 from draftplus.report.read import Run
 from draftplus.report.summary import gain_between, held_out_rewards
 from draftplus.report.wording import method_in_words, setting, show, show_gain
+from draftplus.runs.inputs import file_keys
 from draftplus.runs.rows import HeldOut
 
-MADE_HERE = "<!-- written by draftplus export -->"
+MADE_HERE = re.compile(r"<!-- written by draftplus export: (.*) -->")  # the names of the files, as a JSON list
 PICTURES = "images"
 SHOWN = 4  # pictures of prompts of their own
 LICENCES = {"emoji": {"license": "apache-2.0"}}  # of built-in models, as assets/LICENSES.md says
@@ -33,7 +36,8 @@ def write_card(
 ) -> None:
     """Writes README.md and the pictures that it shows. told: what the format tells of what it wrote."""
     file = told.get("file", "pytorch_lora_weights.safetensors")
-    shown = _copy_pictures(run, step, directory)
+    before, after = _evaluations(run, step)
+    shown = _copy_pictures(run, step, directory, before, after)
     prompt = shown[0][0] if shown else "a cat"
     adapter = lora and form != "merged"
     facts: dict[str, Any] = {
@@ -48,12 +52,12 @@ def write_card(
     kind = "A LoRA adapter" if adapter else "A fully fine-tuned UNet" if form == "diffusers" else "A whole pipeline"
     base = config.model.path if _on_hub(config) or config.model.path in MODELS else Path(config.model.path).name
     parts = [
-        f"---\n{data.to_yaml()}\n---\n{MADE_HERE}\n\n# {label}\n",
+        f"---\n{data.to_yaml()}\n---\n<!-- written by draftplus export: {_names(directory)} -->\n\n# {label}\n",
         f"{kind} for reward fine-tuned text-to-image generation, of the base model `{base}`, at step {step}. "
         f"Trained with draftplus {__version__}.\n\n{_public_text(method_in_words(to_dict(config)), config)}",
         *(["<Gallery />"] if shown else []),
         _grids(directory),
-        _numbers(run, step),
+        _numbers(before, after),
         f"## With diffusers\n\n```python\n{snippet(config, form, lora, file, told.get('dtype'), prompt)}\n```",
         _notes(config, form, told),
         f"## With other programs\n\n{elsewhere(config, form, lora, file)}",
@@ -62,9 +66,30 @@ def write_card(
     (directory / "README.md").write_text("\n\n".join(part.rstrip() for part in parts if part) + "\n", encoding="utf-8")
 
 
+def files_of_export(directory: Path) -> set[str]:
+    """The names of the files and directories that an export wrote there, by its card; none where there is no card."""
+    card = directory / "README.md"
+    made = MADE_HERE.search(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else None
+    try:
+        return {"README.md", *json.loads(made[1])} if made else set()
+    except (ValueError, TypeError):
+        return set()
+
+
+def _names(directory: Path) -> str:
+    return json.dumps(sorted(path.name for path in directory.iterdir()))
+
+
+def _evaluations(run: Run, step: int) -> tuple[HeldOut | None, HeldOut | None]:
+    """What was measured of the base model, if it was on the same images, and of a step."""
+    rows = {row.step: row.held_out for row in run.evaluations}
+    before, after = rows.get(0), rows.get(step)
+    same = before and after and (before.prompts, before.images) == (after.prompts, after.images)
+    return before if same else None, after
+
+
 def _on_hub(config: Config) -> bool:
-    path = config.model.path
-    return path not in MODELS and not looks_local(path) and not is_single_file(path) and not Path(path).exists()
+    return config.model.path not in MODELS and not is_local(config.model.path)
 
 
 def _base(config: Config) -> dict[str, Any]:
@@ -80,23 +105,29 @@ def _base(config: Config) -> dict[str, Any]:
             card = None
     try:
         known = metadata_load(card) if card is not None and card.is_file() else None
-    except ValueError:
+    except Exception:  # what stands there need not be YAML, whose errors are no ValueError
         known = None
     licence = {key: value for key, value in (known or {}).items() if key in ("license", "license_name", "license_link")}
+    link = licence.get("license_link")
+    if link and "://" not in link and _on_hub(config):  # a file beside the base model, which is not beside this one
+        licence["license_link"] = f"https://huggingface.co/{path}/blob/main/{link}"
     return {**({"base_model": path} if _on_hub(config) else {}), **licence}
 
 
-def _copy_pictures(run: Run, step: int, directory: Path) -> list[tuple[str, str]]:
+def _copy_pictures(
+    run: Run, step: int, directory: Path, before: HeldOut | None, after: HeldOut | None
+) -> list[tuple[str, str]]:
     """Copies the grids before and after, and a picture each of some prompts: these with their paths below."""
     (directory / PICTURES).mkdir()
-    for name, at in (("before.png", 0), ("after.png", step)):
-        if at in run.grids:
+    for name, at, there in (("before.png", 0, before), ("after.png", step, after)):
+        if there and at in run.grids:
             shutil.copyfile(run.grids[at], directory / PICTURES / name)
+    prompts = (after.prompts if after else []) or run.prompts  # the latter are those of the last evaluation
     shown: dict[int, tuple[str, str]] = {}
     for (number, _), picture in sorted(run.samples.get(step, {}).items()):
-        if number not in shown and number < len(run.prompts) and len(shown) < SHOWN:
+        if number not in shown and number < len(prompts) and len(shown) < SHOWN:
             shutil.copyfile(picture, directory / PICTURES / picture.name)
-            shown[number] = (run.prompts[number], f"{PICTURES}/{picture.name}")
+            shown[number] = (prompts[number], f"{PICTURES}/{picture.name}")
     return list(shown.values())
 
 
@@ -109,19 +140,17 @@ def _grids(directory: Path) -> str:
     return f"| {head} |\n| {line} |\n| {' | '.join(f'![{text}]({PICTURES}/{name})' for text, name in there)} |"
 
 
-def _numbers(run: Run, step: int) -> str:
+def _numbers(before: HeldOut | None, after: HeldOut | None) -> str:
     """The rewards and the diversity before and after, as a section."""
-    rows = {row.step: row.held_out for row in run.evaluations}
-    after, before = rows.get(step), rows.get(0)
     if after is None:
         return "## Results\n\nThis step was not evaluated."
     lines = ["| held-out prompts | base model | this model | change |", "|---|---|---|---|"]
     for name in held_out_rewards([after]):
-        gain = gain_between(before, after, name) if before and step else None
+        gain = gain_between(before, after, name) if before and before is not after else None
         change = show_gain(gain.mean, gain.standard_error) if gain else "–"
         lines.append(f"| reward `{name}` | {_mean(before, name)} | {_mean(after, name)} | {change} |")
     old, new = before.lpips if before else None, after.lpips
-    change = show_gain(new - old) if old is not None and new is not None else "–"
+    change = show_gain(new - old) if old is not None and new is not None and before is not after else "–"
     lines.append(f"| diversity (mean pairwise LPIPS) | {show(old, new)} | {show(new, old)} | {change} |")
     told = (
         f"Means ± standard errors over {after.images} images of {len(after.prompts)} prompts that were not trained on"
@@ -145,12 +174,17 @@ def _mean(held: HeldOut | None, name: str) -> str:
 
 def _notes(config: Config, form: str, told: dict[str, Any]) -> str:
     notes = []
-    replaced = [f"`model.{key}={_public(getattr(config.model, key))}`" for key in ("denoiser", "vae")
+    replaced = [f"`model.{key}={public(getattr(config.model, key))}`" for key in ("denoiser", "vae")
                 if getattr(config.model, key)]  # fmt: skip
     if replaced and form != "merged":
         notes.append(
             f"In training, parts of the base model were replaced ({', '.join(replaced)}); replace them here too, or "
             "export the format merged."
+        )
+    if form != "merged" and is_single_file(config.model.path):
+        notes.append(
+            "The base model is a single file, whose configurations diffusers reads from the hub; where they are gone, "
+            "as those of Stable Diffusion 2.x are, `from_single_file` takes a diffusers directory as `config`."
         )
     if form == "merged":
         rounded = f", rounded to {told['dtype']} as the base model is stored" if told["dtype"] != "float32" else ""
@@ -163,23 +197,15 @@ def _notes(config: Config, form: str, told: dict[str, Any]) -> str:
     return " ".join(notes)
 
 
-def _public(value: Any) -> Any:
-    """A value without the directories of the machine that it comes from."""
-    if isinstance(value, list):
-        return [_public(one) for one in value]
-    local = isinstance(value, str) and value.startswith(("/", "~", "."))
-    return Path(value).name if local else value
-
-
 def _public_text(text: str, config: Config) -> str:
-    return text.replace(config.model.path, str(_public(config.model.path)))
+    return text.replace(config.model.path, str(public(config.model.path)))
 
 
 def _settings(config: Config) -> str:
-    default = flatten(to_dict(Config()))
-    lines = [
-        f"{key}={' '.join(setting(_public(value)).split())}"
-        for key, value in flatten(to_dict(config)).items()
-        if key not in HERE and (key not in default or value != default[key])
-    ]
+    default, named = flatten(to_dict(Config())), file_keys(config)
+    lines = []
+    for key, value in flatten(to_dict(config)).items():
+        if key not in HERE and (key not in default or value != default[key]):
+            shown = public(value) if key in named or ".args." in key else value
+            lines.append(f"{key}={' '.join(setting(shown).split())}")
     return "\n".join(lines)

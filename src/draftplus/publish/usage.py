@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from draftplus.config import Config, SamplerConfig
 from draftplus.models.families import MODELS, model_path
-from draftplus.models.loading import is_single_file
+from draftplus.models.loading import is_single_file, looks_local
+from draftplus.models.single_file import PACKAGED
+from draftplus.models.stored import loaded_variant
 
 # sampler.solver -> the scheduler of stock diffusers, what it must be told, and what other programs call it
 SCHEDULERS: Mapping[str, tuple[str, dict[str, Any], str]] = {
@@ -16,6 +19,19 @@ SCHEDULERS: Mapping[str, tuple[str, dict[str, Any], str]] = {
     "euler": ("EulerDiscreteScheduler", {"steps_offset": 1}, "Euler"),
     "dpmpp_2m": ("DPMSolverMultistepScheduler", {"steps_offset": 1}, "DPM++ 2M"),
 }  # as the stock pipeline's constructor repairs old files, which from_config forgets
+
+
+def is_local(path: str) -> bool:
+    """Whether a model's path is a directory or file of this machine, not a hub id."""
+    return looks_local(path) or is_single_file(path) or Path(path).exists()
+
+
+def public(value: Any) -> Any:
+    """A value of the configuration without the directories of the machine that it comes from."""
+    if isinstance(value, list):
+        return [public(one) for one in value]
+    local = isinstance(value, str) and value.startswith(("/", "~", "."))
+    return Path(value).name if local else value
 
 
 def _scheduler(sampler: SamplerConfig) -> tuple[str, dict[str, Any], str]:
@@ -59,19 +75,23 @@ def snippet(config: Config, form: str, lora: bool, file: str, dtype: str | None,
         given = f", torch_dtype=torch.{dtype}" if dtype not in (None, "float32") else ""
         lines.append(f"pipeline = StableDiffusionPipeline.from_pretrained(here{given})")
     else:
-        if config.model.path in MODELS:
+        model = config.model
+        if model.path in MODELS:
             lines.insert(0, "from importlib.resources import files\n")
-            base = f'str(files("draftplus") / "assets" / "{config.model.path}")'
+            lines.append(f'base = str(files("draftplus") / "assets" / "{model.path}")')
+        elif is_local(model.path):
+            lines.append(f"base = {_text(Path(model.path).name)}  # where the base model lies on your disk")
         else:
-            base = json.dumps(config.model.path, ensure_ascii=False)
-        load = "from_single_file" if is_single_file(config.model.path) else "from_pretrained"
-        revision = f", revision={json.dumps(config.model.revision)}" if config.model.revision else ""
-        revision += f", variant={json.dumps(config.model.variant)}" if config.model.variant else ""
-        told_config = f", config={json.dumps(config.model.config)}" if config.model.config else ""
+            lines.append(f"base = {_text(model.path)}")
+        load = "from_single_file" if is_single_file(model.path) else "from_pretrained"
+        told = {"revision": model.revision, "variant": model.variant or loaded_variant(model)}
+        if model.config not in PACKAGED:  # which stock does not have
+            told["config"] = public(model.config)
+        given = "".join(f", {key}={_text(value)}" for key, value in told.items() if value)
         unet = ", unet=UNet2DConditionModel.from_pretrained(here)" if whole else ""
-        lines.append(f"pipeline = StableDiffusionPipeline.{load}({base}{revision}{told_config}{unet})")
-        told = "".join(f", {key}={value!r}" for key, value in changes.items())
-        lines.append(f"pipeline.scheduler = {name}.from_config(pipeline.scheduler.config{told})")
+        lines.append(f"pipeline = StableDiffusionPipeline.{load}(base{given}{unet})")
+        mended = "".join(f", {key}={value!r}" for key, value in changes.items())
+        lines.append(f"pipeline.scheduler = {name}.from_config(pipeline.scheduler.config{mended})")
         if lora:
             lines.append(f'pipeline.load_lora_weights(here, weight_name="{file}")')
     return "\n".join([*lines, "image = pipeline(", *(f"    {one}," for one in _call(config, prompt)), ").images[0]"])
@@ -84,8 +104,13 @@ def _call(config: Config, prompt: str) -> list[str]:
         "negative_prompt": sampler.negative_prompt or None, "eta": sampler.eta or None,
         "height": sampler.height, "width": sampler.width,
     }  # fmt: skip
-    given = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in told.items() if value is not None]
-    return [json.dumps(prompt, ensure_ascii=False), *given, 'generator=torch.Generator("cpu").manual_seed(0)']
+    given = [f"{key}={_text(value)}" for key, value in told.items() if value is not None]
+    return [_text(prompt), *given, 'generator=torch.Generator("cpu").manual_seed(0)']
+
+
+def _text(value: Any) -> str:
+    """A text or number as Python writes it."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def elsewhere(config: Config, form: str, lora: bool, file: str) -> str:

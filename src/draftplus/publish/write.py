@@ -18,15 +18,13 @@ from draftplus.errors import UserError
 from draftplus.models.lora_files import LORA_FILE, read_lora
 from draftplus.models.stable_diffusion import StableDiffusion, as_pipeline
 from draftplus.models.stored import stored_dtype
-from draftplus.publish.card import MADE_HERE, PICTURES, write_card
+from draftplus.publish.card import files_of_export, write_card
 from draftplus.publish.usage import stock_scheduler
 from draftplus.report.read import Run, read_run
-from draftplus.runs.directory import is_run
+from draftplus.runs.checksums import files_hash
+from draftplus.runs.directory import is_run, saved_steps, step_name
 from draftplus.runs.files import whole_directory
-from draftplus.runs.rows import EvaluationRow
-from draftplus.runs.weights import find_weights
-
-PARTS = {"unet", "vae", "text_encoder", "tokenizer", "scheduler"}  # the directories of a pipeline
+from draftplus.runs.weights import find_weights, parted
 
 
 @dataclass(frozen=True)
@@ -48,13 +46,13 @@ def export_run(target: str, form: str = "diffusers", output: Path | None = None)
     """Writes the weights of RUN, RUN@step or RUN@best, and their card, as `api.export` says. Returns the directory."""
     if form not in FORMATS:
         raise UserError(f"format '{form}': choose one of {', '.join(FORMATS)}")
-    path, _, at = target.partition("@")
+    path, _, at = parted(target)
     if not is_run(path):
         raise UserError(f"'{target}' is not a run directory; export takes RUN, RUN@step or RUN@best")
     weights = find_weights(target, code=())
     assert weights.adapter is not None
     run = read_run(Path(path))
-    step = _step(weights.adapter, run.evaluations)
+    step = _step(weights.adapter, run)
     what = Export(run, weights.config, weights.adapter, step, weights.label)
     if form == "kohya" and not what.is_lora:
         raise UserError(
@@ -69,9 +67,22 @@ def export_run(target: str, form: str = "diffusers", output: Path | None = None)
     return directory
 
 
-def _step(adapter: Path, evaluations: list[EvaluationRow]) -> int:
-    name = adapter.name.removeprefix("step-")
-    return int(name) if name.isdigit() else max((row.step for row in evaluations), default=0)
+def _step(adapter: Path, run: Run) -> int:
+    """The step of trained weights. adapter/ may be older than the last step, while the run is continued.
+
+    Raises UserError where the run's saved steps have other weights.
+    """
+    name, saved = adapter.name.removeprefix("step-"), run.directory / "adapters"
+    if name.isdigit():
+        return int(name)
+    steps = saved_steps(saved)
+    if not steps:  # they were removed
+        return max((row.step for row in run.evaluations), default=0)
+    wanted = files_hash(adapter)
+    for step in reversed(steps):
+        if files_hash(saved / step_name(step)) == wanted:
+            return step
+    raise UserError(f"{adapter} has the weights of none of the steps in {saved}; name a step: {run.directory}@STEP")
 
 
 def _refuse_foreign(directory: Path) -> None:
@@ -82,13 +93,11 @@ def _refuse_foreign(directory: Path) -> None:
         return
     if not directory.is_dir():
         raise UserError(f"'{directory}' exists and is not a directory; name another output")
-    card = directory / "README.md"
-    ours = card.is_file() and MADE_HERE in card.read_text(encoding="utf-8", errors="replace")
-    known = {"README.md", "config.json", "model_index.json", PICTURES, *PARTS}
-    other = [p.name for p in sorted(directory.iterdir()) if p.name not in known and ".safetensors" not in p.name]
-    if not ours or other:
-        named = f" ('{other[0]}', for one)" if other else ""
-        raise UserError(f"'{directory}' holds something that export did not write{named}; name another output")
+    other = sorted({path.name for path in directory.iterdir()} - files_of_export(directory))
+    if other:
+        raise UserError(
+            f"'{directory}' holds something that export did not write ('{other[0]}', for one); name another output"
+        )
 
 
 def _diffusers(what: Export, directory: Path) -> dict[str, Any]:
@@ -118,9 +127,9 @@ def _kohya(what: Export, directory: Path) -> dict[str, Any]:
 
 
 def _merged(what: Export, directory: Path) -> dict[str, Any]:
-    dtype = stored_dtype(what.config.model) or getattr(torch, what.config.model.dtype)
     model = build_model(replace(what.config.model, dtype="float32"), torch.device("cpu"), trainable=False)
     assert isinstance(model, StableDiffusion)
+    dtype = stored_dtype(what.config.model) or getattr(torch, what.config.model.dtype)  # now its files are at hand
     model.tuned.load(what.adapter)
     model.tuned.merge()
     scheduler = stock_scheduler(what.config.sampler, model.scheduler_config)

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from draftplus.build import REWARDS, reward_loader
-from draftplus.config import Config, ModelConfig, RewardConfig, imports_of, values
+from draftplus.config import Config, ModelConfig, RewardConfig, values
+from draftplus.config.trust import sources
 from draftplus.distributed import World
 from draftplus.errors import UserError
 from draftplus.models.families import model_path
+from draftplus.models.files import loaded_from
+from draftplus.models.loading import REPLACED
 from draftplus.models.single_file import PACKAGED
 from draftplus.rewards.arguments import parameters_of
 from draftplus.runs.checksums import files_hash, named_hash, text_hash
 from draftplus.runs.directory import saved_steps
 from draftplus.runs.origin import ORIGIN, read_origin
 
-PARTS = ("unet", "transformer", "vae", "text_encoder", "tokenizer", "scheduler")  # of a model, with those numbered _2
+PARTS = re.compile(r"(unet|transformer|vae|text_encoder|tokenizer|scheduler)(_\d)?")  # the folders of a model
 CONFIGS = (".json", ".txt", ".model")
 
 
@@ -55,7 +59,7 @@ def same_inputs(config: Config, run: Path, prompts: Sequence[str], here: World) 
 
 
 def _looked_at(config: Config, run: Path, prompts: Sequence[str]) -> dict[str, str] | UserError:
-    now = {"data.prompts": text_hash(list(prompts)), **_model(config.model)}
+    now = {"data.prompts": text_hash(list(prompts)), **model_hashes(config.model)}
     for name, reward in config.reward.items():
         now |= _reward(name, reward)
     before = read_origin(run) if saved_steps(run / "checkpoints") else None
@@ -72,19 +76,26 @@ def _looked_at(config: Config, run: Path, prompts: Sequence[str]) -> dict[str, s
     return now
 
 
-def _model(config: ModelConfig) -> dict[str, str]:
+def model_hashes(config: ModelConfig) -> dict[str, str]:
+    """The SHA-256 of the files that are loaded of a base model, by key; of a hub model its id and commit.
+
+    Raises UserError for a built-in name that does not exist, and weights of which it is not clear which are meant.
+    """
     path = Path(model_path(config)).expanduser()
     if path.is_dir():
         files = {"model_index.json": path / "model_index.json"}
-        for part in (part for name in PARTS for part in path.glob(f"{name}*") if part.is_dir()):
-            files |= {f"{part.name}/{file.name}": file for file in _loaded(part, config.variant)}
+        for part in sorted(one for one in path.iterdir() if one.is_dir() and PARTS.fullmatch(one.name)):
+            replaced = part.name in REPLACED and getattr(config, REPLACED[part.name]) is not None
+            loaded = _configurations(part) + ([] if replaced else _weights(part, part.name, config.variant))
+            files |= {f"{part.name}/{file.name}": file for file in loaded}
         hashes = {"model.path": named_hash(files)}
     else:
         hashes = {"model.path": source_hash(str(path), config.revision)}
     for key in ("denoiser", "vae"):
         if getattr(config, key) is not None:
             given = Path(getattr(config, key)).expanduser()
-            files = {file.name: file for file in _loaded(given, config.variant)} if given.is_dir() else {"": given}
+            inside = _configurations(given) + _weights(given, key, config.variant) if given.is_dir() else []
+            files = {"": given} if given.is_file() else {file.name: file for file in inside}
             hashes[f"model.{key}"] = named_hash(files)
     if config.config is not None:
         given = Path(config.config).expanduser()
@@ -94,14 +105,13 @@ def _model(config: ModelConfig) -> dict[str, str]:
     return hashes
 
 
-def _loaded(part: Path, variant: str | None) -> list[Path]:
-    """The files of a part of a model that are loaded: its configurations, and one set of weights."""
+def _configurations(part: Path) -> list[Path]:
     inside = [path for path in part.iterdir() if path.is_file() and not path.name.startswith(".")]
-    weights = [path for path in inside if path.suffix == ".safetensors"] or [p for p in inside if p.suffix == ".bin"]
-    named = [path for path in weights if f".{variant}" in path.stem]
-    plain = [path for path in weights if "." not in path.stem]
-    configs = [path for path in inside if path.suffix in CONFIGS and not path.name.endswith(".index.json")]
-    return [*(named or plain or weights), *configs]
+    return [path for path in inside if path.suffix in CONFIGS and not path.name.endswith(".index.json")]
+
+
+def _weights(part: Path, name: str, variant: str | None) -> list[Path]:
+    return loaded_from(part, not name.startswith("text_encoder"), variant)  # transformers loads these
 
 
 def _reward(name: str, config: RewardConfig) -> dict[str, str]:
@@ -131,24 +141,11 @@ def _named(text: str) -> Path | None:
 
 
 def code_of(module: str) -> dict[str, Path]:
-    """The source files of an imported module, and of those that it imports from beside it, by name."""
+    """The files of an imported module, and of those that it imports from beside it, by the names of both."""
     file = getattr(sys.modules.get(module), "__file__", None)
     if file is None:
         return {}
     above = module.count(".") + (Path(file).name == "__init__.py")
-    root, found = Path(file).resolve().parents[above], dict[str, Path]()
+    root = Path(file).resolve().parents[above]
     installed = {"site-packages", "dist-packages"} & set(root.parts)
-    _follow(root, module, module.partition(".")[0] if installed else "", found)
-    return found
-
-
-def _follow(root: Path, module: str, only: str, found: dict[str, Path]) -> None:
-    place = root.joinpath(*module.split("."))
-    file = next((one for one in (place / "__init__.py", place.with_suffix(".py")) if one.is_file()), None)
-    if file is None or module in found or (only and module.partition(".")[0] != only):
-        return
-    found[module] = file
-    for name in imports_of(module, file):
-        parts = name.split(".")
-        for end in range(1, len(parts) + 1):  # importing a module imports the packages that it is in
-            _follow(root, ".".join(parts[:end]), only, found)
+    return dict(sources(module, [root], only=module.partition(".")[0] if installed else ""))

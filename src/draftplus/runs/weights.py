@@ -25,14 +25,19 @@ class Weights:
     label: str
 
 
+def parted(target: str) -> tuple[str, str, str]:
+    """A target's path, the last @ and what follows; these two are empty where it has none, or is a run with an @."""
+    path, sign, at = ("", "", "") if is_run(target) else target.rpartition("@")
+    return path or target, sign, at
+
+
 def find_weights(target: str, overrides: Sequence[str] = (), code: Collection[str] | None = None) -> Weights:
     """What `MODEL`, `RUN`, `RUN@step` or `RUN@best` means. code: as for `load_run_config`.
 
     Raises UserError for a step that was not saved, and for code of a run that is not trusted.
     """
     refuse_nobodys_home("target", target)
-    path, sign, at = ("", "", "") if is_run(target) else target.rpartition("@")
-    path = path or target
+    path, sign, at = parted(target)
     if not is_run(path):
         if sign:
             raise UserError(f"'{target}': {path} is not a run directory, so it has no '{at}'")
