@@ -133,6 +133,20 @@ def test_without_it_rounding_is_most_of_it(
     assert distance(gradient, expected[1]) > 0.5
 
 
+@pytest.mark.parametrize("coefficient", [0.0, 1.0])
+def test_convolutions_of_gpus_are_not_in_tf32_where_it_is_compared(fresh: StableDiffusion, coefficient: float) -> None:
+    made = setup_of(fresh)
+    made.problem.objective.kl_coeff = coefficient
+    before, seen = torch.backends.cudnn.allow_tf32, []
+    model = made.problem.model
+    model.unet.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))  # type: ignore[attr-defined]
+    assert before
+    accumulate(made, 0)
+    tail = seen[1:]  # after the one step without gradient
+    assert seen[0] is True and tail == ([False, False] if coefficient else [True]) * 2
+    assert torch.backends.cudnn.allow_tf32 is True
+
+
 def test_ddpo_s_first_ratio_is_one(fresh: StableDiffusion) -> None:
     """Rollouts and updates are in the same precision, or the clip, 1e-4, would cut all."""
     model = in_precision(fresh, torch.bfloat16)

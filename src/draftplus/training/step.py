@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -132,13 +132,24 @@ def accumulate(setup: Setup, step: int) -> Metrics:
         return _tail(setup, step, planned, start, share, conditioning)
 
 
-def precisely(setup: Setup, planned: StepPlan) -> AbstractContextManager[None]:
+@contextmanager
+def precisely(setup: Setup, planned: StepPlan) -> Iterator[None]:
     """Around the passes that a penalty compares, and their backward passes.
 
     In half precision two predictions differ by rounding even where the models hardly do: at Stable Diffusion 1.5's size
-    and guidance 7.5 that is more than a trained adapter's whole distance. So they are made in float32.
+    and guidance 7.5 that is more than a trained adapter's whole distance. So they are made in float32, and without
+    TF32, the default of convolutions on recent GPUs, which rounds as float16 does.
     """
-    return setup.problem.model.tuned.widened() if planned.looks else nullcontext()
+    if not planned.looks:
+        yield
+        return
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with setup.problem.model.tuned.widened():
+            yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def _tail(
