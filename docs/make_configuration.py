@@ -63,7 +63,8 @@ may change when a run continues:
 The same holds for the content of what they name: prompts, model files, a reward's code and weights. They may be moved,
 but not changed; `origin.json` in the run directory holds what they were. In `config.yaml` paths are whole, so that a
 run can be continued from any directory. Settings are changed by `key=value` on the command line: if the file itself was
-edited, that is told, and only the keys above are taken from it.
+edited, that is told, and only the keys above are taken from it. `draftplus train RUN name=other` starts a new run with
+the settings of RUN, and then any key may change.
 """
 
 NOTES = {

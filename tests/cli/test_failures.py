@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from draftplus.config import load_config, to_yaml
 from draftplus.errors import UserError, printable
 from draftplus.evaluation import gallery, pictures
 from draftplus.models.families import hub_index
+from draftplus.training import fine_tuning
 
 Refused = Callable[..., None]
 
@@ -38,6 +41,43 @@ def test_what_the_system_denies_is_one_line_with_the_path(
     monkeypatch.setattr(gallery, "make_gallery", denied)
     printed = draftplus("generate", small, "--prompt", "a cat", "-o", tmp_path / "out")
     assert printed.code == 1 and printed.err == f"draftplus: {tmp_path / 'file'}: {os.strerror(number)}\n"
+
+
+def test_what_may_not_be_read_is_one_line_with_the_path(
+    refused: Refused, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(tmp_path / "file"))
+
+    monkeypatch.setattr(gallery, "make_gallery", denied)
+    refused(["generate", small, "--prompt", "a cat", "-o", tmp_path / "out"], f"{tmp_path}/file: Permission denied; ")
+
+
+@pytest.mark.parametrize("name", ["half.jsonl", "half.csv"])
+def test_prompts_are_looked_at_before_a_model_is_loaded(
+    refused: Refused, settings: list[str], small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def loading(*_: Any, **__: Any) -> None:
+        raise AssertionError("the model is loaded")
+
+    monkeypatch.setattr(fine_tuning, "build_model", loading)
+    monkeypatch.setattr(gallery, "build_model", loading)
+    path = tmp_path / name
+    path.write_text('{"prompt": "a cat"}\n{"prompt": "a \\ud83d"}\n' if name.endswith("l") else 'prompt\n"a cat\n')
+    refused(["train", *settings, f"data.prompts={path}"], rf"{path}, line \d")
+    refused(["train", *settings, f"data.prompts={path}", "--dry-run"], rf"{path}, line \d")
+    refused(["generate", small, "--prompts", path], rf"{path}, line \d")
+    refused(["sweep", *settings, f"data.prompts={path}", "seed=0,1", "--dry-run"], rf"{path}, line \d")
+
+
+def test_the_home_of_nobody(refused: Refused, settings: list[str]) -> None:
+    path = "~nobody-of-this-name/x.txt"
+    words = f"'{path}': there is no home directory ~nobody-of-this-name; write the whole path"
+    for key in ("model.path", "data.prompts", "model.vae", "reward.emoji_clip.path"):
+        refused(["train", *settings, f"{key}={path}"], f"{key} {words}")
+    refused(["generate", path, "--prompt", "a cat"], words)
+    refused(["evaluate", path], words)
+    refused(["generate", "emoji", "--prompts", path], f"--prompts {words}")
 
 
 def test_a_full_disk_in_generate(draftplus: Any, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,6 +180,24 @@ def test_a_failure_before_the_first_step_leaves_no_directory(
     (tmp_path / "a" / "b" / "run").mkdir(parents=True)
     refused(["train", *settings, "sampler.height=8", f"output_dir={tmp_path / 'a' / 'b'}"], r"sampler\.height is 8")
     assert (tmp_path / "a" / "b" / "run").is_dir()
+
+
+def test_nor_does_ctrl_c_before_the_first_step(
+    draftplus: Any, settings: list[str], small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loading(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+
+    monkeypatch.setattr(fine_tuning, "build_model", loading)
+    monkeypatch.setattr(gallery, "build_model", loading)
+    for arguments in (
+        ["train", *settings, f"output_dir={tmp_path / 'a' / 'b'}"],
+        ["generate", small, "device=cpu", "--prompt", "a cat", "-o", tmp_path / "a" / "b"],
+    ):
+        printed = draftplus(*arguments)
+        assert printed.code == 130 and printed.err.endswith("draftplus: interrupted\n")
+        assert not (tmp_path / "a").exists()
 
 
 def test_a_picture_of_20000_pixels_is_left_out_of_the_report(tmp_path: Path) -> None:

@@ -49,6 +49,15 @@ def recipe(tmp_path: Path) -> Any:
     return write
 
 
+def test_a_recipe_is_the_file_that_is_named(tmp_path):
+    """Nor one beside it, whose name ends once more."""
+    (tmp_path / "mine.yaml").write_text("seed: 1")
+    (tmp_path / "mine.yaml.yaml").write_text("seed: 2")
+    assert load_config(tmp_path / "mine.yaml").seed == 1
+    with pytest.raises(UserError, match="no such file or built-in recipe"):
+        load_config(tmp_path / "mine")
+
+
 @pytest.mark.parametrize(
     ("override", "nearest_key"),
     [

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import draftplus
-from draftplus.config import load_config, remember, trusting
+from draftplus.config import load_config, load_run_config, remember, trusting
 from draftplus.errors import UserError
 from draftplus.rewards.custom import resolve_custom
 from draftplus.runs.directory import write_config
@@ -190,7 +190,29 @@ def test_nobody_is_asked_about_a_run_of_their_own(theirs: str) -> None:
     write_config(run, config)  # as training does once it can start
     again, where = plan_run(run, [])
     assert where == run and list(again.reward) == [f"{theirs}:score"]
-    assert find_weights(str(run), code=None) if (run / "adapter").is_dir() else True
+    (run / "adapter").mkdir()
+    assert find_weights(str(run)).adapter == run / "adapter"
+
+
+def test_nor_about_one_that_was_moved_or_given_other_arguments(theirs: str) -> None:
+    run, moved = Path("runs/own"), Path("archive/mine")
+    run.mkdir(parents=True)
+    reward = f"reward={{'{theirs}:score': {{args: {{gain: 2}}}}}}"
+    write_config(run, load_config(None, [reward, "name=own"]))
+    typed = f"reward.{theirs}:score.args.gain=3"
+    assert load_run_config(run, [typed]).reward[f"{theirs}:score"].args == {"gain": 3}
+    moved.parent.mkdir()
+    run.rename(moved)
+    for overrides in ((), (typed,), (f"reward.{theirs}:score.weight=2",)):
+        assert load_run_config(moved, overrides).reward
+    config = (moved / "config.yaml").read_text()
+    recipe(config.replace("gain: 2", "gain: 4"), "archive/mine/config.yaml")
+    is_refused(lambda: load_run_config(moved), "archive/mine/config.yaml: reward")
+    is_refused(lambda: load_run_config(moved, [f"reward.{theirs}:score.weight=2"]), "archive/mine/config.yaml: reward")
+    recipe(config, "archive/mine/config.yaml")
+    Path(f"{theirs}_helper.py").write_text("VALUE = 2\n")
+    is_refused(lambda: load_run_config(moved), "has changed since you trusted it or trained with it", "Restore it")
+    is_refused(lambda: load_run_config(moved, [f"reward.{theirs}:score.weight=2"]), "has changed")
 
 
 def test_a_home_that_cannot_be_written_is_said(theirs: str, state: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """Rewards of CLIP's shape against the procedure of PickScore's model card, written here with transformers' classes."""
 
+import json
 import os
 import pickle
 import shutil
@@ -212,6 +213,24 @@ def test_a_pickle_that_needs_code_is_refused_and_not_run(copied, tmp_path, write
     with pytest.raises(UserError, match=r"mkdir(.|\n)*safetensors"):
         load_clip_reward(copied)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("place", ["path", "processor"])
+def test_a_tokenizer_that_needs_code_is_refused_and_not_run(copied, checkpoint, monkeypatch, place):
+    """Nor is anybody asked on the terminal, as transformers does by default."""
+    (copied / "theirs.py").write_text(f"open({str(copied / 'ran')!r}, 'w')\n")
+    code = {"AutoConfig": "theirs.Config", "AutoTokenizer": ["theirs.Tokenizer", None]}
+    for name, more in (("tokenizer_config.json", {"tokenizer_class": "Theirs"}), ("config.json", {"model_type": "x"})):
+        if name == "tokenizer_config.json" or place == "processor":
+            told = json.loads((copied / name).read_text()) | {"auto_map": code, **more}
+            (copied / name).write_text(json.dumps(told))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks"))
+    if place == "path":  # the network's own kind of tokenizer is taken
+        assert load_clip_reward(copied, device="cpu")
+    else:
+        with pytest.raises(UserError, match=r"the tokenizer in '.*copy' cannot be loaded: it would run code"):
+            load_clip_reward(checkpoint, processor=str(copied), device="cpu")
+    assert not (copied / "ran").exists()
 
 
 def keep_half(path):

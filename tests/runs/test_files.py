@@ -181,6 +181,19 @@ def test_a_damaged_adapter_is_refused(tmp_path: Path) -> None:
     assert find_weights(str(run)).adapter == run / "adapter", "the same command writes it again, as the message says"
 
 
+def test_an_adapter_among_other_files(tmp_path: Path) -> None:
+    """A list of checksums beside it may be of other files, some of which are not there; its own line counts."""
+    mine = tmp_path / "mine.safetensors"
+    mine.write_text("a")
+    (tmp_path / "SHA256SUMS").write_text(f"{'0' * 64}  theirs.safetensors\n")
+    assert intact(mine) == mine
+    write_sums(tmp_path)
+    assert intact(mine) == mine
+    mine.write_text("b")
+    with pytest.raises(UserError, match=r"mine\.safetensors: damaged"):
+        intact(mine)
+
+
 @pytest.mark.parametrize("text", ["[]", "null", '{"step": null}', '{"step": 1e400}', '{"step": "x"}', "{", ""])
 def test_an_odd_best(tmp_path: Path, text: str) -> None:
     run = tmp_path / "run"

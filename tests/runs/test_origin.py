@@ -12,13 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from draftplus.config import ModelConfig, load_config, run_name, trusting
+from draftplus.config import ModelConfig, RewardConfig, load_config, run_name, trusting
 from draftplus.data.prompts import load_prompts
 from draftplus.distributed import World
 from draftplus.errors import UserError
 from draftplus.models.stored import loaded_variant, stored_dtype
 from draftplus.report import write_report
 from draftplus.report.read import read_run
+from draftplus.runs import inputs
 from draftplus.runs.directory import write_config
 from draftplus.runs.inputs import code_of, model_hashes, same_inputs
 from draftplus.runs.origin import ORIGIN, read_origin, write_origin
@@ -194,6 +195,51 @@ def test_an_edited_configuration(project: Path, capsys: Any) -> None:
     assert "config.yaml (optim.lr was 0.01, is 0.02: edited or damaged)" in read_run(run).missing
 
 
+@pytest.mark.parametrize("started", [(), ("reward.mine:score.args.gain=2",), ("model.lora=null",)])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("reward.mine:score.args.bias=1", r"without reward\.mine:score\.args\.bias, but now it is 1.* leave it out"),
+        ("reward.jpeg_compressibility.weight=1", r"without reward\.jpeg_compressibility\.weight.* leave it out"),
+        ("model.lora.rank=3", r"with model\.lora(\.rank)?=\w+, but now it is .*3.* set model\.lora(\.rank)?=\w+"),
+    ],
+)
+def test_what_is_added_is_a_change(project: Path, started: tuple[str, ...], change: str, words: str) -> None:
+    """Of what a configuration may have or not: a reward, one of its arguments, an adapter."""
+    run = begin(*started)
+    go_on(run)
+    go_on("small.yaml", *started)
+    for target, given in ((run, ()), ("small.yaml", started)):
+        with pytest.raises(UserError, match=f"run was started {words}"):
+            plan_run(target, [*given, change])
+
+
+def test_what_is_taken_away_is_a_change(project: Path) -> None:
+    run = begin("reward.mine:score.args.gain=2")
+    with pytest.raises(UserError, match=r"was started with reward\.mine:score\.args\.gain=2"):
+        plan_run("small.yaml", [])
+    assert plan_run("small.yaml", ["reward.mine:score.args.gain=2"])[1] == run
+    with pytest.raises(UserError, match=r"was started with model\.lora\.alpha="):
+        plan_run(run, ["model.lora=null"])
+
+
+def test_another_name_makes_a_new_run_beside_it(project: Path) -> None:
+    """As the message says that refuses to continue with something else."""
+    run = begin()
+    for overrides, where in (
+        (["name=other"], run.with_name("other")),
+        ([f"name={run.name}"], run),
+        (["output_dir=elsewhere"], Path("elsewhere") / run.name),
+        (["name=a/b"], run.parent / "a" / "b"),
+    ):
+        config, found = plan_run(run, [*overrides, "train.steps=6"])
+        assert found == where == Path(config.output_dir) / str(config.name)
+    changed, other = plan_run(run, ["name=other", "optim.lr=0.5"])
+    assert other.name == "other" and changed.optim.lr == 0.5
+    with pytest.raises(UserError, match=r"name '\.\./x'"):
+        plan_run(run, ["name=../x"])
+
+
 @pytest.mark.parametrize("text", ["[]", '{"step": [1]}', '{"step": null}', "{}"])
 def test_an_odd_best_in_a_report(project: Path, text: str) -> None:
     run = begin()
@@ -220,6 +266,28 @@ def test_a_record_that_is_damaged(project: Path) -> None:
     edit(f"{run}/{ORIGIN}", "0.01", "0.02")()
     with pytest.raises(UserError, match=r"origin\.json: damaged .*remove it"):
         plan_run(run, [])
+
+
+def test_texts_that_are_no_files(project: Path) -> None:
+    """Among a reward's arguments, and for its path: other text is no file, and nobody reads a whole disk."""
+    (project / "data.json").write_text("{}")
+    (project / "weights").mkdir()
+    (project / "weights" / "a.pt").write_text("1")
+    texts = {"a": "/", "b": ".", "c": "", "d": "~nobody-of-this-name/x", "e": "x" * 300, "f": "a\0b", "g": "/dev/zero"}
+    given = RewardConfig(path="https://example.org/w.pt", args={**texts, "h": "data.json", "i": "weights", "j": 3})
+    assert inputs._reward("mine:score", given).keys() == {
+        "reward.mine:score", "reward.mine:score.path", "reward.mine:score.args.h", "reward.mine:score.args.i",
+    }  # fmt: skip
+
+
+def test_a_helper_that_cannot_be_read_is_followed_no_further(project: Path) -> None:
+    (project / "mine.py").write_text("try:\n    import old\nexcept SyntaxError:\n    pass\n" + REWARD)
+    (project / "old.py").write_text("print 'of Python 2'\n")
+    run = begin()
+    go_on(run)
+    (project / "old.py").write_text("print 'another'\n")
+    with pytest.raises(UserError, match=r"reward\.mine:score has another content"):
+        go_on(run)
 
 
 def test_code_that_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,8 @@ if how == "3" and not (run / "saved").exists():
     time.sleep(60)
 if how == "4":
     sys.exit(1)
+if how == "8" and not (run / "mended").exists():
+    sys.exit(0)
 time.sleep(0.2)
 (run / "adapter").mkdir(exist_ok=True)
 (run / "ended").write_text(str(time.time()))

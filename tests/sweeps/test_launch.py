@@ -57,6 +57,34 @@ def test_a_failed_run_is_reported_and_the_others_go_on(tmp_path, stand_in):
     assert "not finite" in (tmp_path / "s" / "logs" / "seed-1.txt").read_text()
 
 
+def test_a_run_without_a_result_is_not_finished_whatever_it_says(tmp_path, stand_in):
+    manifest = run_sweep(plan(tmp_path, 8, 0))
+    assert statuses(manifest) == ["failed", "finished"]
+    assert manifest.runs[0].error == f"it ended without a result; see {tmp_path / 's' / 'logs' / 'seed-8.txt'}"
+    (tmp_path / "s" / "seed-8" / "mended").touch()
+    assert statuses(run_sweep(plan(tmp_path, 8, 0))) == ["finished"] * 2
+    assert (starts(tmp_path, 8), starts(tmp_path, 0)) == (2, 1)
+    (tmp_path / "s" / "seed-0" / "adapter").rmdir()  # finished, and then removed
+    assert statuses(run_sweep(plan(tmp_path, 8, 0))) == ["finished"] * 2
+    assert (starts(tmp_path, 8), starts(tmp_path, 0)) == (2, 2)
+
+
+def test_an_error_of_the_sweep_itself_removes_no_result(tmp_path, stand_in, monkeypatch):
+    """Although the sweep made its directory; such as a disk that is full when the manifest is written."""
+    save = launch.Manifest.save
+
+    def full(manifest, directory):
+        if any(entry.status == "finished" for entry in manifest.runs):
+            raise UserError("no space left on the disk")
+        save(manifest, directory)
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="no space"):
+        patch.setattr(launch.Manifest, "save", full)
+        run_sweep(plan(tmp_path, 0))
+    assert (tmp_path / "s" / "seed-0" / "adapter").is_dir()
+    assert statuses(run_sweep(plan(tmp_path, 0))) == ["finished"]
+
+
 def test_the_same_command_takes_up_what_is_not_finished(tmp_path, stand_in):
     run_sweep(plan(tmp_path, 0, 1))
     (tmp_path / "s" / "seed-1" / "mended").touch()

@@ -38,9 +38,11 @@ def prompts_of(source: str | None, settings: Sequence[str]) -> list[str]:
     """The prompts of `--prompts`; none if it is not given. settings: KEY=VALUE, of which data.column counts here."""
     if source is None:
         return []
-    from draftplus.config import load_config
+    from draftplus.config import load_config, refuse_nobodys_home
     from draftplus.data import prompts
     from draftplus.progress import progress
+
+    refuse_nobodys_home("--prompts", source)
 
     column = [text for text in settings if text.startswith("data.column=")]
     with progress("reading prompts", None):

@@ -3,7 +3,7 @@
 Importing it does not import torch, so that the command line starts at once.
 """
 
-from draftplus.config.check import refuse_bad_name
+from draftplus.config.check import refuse_bad_name, refuse_nobodys_home
 from draftplus.config.facts import facts_of
 from draftplus.config.keys import (
     ADDED,
@@ -49,8 +49,8 @@ from draftplus.config.typed import is_text
 __all__ = [
     "ADDED", "BASE_MODEL", "CHANGEABLE", "KNOBS", "Config", "LoraConfig", "ModelConfig", "ObjectiveConfig",
     "RewardConfig", "SamplerConfig", "StopConfig", "all_keys", "base_model_of", "choices_of", "describe_keys",
-    "facts_of", "flatten", "given_by", "is_below", "is_text", "keys_that_affect", "keys_where", "load_config",
-    "load_run_config", "nearest", "read_yaml", "recipe_names", "recipe_path", "refuse_bad_name", "refuse_library",
-    "refuse_untrusted", "remember", "run_name", "shaping_keys", "to_dict", "to_yaml", "trusting", "values",
-    "with_new_names", "written",
+    "facts_of", "flatten", "given_by", "is_below", "is_text", "keys_that_affect", "keys_where",
+    "load_config", "load_run_config", "nearest", "read_yaml", "recipe_names", "recipe_path", "refuse_bad_name",
+    "refuse_library", "refuse_nobodys_home", "refuse_untrusted", "remember", "run_name", "shaping_keys", "to_dict",
+    "to_yaml", "trusting", "values", "with_new_names", "written",
 ]  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from draftplus.config.facts import Facts
@@ -26,6 +27,8 @@ def check(config: Config) -> None:
     """
     for key, facts, value in values(config):
         _check_value(key, facts, value)
+        if facts.file and value is not None:
+            refuse_nobodys_home(key, value)
     if not config.output_dir.strip():
         raise UserError("output_dir is empty; name a directory, such as output_dir=runs")
     if config.train.steps is None and config.train.epochs is None:
@@ -55,6 +58,15 @@ def check(config: Config) -> None:
     if config.stop.held_out_drop is not None and not config.eval.rewards:
         raise UserError("stop.held_out_drop needs a held-out reward; name one in eval.rewards")
     _check_variants(config)
+
+
+def refuse_nobodys_home(where: str, path: str) -> None:
+    """UserError for a path that begins with ~ and the name of a user that there is not."""
+    try:
+        Path(path).expanduser()
+    except RuntimeError:
+        user = path.partition("/")[0]
+        raise UserError(f"{where} '{path}': there is no home directory {user}; write the whole path") from None
 
 
 def refuse_bad_name(key: str, name: str) -> None:

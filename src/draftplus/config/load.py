@@ -33,9 +33,10 @@ def load_config(recipe: str | Path | None = None, overrides: Sequence[str] = (),
     """
     layers = _recipe_layers(recipe) if recipe is not None else []
     config = _merged(layers, overrides, base)
+    check(config)
     if config.name is not None:  # a run that is there already keeps its own
         refuse_bad_name("name", config.name)
-    refuse_untrusted(config, [(layer.file, layer.tree) for layer in layers if layer.file], given_by(overrides))
+    _refuse_untrusted(config, layers, overrides)
     return config
 
 
@@ -55,8 +56,8 @@ def load_run_config(run: Path, overrides: Sequence[str] = (), code: Collection[s
         )
     layers = [*parents, own._replace(tree=with_new_names(own.tree))]
     config = _merged(layers, overrides)
-    files = [(layer.file, layer.tree) for layer in layers if layer.file]
-    refuse_untrusted(config, files, given_by(overrides), code)
+    check(config)
+    _refuse_untrusted(config, layers, overrides, code)
     return config
 
 
@@ -86,6 +87,13 @@ class _Layer(NamedTuple):
     replaces: bool = True
 
 
+def _refuse_untrusted(
+    config: Config, layers: Sequence[_Layer], overrides: Sequence[str], code: Collection[str] | None = None
+) -> None:
+    files = [(layer.file, layer.tree) for layer in layers if layer.file]
+    refuse_untrusted(config, files, given_by(overrides), code, lambda: _merged(layers, ()))
+
+
 def _merged(recipe: Sequence[_Layer], overrides: Sequence[str], base: Config | None = None) -> Config:
     given = [] if base is None else [_Layer(to_dict(base))]
     config = Config()
@@ -93,7 +101,6 @@ def _merged(recipe: Sequence[_Layer], overrides: Sequence[str], base: Config | N
         if replaces and isinstance(tree.get("reward"), Mapping):
             config = replace(config, reward={})
         config = assigned(Config, tree, config, "", f"{file}: " if file else "")
-    check(config)
     return config
 
 
@@ -107,9 +114,8 @@ def recipe_path(recipe: str | Path) -> Path:
 
     Raises UserError where there is neither, naming the nearest built-in recipe.
     """
-    built_in = RECIPES / f"{recipe}.yaml"
-    if built_in.is_file():
-        return built_in
+    if str(recipe) in recipe_names():
+        return RECIPES / f"{recipe}.yaml"
     path = Path(recipe)
     if path.is_file():
         return path

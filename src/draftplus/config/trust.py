@@ -3,7 +3,8 @@
 Code is named by `package.module:object`. What a user types is theirs to decide. What a recipe, a sweep file or a run's
 config.yaml names is refused, before anything of it is imported, unless `--trust` is given or it was trusted before.
 That is remembered in the user's state directory, by the file that names the code, with a hash of the name, its settings
-and its source; so other code in the same place is refused again.
+and its source; so other code in the same place is refused again. A run of one's own is known by its content too, so
+that it may be moved.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import os
 import sys
 import sysconfig
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from importlib import machinery, util
@@ -22,12 +23,18 @@ from pathlib import Path
 from typing import Any
 
 from draftplus.config.schema import Config, RewardConfig
-from draftplus.errors import UserError
+from draftplus.errors import UserError, notice
 
 Layer = Mapping[str, Any]
 Named = dict[str, tuple[str, RewardConfig]]  # reference -> the key that names it, and its settings
 
 _GIVEN: ContextVar[bool] = ContextVar("trust", default=False)
+
+_NEW = "runs only if you trust it.\nLook at it first, then repeat the command with --trust (in Python: trust=True)"
+_CHANGED = (
+    "has changed since you trusted it or trained with it.\nRestore it, or look at it and repeat the command with "
+    "--trust (in Python: trust=True); but a training goes on only with the code that it began with"
+)
 
 
 @contextmanager
@@ -50,12 +57,13 @@ def refuse_library(reference: str, where: str = "") -> None:
 
 
 def refuse_untrusted(
-    config: Config, files: Sequence[tuple[Path, Layer]], typed: Layer, only: Collection[str] | None = None
-) -> None:
+    config: Config, files: Sequence[tuple[Path, Layer]], typed: Layer, only: Collection[str] | None = None,
+    filed: Callable[[], Config] | None = None,
+) -> None:  # fmt: skip
     """UserError for code in a configuration that a file names, and its user neither typed nor trusted.
 
     files: what each file says, the one that counts most last. typed: what the user's own KEY=VALUE say, together. only:
-    the references that are about to be run; None: all.
+    the references that are about to be run; None: all. filed: the configuration without what is typed, where there is.
     """
     if not files:
         return
@@ -68,23 +76,20 @@ def refuse_untrusted(
         alone = own.get(reference) == {"path": settings.path, "args": settings.args}
         if alone or (reference in own and reference not in whose):
             continue
-        known, code = _trusted(file).get(reference), digest(reference, settings)
-        if known != code and not _GIVEN.get():
-            changed = "has changed since you trusted it" if known else "runs only if you trust it"
-            raise UserError(
-                f"{file}: {key} names the code {reference}, which {changed}.\n"
-                "Look at it first, then repeat the command with --trust (in Python: trust=True)"
-            )
-        if known != code:
+        known, code = _trusted(file).get(reference, set()), digest(reference, settings)
+        theirs = named_by(filed()).get(reference) if known and filed and reference in own else None
+        if code not in known and (theirs is None or digest(reference, theirs[1]) not in known):
+            if not _GIVEN.get():
+                raise UserError(f"{file}: {key} names the code {reference}, which {_CHANGED if known else _NEW}")
             _remember(file, {reference: code})
         _forget_bytecode(reference)
 
 
 def remember(file: Path, config: Config) -> None:
     """Trusts the code of a configuration that this user wrote to a file: a run of their own."""
-    named = named_by(config)
-    if named:
-        _remember(file, {reference: digest(reference, settings) for reference, (_, settings) in named.items()})
+    code = {reference: digest(reference, settings) for reference, (_, settings) in named_by(config).items()}
+    for known_by in (_by_place, _by_content) if code else ():
+        _remember(file, code, known_by)
 
 
 def named_by(config: Config) -> Named:
@@ -159,7 +164,7 @@ def _imports(module: str, path: Path) -> Iterator[str]:
     package = module if path.stem == "__init__" else module.rpartition(".")[0]
     try:
         nodes = list(ast.walk(ast.parse(path.read_bytes()))) if path.suffix == ".py" else []
-    except (SyntaxError, ValueError):  # its import will say so
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # its import will say so, where there is one
         return
     for node in nodes:
         if isinstance(node, ast.Import):
@@ -178,28 +183,44 @@ def _forget_bytecode(reference: str) -> None:
                 Path(util.cache_from_source(str(path))).unlink(missing_ok=True)
 
 
-def _record(file: Path) -> Path:
+def _by_place(file: Path) -> bytes:
+    return str(file.resolve()).encode()
+
+
+def _by_content(file: Path) -> bytes:
+    return b"content\0" + file.read_bytes()
+
+
+def _record(what: bytes) -> Path:
     state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(state) / "draftplus" / "trusted" / f"{hashlib.sha256(str(file.resolve()).encode()).hexdigest()}.json"
+    return Path(state) / "draftplus" / "trusted" / f"{hashlib.sha256(what).hexdigest()}.json"
 
 
-def _trusted(file: Path) -> dict[str, str]:
-    """The code that is trusted where a file names it: reference -> hash."""
+def _trusted(file: Path) -> dict[str, set[str]]:
+    """The code that is trusted where a file names it: reference -> hashes."""
+    found: dict[str, set[str]] = {}
+    for known_by in (_by_place, _by_content):
+        for reference, code in _noted(file, known_by).items():
+            found.setdefault(reference, set()).add(code)
+    return found
+
+
+def _noted(file: Path, known_by: Callable[[Path], bytes]) -> dict[str, str]:
     try:
-        told = json.loads(_record(file).read_text(encoding="utf-8"))
+        told = json.loads(_record(known_by(file)).read_text(encoding="utf-8"))
         return {str(reference): str(code) for reference, code in told["code"].items()}
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError):  # none, or not ours: ask again
         return {}
 
 
-def _remember(file: Path, code: Mapping[str, str]) -> None:
-    told = {"file": str(file.resolve()), "code": {**_trusted(file), **code}}
+def _remember(file: Path, code: Mapping[str, str], known_by: Callable[[Path], bytes] = _by_place) -> None:
+    told = {"file": str(file.resolve()), "code": {**_noted(file, known_by), **code}}
     try:
-        target = _record(file)
+        target = _record(known_by(file))
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         building = target.with_name(f".{target.name}.{os.getpid()}")
         with open(os.open(building, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as opened:
             json.dump(told, opened, indent=1)
         building.replace(target)
     except (OSError, RuntimeError) as error:  # a home that cannot be written, or none
-        print(f"that you trust {file} cannot be remembered ({error}), so you will be asked again", file=sys.stderr)
+        notice(f"that you trust {file} cannot be remembered ({error}), so you will be asked again")

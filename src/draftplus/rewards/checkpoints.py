@@ -59,7 +59,7 @@ def _file(path: str, name: str, revision: str | None) -> str | None:
         return cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
     except OSError as error:
         raise UserError(
-            f"reward weights '{path}' were found neither on this disk nor on the hub: {offline or _first(error)}"
+            f"reward weights '{path}' were found neither on this disk nor on the hub: {offline or first(error)}"
         ) from error
 
 
@@ -92,7 +92,7 @@ def load_frozen(
             "Use safetensors, or a file that torch.load can read with weights_only=True."
         ) from error
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise UserError(f"the weights in '{path}' cannot be loaded: {_first(error)}") from error
+        raise UserError(f"the weights in '{path}' cannot be loaded: {first(error)}") from error
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise UserError(
@@ -101,5 +101,6 @@ def load_frozen(
     return model.to(device).eval().requires_grad_(False)
 
 
-def _first(error: Exception) -> str:
+def first(error: Exception) -> str:
+    """The first line of an error's message, or its name."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

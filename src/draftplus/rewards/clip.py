@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from draftplus.errors import UserError
-from draftplus.rewards.checkpoints import has_file, lacks, load_frozen, locate
+from draftplus.rewards.checkpoints import first, has_file, lacks, load_frozen, locate
 from draftplus.rewards.dropout import Dropout, check_rate
 from draftplus.rewards.preprocessing import Preprocessing, has_preprocessing, preprocess, read_preprocessing
 from draftplus.types import Reward
@@ -108,7 +108,11 @@ def load_clip_reward(
     if not any(has_file(source, name, source_revision) for name in ("tokenizer.json", "vocab.json")):
         # transformers would make an empty tokenizer, for which all prompts are the same
         raise UserError(f"{lacks(source, 'tokenizer.json')}: set args.processor to a checkpoint that has it.")
-    tokenizer = AutoTokenizer.from_pretrained(source, revision=source_revision)
+    try:  # unless told not to, transformers would ask on the terminal whether to run code of the checkpoint's
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=source_revision, trust_remote_code=False)
+    except (ValueError, OSError) as error:
+        code = "it would run code of its own" if "trust_remote_code" in str(error) else first(error)
+        raise UserError(f"the tokenizer in '{source}' cannot be loaded: {code}.") from error
     model = load_frozen(CLIPModel, weights, "clip", revision, device, dtype)
     size = model.config.vision_config.image_size
     if preprocessing.crop is not None and preprocessing.crop != (size, size):

@@ -9,10 +9,12 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from draftplus.config import Config, remember, to_yaml
-from draftplus.errors import UserError
+from draftplus.errors import Interrupted, UserError
 from draftplus.runs import journal
 from draftplus.runs.files import clean, file_mode, remove, remove_made, write_text
 from draftplus.runs.origin import ORIGIN, absolute_paths
+
+BEGUN = {".lock", "config.yaml", ORIGIN, "samples", "tensorboard"}  # what a run has before its first result
 
 
 def is_run(target: str | Path) -> bool:
@@ -55,9 +57,9 @@ def locked(run: Path) -> Iterator[None]:
         ) from None
     try:
         yield
-    except Exception:
-        results = ("metrics.jsonl", "eval.jsonl", "checkpoints")
-        remove_made(made, keep=lambda: any((run / name).exists() for name in results))
+    except (Exception, Interrupted) as error:
+        nothing = {".lock"} if isinstance(error, Interrupted) else BEGUN  # what was stopped can be continued
+        remove_made(made, keep=lambda: any(path.name not in nothing for path in run.iterdir()))
         raise
     finally:
         lock.release()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from draftplus.errors import UserError
+from draftplus.errors import Interrupted, UserError
 from draftplus.runs.checksums import write_sums
 
 BUILDING, OLD, REMOVED = ".building", ".old", ".removed"
@@ -104,7 +104,7 @@ def output_held(directory: Path) -> Iterator[None]:
         raise UserError(f"'{directory}' cannot be written: {error.strerror}; name another output directory") from None
     try:
         yield
-    except Exception:
+    except (Exception, Interrupted):
         remove_made(made, keep=lambda: any(one.name != ".lock" for one in directory.iterdir()))
         raise
     finally:

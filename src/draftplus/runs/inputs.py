@@ -36,8 +36,12 @@ def source_hash(path: str, revision: str | None, index: str = "model_index.json"
     if local.exists():
         return files_hash(local)
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    found = try_to_load_from_cache(path, index, revision=revision)
+    try:
+        found = try_to_load_from_cache(path, index, revision=revision)
+    except HFValidationError:  # such as an address that a reward of the user's own reads
+        return path
     commit = Path(found).parent.name if isinstance(found, str) else revision or "main"
     return f"{path}@{commit}"
 
@@ -118,11 +122,22 @@ def _reward(name: str, config: RewardConfig) -> dict[str, str]:
     if path is not None:
         hashes[f"reward.{name}.path"] = source_hash(str(path), config.args.get("revision"), "config.json")
     for key, value in config.args.items():
-        if isinstance(value, str) and value and Path(value).expanduser().exists():
-            hashes[f"reward.{name}.args.{key}"] = files_hash(Path(value).expanduser())
+        named = _named(value) if isinstance(value, str) else None
+        if named is not None:
+            hashes[f"reward.{name}.args.{key}"] = files_hash(named)
     if name not in REWARDS:
         hashes[f"reward.{name}"] = named_hash(code_of(name.partition(":")[0]))
     return hashes
+
+
+def _named(text: str) -> Path | None:
+    """The file or directory that a text names; None for any other text, and for "." or "/", which hold everything."""
+    try:
+        path = Path(text).expanduser()
+        whole = not Path.cwd().is_relative_to(path.resolve())
+        return path if whole and (path.is_file() or path.is_dir()) else None
+    except (OSError, RuntimeError, ValueError):  # too long for a name, ~ of nobody, a zero in it
+        return None
 
 
 def code_of(module: str) -> dict[str, Path]:

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from draftplus.config import Config, flatten, load_run_config, to_dict, values
+from draftplus.config import Config, flatten, is_below, load_run_config, to_dict, values
 from draftplus.data.prompts import BUILT_IN
 from draftplus.distributed import is_main_process
 from draftplus.errors import UserError
@@ -23,7 +23,7 @@ from draftplus.runs.checksums import seal, unseal
 from draftplus.runs.files import write_text
 
 ORIGIN = "origin.json"
-OPEN = ("reward.", "eval.rewards.", "model.lora.")  # what lies below may be absent
+OPEN = ("reward", "eval.rewards", "model.lora")  # what lies below may be absent
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,18 @@ def edited(run: Path) -> dict[str, tuple[Any, Any]]:
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The keys whose values differ. Those that only one of two versions of draftplus has are left out."""
-    found = [key for key in then if (key in now and now[key] != then[key]) or (key not in now and key.startswith(OPEN))]
-    found += [key for key in now if key not in then and key.startswith(OPEN[:2]) and key.endswith(".weight")]
-    return {key: (then.get(key), now.get(key)) for key in found}
+    """The keys whose values differ, new ones last. What only one of two versions of draftplus has is left out."""
+    changed = {key for key in then.keys() & now.keys() if then[key] != now[key]}
+    gone = {key for key in then.keys() - now.keys() if is_below(key, OPEN) and then[key] != {}}
+    new = {key for key in now.keys() - then.keys() if is_below(key, OPEN[:2]) and now[key] != {}}
+    new = {key for key in new if key.endswith(".weight") or ".args." in key}  # every reward has one; they are its own
+    return {key: (then.get(key), _at(now, key)) for key in [*sorted(changed | gone), *sorted(new)]}
+
+
+def _at(flat: Mapping[str, Any], key: str) -> Any:
+    """A key's value; of a section, what lies below it."""
+    below = {name.removeprefix(f"{key}."): value for name, value in flat.items() if name.startswith(f"{key}.")}
+    return flat.get(key, below or None)
 
 
 @cache

@@ -10,8 +10,10 @@ from draftplus.config import (
     CHANGEABLE,
     Config,
     flatten,
+    given_by,
     is_below,
     load_config,
+    refuse_bad_name,
     run_name,
     shaping_keys,
     to_dict,
@@ -26,7 +28,8 @@ from draftplus.runs.origin import absolute_paths, differences, read_origin, run_
 
 
 def plan_run(target: Config | str | Path | None, overrides: Sequence[str]) -> tuple[Config, Path]:
-    """The configuration and directory of a run. target: a configuration, a recipe, or a run directory to continue.
+    """The configuration and directory of a run. target: a configuration, a recipe, or a run directory to continue, or
+    with another `name` or `output_dir` to start a run like it.
 
     Raises UserError where the configuration is wrong, or a run would be continued with a changed key.
     """
@@ -36,7 +39,10 @@ def plan_run(target: Config | str | Path | None, overrides: Sequence[str]) -> tu
         run = Path(config.output_dir) / config.name
     elif target is not None and is_run(target):
         run = Path(target) if Path(target).name else Path(target).resolve()  # "." has no name
-        config = settled(run_config(run, overrides))
+        config, given = settled(run_config(run, overrides)), given_by(overrides)
+        if given.get("name") is not None:
+            refuse_bad_name("name", given["name"])
+        run = Path(given.get("output_dir") or run.parent) / (given.get("name") or run.name)  # else a new one like it
         config.output_dir, config.name = str(run.parent), run.name
     else:
         config = settled(load_config(target or "emoji", overrides))
@@ -67,12 +73,14 @@ def _refuse_changes(config: Config, run: Path) -> None:
     then = origin.config if origin else flatten(to_dict(absolute_paths(resolve(run_config(run, code=())))))
     now = flatten(to_dict(absolute_paths(config)))
     shaping, files = shaping_keys(config, compares_images(config.reward)), file_keys(config)
-    for key, (old, new) in sorted(differences(then, now).items()):
+    for key, (old, new) in differences(then, now).items():
         if origin and key in files:  # its content decides, which is looked at once the run starts
             continue
         if key in shaping or not is_below(key, CHANGEABLE):  # `shaping` lacks new keys that are as they always were
-            before, after = written(old), written(new)
+            before, mend = f"with {key}={written(old)}", f"set {key}={written(old)}"
+            if key not in then:
+                before, mend = f"without {key}", "leave it out"
             raise UserError(
-                f"{run} was started with {key}={before}, but now it is {after}; this key cannot change when a run is "
-                f"continued. Choose another name= for a new run, or set {key}={before}"
+                f"{run} was started {before}, but now it is {written(new)}; this key cannot change when a run is "
+                f"continued. Choose another name= for a new run, or {mend}"
             )

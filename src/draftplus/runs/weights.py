@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from draftplus.config import Config, load_config, nearest
+from draftplus.config import Config, load_config, nearest, refuse_nobodys_home
 from draftplus.errors import UserError
 from draftplus.models.families import MODELS, resolve
 from draftplus.models.lora_files import lora_file
@@ -36,6 +36,7 @@ def find_weights(target: str, overrides: Sequence[str] = (), code: Collection[st
 
     Raises UserError for a step that was not saved, and for code of a run that is not trusted.
     """
+    refuse_nobodys_home("target", target)
     path, sign, at = parted(target)
     if not is_run(path):
         if sign:
@@ -72,7 +73,7 @@ def find_weights(target: str, overrides: Sequence[str] = (), code: Collection[st
 def intact(adapter: Path) -> Path:
     """Trained weights, a directory or a file. Raises UserError where the files there are not as they were written."""
     try:
-        verify(adapter if adapter.is_dir() else adapter.parent)
+        verify(adapter) if adapter.is_dir() else verify(adapter.parent, adapter.name)
     except ValueError as error:
         others = "the same draftplus train command writes adapter/ again, and RUN@step names the weights of a step"
         raise UserError(f"{adapter}: damaged ({error}); use other weights: {others}") from None

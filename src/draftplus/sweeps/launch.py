@@ -162,8 +162,8 @@ def _finish(plan: Plan, manifest: Manifest, attempt: _Attempt, otherwise: str) -
     result = (plan.directory / attempt.run.name / "adapter").is_dir()
     entry.status = "finished" if code == 0 and result else otherwise
     if entry.status == "failed":
-        said = _said(log_path(plan.directory, attempt.run.name), code)
-        entry.error = said if code else "it ended without a result"
+        log = log_path(plan.directory, attempt.run.name)
+        entry.error = _said(log, code) if code else f"it ended without a result; see {log}"
     manifest.save(plan.directory)
 
 
