@@ -130,8 +130,8 @@ def test_a_stop_waits_for_what_is_in_flight_and_can_be_continued(tmp_path, stand
 @pytest.fixture
 def on_path(monkeypatch):
     """For a process that a test starts."""
-    here = [str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(here))
+    here = [str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH")]  # an empty entry is the working directory
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, here)))
 
 
 def wait_for(condition) -> None:
