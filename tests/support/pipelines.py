@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from tests.tiny import TOKENIZER
+from tests.tiny import TOKENIZER, tiny_pipeline
 
 CLIP_WORDS = 1536
-WIDTH = 32  # of every text encoder
+WIDTH = 32  # of most text encoders
+SHARP = {r"norm_(added_)?[qk]": 2.0}  # attention that the many tokens of the template and of padding do not even out
 
 
 def save_pipeline(name: str, directory: Path) -> Path:
@@ -147,8 +148,167 @@ def _sd3(t5: bool = True) -> Any:
     )  # fmt: skip
 
 
+def _flux(guidance_embeds: bool) -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=64, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, guidance_embeds=guidance_embeds,
+        axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    dev = {"shift": 3.0, "use_dynamic_shifting": True}
+    schnell = {"shift": 1.0, "use_dynamic_shifting": False}
+    return FluxPipeline(
+        vae=_flux_vae(1), text_encoder=_clip(2, False), tokenizer=_clip_tokenizer(),
+        text_encoder_2=_t5(3, WIDTH), tokenizer_2=_t5_tokenizer(), transformer=lively(transformer, 4),
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096,
+            **(dev if guidance_embeds else schnell),
+        ),
+    )  # fmt: skip
+
+
+def _flux_vae(seed: int) -> Any:
+    """Z-Image's too."""
+    return _vae(seed, 16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False)
+
+
+def _flux2_klein(is_distilled: bool) -> Any:
+    from diffusers import (
+        AutoencoderKLFlux2,
+        FlowMatchEulerDiscreteScheduler,
+        Flux2KleinPipeline,
+        Flux2Transformer2DModel,
+    )
+    from transformers import Qwen3ForCausalLM
+
+    width = 16
+    transformer = Flux2Transformer2DModel(
+        patch_size=1, in_channels=128, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=3 * width, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
+    )  # fmt: skip
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=32, sample_size=64
+    )
+    lively(vae, 1, {"decoder.conv_out": 0.6})
+    generator = torch.Generator().manual_seed(2)
+    vae.bn.running_mean.copy_(0.5 * torch.randn(128, generator=generator))
+    vae.bn.running_var.copy_(0.5 + 2 * torch.rand(128, generator=generator))
+    return Flux2KleinPipeline(
+        # stock reads the hidden states after 9, 18 and 27 layers
+        vae=vae, text_encoder=_qwen3(Qwen3ForCausalLM, 3, width, layers=28), tokenizer=_qwen_tokenizer(CHAT_TEMPLATE),
+        transformer=lively(transformer, 4, SHARP), is_distilled=is_distilled,
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256,
+            max_image_seq_len=4096,
+        ),
+    )  # fmt: skip
+
+
+def _qwen_image() -> Any:
+    from diffusers import (
+        AutoencoderKLQwenImage,
+        FlowMatchEulerDiscreteScheduler,
+        QwenImagePipeline,
+        QwenImageTransformer2DModel,
+    )
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    transformer = QwenImageTransformer2DModel(
+        patch_size=2, in_channels=64, out_channels=16, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=WIDTH, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    vae = AutoencoderKLQwenImage(base_dim=4, z_dim=16, dim_mult=[1, 2, 2, 2], num_res_blocks=1)
+    encoder = Qwen2_5_VLConfig(
+        text_config={
+            **_qwen_widths(WIDTH), "num_hidden_layers": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 1, 1]},
+        },
+        vision_config={
+            "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": WIDTH,
+            "fullatt_block_indexes": [0],
+        },
+    )  # fmt: skip
+    return QwenImagePipeline(
+        vae=lively(vae, 1, {"decoder.conv_out": 0.6}), tokenizer=_qwen_tokenizer(None),
+        text_encoder=lively(Qwen2_5_VLForConditionalGeneration(encoder), 2),
+        transformer=lively(transformer, 3, SHARP),
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            shift=1.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, base_image_seq_len=256,
+            max_image_seq_len=8192, shift_terminal=0.02, time_shift_type="exponential",
+        ),
+    )  # fmt: skip
+
+
+def _zimage(shift: float) -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+    from transformers import Qwen3Model
+
+    transformer = ZImageTransformer2DModel(
+        in_channels=16, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=WIDTH,
+        axes_dims=[4, 6, 6],
+    )  # fmt: skip
+    return ZImagePipeline(
+        vae=_flux_vae(1), text_encoder=_qwen3(Qwen3Model, 2, WIDTH, layers=3),
+        tokenizer=_qwen_tokenizer(CHAT_TEMPLATE), transformer=lively(transformer, 3),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=False),
+    )  # fmt: skip
+
+
+def _qwen_widths(width: int) -> dict[str, Any]:
+    return {
+        "vocab_size": 512, "hidden_size": width, "intermediate_size": 2 * width, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 2048, "bos_token_id": None, "eos_token_id": None,
+    }  # fmt: skip
+
+
+def _qwen3(kind: Any, seed: int, width: int, layers: int) -> Any:
+    from transformers import Qwen3Config
+
+    return lively(kind(Qwen3Config(**_qwen_widths(width), head_dim=8, num_hidden_layers=layers)), seed)
+
+
+# what Qwen3's own template does where there are no tools
+CHAT_TEMPLATE = """\
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}"""
+
+
+def _qwen_tokenizer(chat_template: str | None) -> Any:
+    """One token for each byte, and for each word of the templates, so that these are as long as by the true one."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import AddedToken, Qwen2TokenizerFast
+
+    words = "system user assistant Describe Ġthe Ġimage Ġby Ġdetailing Ġcolor Ġshape Ġsize Ġtexture Ġquantity Ġtext "
+    words += "Ġspatial Ġrelationships Ġof Ġobjects Ġand Ġbackground ĊĊ"
+    merges = dict.fromkeys((word[:i], word[i]) for word in words.split() for i in range(1, len(word)))
+    tokens = [*sorted(ByteLevel.alphabet()), *map("".join, merges)]
+    tokenizer = Qwen2TokenizerFast(
+        vocab={token: i for i, token in enumerate(tokens)}, merges=list(merges), eos_token="<|im_end|>",
+        pad_token="<|endoftext|>", unk_token=None, model_max_length=131072, chat_template=chat_template,
+    )  # fmt: skip
+    tokenizer.add_tokens([AddedToken("<|im_start|>", special=True)])
+    tokenizer.add_tokens([AddedToken(token, special=False) for token in ("<think>", "</think>")])
+    return tokenizer
+
+
 PIPELINES: dict[str, Callable[[], Any]] = {
+    "sd": tiny_pipeline,
     "sdxl": _sdxl,
     "sd3": _sd3,
     "sd3_without_t5": partial(_sd3, t5=False),
+    "flux_dev": partial(_flux, guidance_embeds=True),
+    "flux_schnell": partial(_flux, guidance_embeds=False),
+    "flux2_klein_base": partial(_flux2_klein, is_distilled=False),
+    "flux2_klein": partial(_flux2_klein, is_distilled=True),
+    "qwen_image": _qwen_image,
+    "zimage": partial(_zimage, shift=6.0),
+    "zimage_turbo": partial(_zimage, shift=3.0),
 }
