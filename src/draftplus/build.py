@@ -186,6 +186,7 @@ def build_sampler(model: Model, config: SamplerConfig, ddpo: DdpoConfig | None =
     """
     if config.steps is None or config.guidance_scale is None:
         raise ValueError("the sampler's settings depend on the model: pass the configuration through runs.plan.settled")
+    model.check(config)
     config_of = model.scheduler(model.latent_shape(config.height, config.width), config.steps)
     schedule, name = make_schedule(config_of, config.steps, config.solver, config.spacing)
     solver, eta = make_solver(name, config.eta), config.eta

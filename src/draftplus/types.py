@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from draftplus.config import SamplerConfig
 from draftplus.progress import Advance
 
 Raw = Callable[[Tensor, Tensor], Tensor]  # (latents (b, c, h, w), timestep ()) -> the guided raw prediction
@@ -36,6 +37,11 @@ class Conditioning:
     def nbytes(self) -> int:
         """Memory of all its tensors."""
         return sum(tensor.nbytes for tensor in (self.hidden, self.mask, *self.extras.values()) if tensor is not None)
+
+    def to(self, dtype: torch.dtype) -> Conditioning:
+        """All that is in floating point in this precision."""
+        extras = {k: v.to(dtype) if v.is_floating_point() else v for k, v in self.extras.items()}
+        return Conditioning(self.hidden.to(dtype), self.mask, extras)
 
     def rows(self, index: slice | Tensor) -> Conditioning:
         """The conditioning of some of the prompts."""
@@ -167,8 +173,13 @@ class Model(Protocol):
         """
         ...
 
-    def guided(self, given: Conditioning, negative: Conditioning, scale: float) -> Raw:
-        """The denoiser under the family's own guidance. given: b rows. negative: one row."""
+    def check(self, sampler: SamplerConfig) -> None:
+        """Raises UserError for settings that the family does not have."""
+        ...
+
+    def guided(self, given: Conditioning, negative: str | None, scale: float) -> Raw:
+        """The denoiser under the family's own guidance. given: b rows. negative: the negative prompt, None: as in
+        `encode`."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor:

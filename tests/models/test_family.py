@@ -46,7 +46,7 @@ def test_without_settings_a_picture_is_the_stock_pipelines(tmp_path: Path) -> No
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """A hub that has indexes only. Returns what it is asked for."""
     asked: list[tuple[Any, ...]] = []
-    indexes = {"stabilityai/sdxl": "StableDiffusionXLPipeline", "me/fine": "StableDiffusionPipeline"}
+    indexes = {"someone/pixart": "PixArtSigmaPipeline", "me/fine": "StableDiffusionPipeline"}
 
     def download(path: str, name: str, revision: str | None = None) -> str:
         asked.append((path, name, revision))
@@ -63,9 +63,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]
 
 
 def test_a_hub_id_is_asked_for_its_index_first(hub: list[tuple[Any, ...]]) -> None:
-    with pytest.raises(UserError, match=r"'stabilityai/sdxl' is a StableDiffusionXLPipeline"):
-        build.build_model(ModelConfig(path="stabilityai/sdxl"), CPU)
-    assert hub == [("stabilityai/sdxl", "model_index.json", None)]
+    with pytest.raises(UserError, match=r"'someone/pixart' is a PixArtSigmaPipeline"):
+        build.build_model(ModelConfig(path="someone/pixart"), CPU)
+    assert hub == [("someone/pixart", "model_index.json", None)]
     assert sampling("model.path=me/fine", "model.revision=v2") == (50, 7.5, "")
     assert hub[1:] == [("me/fine", "model_index.json", "v2")]
     sampling("model.path=me/fine", "model.revision=v2")

@@ -137,4 +137,4 @@ class Sampler:
         return sample(denoise, start, self.schedule, self.solver, window, begin, end, noise, keep)
 
     def _guided(self, conditioning: Conditioning) -> Raw:
-        return self.model.guided(conditioning, self.model.encode([self.negative_prompt]), self.guidance_scale)
+        return self.model.guided(conditioning, self.negative_prompt, self.guidance_scale)

@@ -43,6 +43,8 @@ FAMILIES = {
     "StableDiffusionPipeline": Family(
         "draftplus.models.stable_diffusion:load", {"steps": 50, "guidance_scale": 7.5, "negative_prompt": ""}
     ),
+    "StableDiffusionXLPipeline": Family("draftplus.models.sdxl:load", {"steps": 50, "guidance_scale": 5.0}),
+    "StableDiffusion3Pipeline": Family("draftplus.models.sd3:load", {"steps": 28, "guidance_scale": 7.0}),
 }
 SINGLE_FILE_FAMILY = "StableDiffusionPipeline"  # of single files, which name none
 

@@ -15,7 +15,7 @@ from draftplus.errors import UserError
 from draftplus.models.weights import read_state_dict, refuse_pointer
 
 SHARD = re.compile(r"-\d{5}-of-\d{5}$")
-SMALL = ("*.json", "*.txt")  # configurations and vocabularies
+SMALL = ("*.json", "*.txt", "*.model", "*.jinja")  # configurations, vocabularies and templates
 
 
 @dataclass(frozen=True)

@@ -66,22 +66,31 @@ def looks_local(path: str) -> bool:
     return path.startswith((".", "/", "~")) or path.count("/") != 1
 
 
-def source(
-    config: ModelConfig, path: str, networks: Mapping[str, Any], accepts: Callable[..., None] | None = None
-) -> Source:
-    """A directory or hub id, its weights chosen by `model.variant`, fetched, and free of code.
+def fetched(config: ModelConfig, path: str) -> Path:
+    """The directory of a model: one on this disk, or the hub's cache with all of a hub id but its weights.
 
-    networks: the class of each folder with weights. accepts: called with the networks' configurations, before any
-    weights are fetched or read, to refuse what the family does not support.
-
-    Raises UserError for a model that is missing or not accepted, or weights that would run code, and whatever the
-    libraries raise; `loading` makes one error of them.
+    Raises UserError for a model that is missing, and whatever the hub's library raises; `loading` makes one error of
+    them.
     """
     path = directory_of(path)
     if config.config is not None:
         raise UserError(f"model.config is for single files, but model.path '{path}' is none; set model.config=null")
-    where, local = f"model.path '{path}'", Path(path).is_dir()
-    directory = Path(path) if local else files.fetch(path, config.revision, files.SMALL)
+    return Path(path) if Path(path).is_dir() else files.fetch(path, config.revision, files.SMALL)
+
+
+def source(
+    config: ModelConfig, path: str, directory: Path, networks: Mapping[str, Any],
+    accepts: Callable[..., None] | None = None,
+) -> Source:  # fmt: skip
+    """A directory or hub id, its weights chosen by `model.variant`, fetched, and free of code.
+
+    directory: that was `fetched`. networks: the class of each folder with weights. accepts: called with the networks'
+    configurations, before any weights are fetched or read, to refuse what the family does not support.
+
+    Raises UserError for a model that is not accepted, or weights that would run code, and whatever the libraries raise;
+    `loading` makes one error of them.
+    """
+    where, local = f"model.path '{path}'", Path(directory_of(path)).is_dir()
     if accepts is not None:
         accepts(*(configuration(cls, directory, name) for name, cls in networks.items()))
     made = Source(config, directory, {})

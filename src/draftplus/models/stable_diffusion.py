@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from draftplus.config import ModelConfig
+from draftplus.config import ModelConfig, SamplerConfig
 from draftplus.diffusion.guidance import classifier_free
 from draftplus.diffusion.levels import saved
 from draftplus.errors import UserError, notice
@@ -73,12 +73,15 @@ class StableDiffusion:
             sides.append(latent if pixels is None else pixels // factor)
         return self.unet.config.in_channels, sides[0], sides[1]
 
+    def check(self, sampler: SamplerConfig) -> None:
+        pass
+
     def scheduler(self, shape: tuple[int, int, int], steps: int) -> Mapping[str, Any]:
         return self.scheduler_config
 
-    def guided(self, given: Conditioning, negative: Conditioning, scale: float) -> Raw:
+    def guided(self, given: Conditioning, negative: str | None, scale: float) -> Raw:
         if self.unet.config.time_cond_proj_dim is None:
-            return classifier_free(self.predict, given, negative, scale)
+            return classifier_free(self.predict, given, self.encode([negative]), scale)
         # a guidance-distilled UNet (latent consistency models, arXiv 2310.04378) is told the scale, in one pass
         told = replace(given, extras={"timestep_cond": self._scale_embedding(scale).expand(len(given), -1)})
         return lambda x, timestep: self.predict(x, timestep, told)
@@ -193,7 +196,8 @@ def _components(config: ModelConfig, path: str, dtype: torch.dtype) -> tuple[Any
             source = single_file.source(config, path)
             tokenizer = single_file.tokenizer(source.directory)
         else:
-            source = loading.source(config, path, networks, partial(_refuse_other_families, path))
+            directory = loading.fetched(config, path)
+            source = loading.source(config, path, directory, networks, partial(_refuse_other_families, path))
             tokenizer = CLIPTokenizer.from_pretrained(source.directory, subfolder="tokenizer")
         if tokenizer.vocab_size <= len(tokenizer.all_special_ids):  # transformers does not miss the files
             raise ValueError("its tokenizer has no vocabulary")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,13 @@ class Tuned:
     the frozen copy of a fully tuned denoiser; with adapters, the frozen model is the denoiser itself with them off.
     component: the denoiser's name in the stock pipeline, "unet" or "transformer", with which the names in a LoRA file
     begin. encoders: the text encoders by theirs. Training leaves these as they are; a LoRA file of another hand may
-    hold adapters of them too.
+    hold adapters of them too. open_encoders: loads those that are not in memory.
     """
 
     def __init__(self, denoiser: Any, component: str, frozen: Any = None) -> None:
         self.denoiser, self.frozen, self.component = denoiser, frozen, component
         self.encoders: dict[str, Any] = {}
+        self.open_encoders: Callable[[], None] = lambda: None
         self.network = denoiser
         self._encoders_now: tuple[int, float, bool] = (0, 1.0, True)  # adapters loaded, their scale, and if they are on
 
@@ -126,7 +127,10 @@ class Tuned:
         directory = path.parent if path.name.startswith("diffusion_pytorch_model") else path
         file = lora_file(directory)
         if file is not None:
-            lora.attach(self._adaptable(), read_lora(file))
+            read = read_lora(file)
+            if not all(name.startswith(f"{self.component}.") for name in read.state):
+                self.open_encoders()
+            lora.attach(self._adaptable(), read)
             self._encoders_now = (self._encoders_now[0] + 1, 1.0, True)
         elif (directory / "config.json").is_file():
             weights = _denoiser_weights(directory)

@@ -1,0 +1,277 @@
+"""What families of models have in common: the parts of a stock pipeline, loaded here, and its denoiser, tuned.
+
+A family is a `Kind`, a file of its own. The stock pipeline embeds prompts and knows its settings; what carries gradient
+(predicting, guiding, decoding) is called here on its networks. The denoiser is loaded when it is first used, and the
+text encoders when a prompt has to be embedded, so that the two need not lie in memory together.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from draftplus.config import ModelConfig, SamplerConfig
+from draftplus.diffusion.guidance import classifier_free
+from draftplus.errors import UserError
+from draftplus.models import loading
+from draftplus.models.embeddings import Embeddings
+from draftplus.models.tuned import Tuned, make_tuned
+from draftplus.types import Conditioning, Raw
+
+Shape = tuple[int, int, int]
+QKVO = ("to_q", "to_k", "to_v", "to_out.0")
+DENOISERS = ("unet", "transformer")
+BESIDE = ("image_encoder", "feature_extractor", "safety_checker")  # parts that are for other tasks
+ABSENT = [None, None]  # how an index says that a part is not there; stock loads such a model only when told so
+
+
+def _classifier_free(model: PipelineModel, given: Conditioning, negative: str | None, scale: float) -> Raw:
+    return classifier_free(model.predict, given, model.encode([negative]) if scale > 1 else given, scale)
+
+
+def scaled(pipe: Any, latents: Tensor) -> Tensor:
+    """Latents (b, c, h, w) as a KL autoencoder takes them, by the scale and shift of its configuration."""
+    config = pipe.vae.config
+    return latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+
+
+def latent_shape(pipe: Any, height: int | None, width: int | None) -> Shape:
+    """(c, h, w) for pixels. None: the size that the denoiser was trained at."""
+    default = pipe.default_sample_size * pipe.vae_scale_factor
+    sides = multiples(pipe.vae_scale_factor * getattr(pipe, "patch_size", 1), height or default, width or default)
+    return denoiser_of(pipe).config.in_channels, *(side // pipe.vae_scale_factor for side in sides)
+
+
+def multiples(factor: int, height: int, width: int) -> tuple[int, int]:
+    """The sides. Raises UserError unless both are multiples of `factor` pixels."""
+    for key, pixels in (("height", height), ("width", width)):
+        if pixels % factor:
+            raise UserError(f"sampler.{key} is {pixels}; it must be a multiple of {factor} for this model")
+    return height, width
+
+
+def shift_of(pipe: Any, tokens: int) -> float:
+    """mu, by which dynamic shifting follows the size of the image. tokens: of the denoiser."""
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+    return float(calculate_shift(tokens, *(pipe.scheduler.config[name] for name in names)))
+
+
+def _own_scheduler(pipe: Any, config: Mapping[str, Any], shape: Shape, steps: int) -> Mapping[str, Any]:
+    return config
+
+
+def _nothing_to_check(pipe: Any, sampler: SamplerConfig) -> None:
+    pass
+
+
+def _accept(config: Mapping[str, Any]) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a family has of its own. In what follows, `pipe` is its stock pipeline.
+
+    label: its name for people. pipeline: the class in diffusers. networks: the classes that each of its folders may
+    hold, the usual one first. embed: (pipe, prompt) -> one row; None is the stock pipeline's negative prompt where none
+    is given. predict: (pipe, network, latents (b, c, h, w), timestep, conditioning) -> the raw prediction, of that
+    shape; all floating-point inputs in the network's precision. guided: `Model.guided`. to_vae, decoded: latents
+    as the autoencoder takes them, and its images (b, 3, H, W) in [-1, 1]. shape, scheduler, noise_dtype: as in `Model`,
+    the last as the stock pipeline of a precision draws it. targets: the layers that LoRA calls "attention". accepts:
+    (configuration by folder) raises UserError for what the family does not support, before any weights are read. check:
+    the same for settings of the sampler. large_encoders: whether text encoders are released once prompts are embedded.
+    """
+
+    label: str
+    pipeline: str
+    networks: Mapping[str, tuple[str, ...]]
+    embed: Callable[[Any, str | None], Conditioning]
+    predict: Callable[[Any, Any, Tensor, Tensor, Conditioning], Tensor]
+    guided: Callable[[PipelineModel, Conditioning, str | None, float], Raw] = _classifier_free
+    to_vae: Callable[[Any, Tensor], Tensor] = scaled
+    decoded: Callable[[Any, Tensor], Tensor] = lambda pipe, z: pipe.vae.decode(z, return_dict=False)[0]
+    shape: Callable[[Any, int | None, int | None], Shape] = latent_shape
+    scheduler: Callable[[Any, Mapping[str, Any], Shape, int], Mapping[str, Any]] = _own_scheduler
+    noise_dtype: Callable[[torch.dtype], torch.dtype] = lambda dtype: dtype
+    targets: Sequence[str] = QKVO
+    accepts: Callable[[Mapping[str, Any]], None] = _accept
+    check: Callable[[Any, SamplerConfig], None] = _nothing_to_check
+    large_encoders: bool = True
+
+    @property
+    def component(self) -> str:
+        """The denoiser's name in the stock pipeline."""
+        return next(name for name in self.networks if name in DENOISERS)
+
+
+def denoiser_of(pipe: Any) -> Any:
+    """The denoiser of a stock pipeline."""
+    return getattr(pipe, next(name for name in DENOISERS if hasattr(pipe, name)))
+
+
+class PipelineModel:
+    """A `Model`: the stock pipeline of a kind, and its denoiser as it is tuned.
+
+    pipe: the stock pipeline; its denoiser has no weights (the meta device) until `tuned` is asked for. encoders: the
+    names of its text encoders. read: reads a network by its name.
+    """
+
+    def __init__(
+        self, kind: Kind, pipe: Any, encoders: Sequence[str], read: Callable[[str], Any], tune: Callable[[Any], Tuned],
+        scheduler_config: Mapping[str, Any], device: torch.device, dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        self.kind, self.pipe, self.scheduler_config, self.device = kind, pipe, scheduler_config, device
+        self.noise_dtype = kind.noise_dtype(dtype)
+        self._names, self._read, self._tune = encoders, read, tune
+        self._encoders: dict[str, Any] = {}  # those that are loaded
+        self.encode = Embeddings(self._embed, lambda: self.tuned.encoders_state() if self._encoders else None)
+
+    @cached_property
+    def tuned(self) -> Tuned:
+        tuned = self._tune(self._read(self.kind.component))
+        setattr(self.pipe, self.kind.component, tuned.denoiser)
+        tuned.encoders, tuned.open_encoders = self._encoders, self._open
+        return tuned
+
+    @property
+    def vae(self) -> Any:
+        return self.pipe.vae
+
+    def _embed(self, prompt: str | None) -> Conditioning:
+        self._open()
+        return self.kind.embed(self.pipe, prompt)
+
+    def _open(self) -> None:
+        for name in self._names:
+            if name not in self._encoders:
+                self._encoders[name] = self._read(name)
+                setattr(self.pipe, name, self._encoders[name])
+
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> Shape:
+        return self.kind.shape(self.pipe, height, width)
+
+    def scheduler(self, shape: Shape, steps: int) -> Mapping[str, Any]:
+        return self.kind.scheduler(self.pipe, self.scheduler_config, shape, steps)
+
+    def check(self, sampler: SamplerConfig) -> None:
+        self.kind.check(self.pipe, sampler)
+
+    def guided(self, given: Conditioning, negative: str | None, scale: float) -> Raw:
+        return self.kind.guided(self, given, negative, scale)
+
+    def predict(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        """The raw prediction without guidance. latents: (b, c, h, w), timestep: () or (b,). Returns (b, c, h, w)."""
+        network = self.tuned.network
+        dtype = precision_of(network)
+        return self.kind.predict(self.pipe, network, latents.to(dtype), timestep, conditioning.to(dtype))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        dtype = self.vae.dtype
+        image = self.kind.decoded(self.pipe, self.kind.to_vae(self.pipe, latents).to(dtype))
+        image = image + 0 * image  # an overflow becomes NaN, where clamp would make white or black of it
+        return (image.to(torch.promote_types(torch.float32, dtype)) / 2 + 0.5).clamp(0, 1)
+
+    def blocks(self) -> Sequence[nn.Module]:
+        names = self.tuned.denoiser._no_split_modules
+        return [module for module in self.tuned.denoiser.modules() if type(module).__name__ in names]
+
+
+def precision_of(network: nn.Module) -> torch.dtype:
+    """The precision of a network's own weights, whatever that of its adapters."""
+    return next(p.dtype for name, p in network.named_parameters() if "lora_" not in name)
+
+
+def load_pipeline(
+    kind: Kind, config: ModelConfig, path: str, device: torch.device, seed: int = 0, trainable: bool = True,
+    dtype: torch.dtype | None = None,
+) -> PipelineModel:  # fmt: skip
+    """Loads a model of a kind, ready to be trained or, if not `trainable`, to be sampled.
+
+    path: diffusers directory or hub id. dtype: of frozen weights, instead of the configuration's; trained weights, and
+    the frozen copy of a fully tuned denoiser, are in at least float32.
+
+    Raises UserError for a missing model, one of another family, or weights that would run code.
+    """
+    frozen = dtype or getattr(torch, config.dtype)
+    with loading.loading("model.path", path, kind.label):
+        directory = loading.fetched(config, path)
+        there = present(kind, directory)
+        source = loading.source(
+            config, path, directory, there, lambda *told: kind.accepts(dict(zip(there, told, strict=True)))
+        )
+        pipe = _without_weights(kind, directory, there, frozen)
+
+    def read(name: str) -> Any:
+        with loading.loading("model.path", path, kind.label):
+            network = loading.load_part(there[name], source, name, frozen)
+        network.requires_grad_(False).eval().to(device)
+        return network
+
+    def tune(denoiser: Any) -> Tuned:
+        tuned = make_tuned(denoiser, kind.component, config.lora, seed, trainable, kind.targets)
+        if config.gradient_checkpointing:
+            denoiser.enable_gradient_checkpointing()
+        return tuned
+
+    pipe.vae = read("vae")
+    if loading.decodes_in_float32(pipe.vae):
+        pipe.vae.to(torch.float32)
+    if config.gradient_checkpointing:
+        pipe.vae.enable_gradient_checkpointing()
+    encoders = [name for name in there if name.startswith("text_encoder")]
+    return PipelineModel(kind, pipe, encoders, read, tune, _scheduler_config(directory), device, frozen)
+
+
+def present(kind: Kind, directory: Path) -> dict[str, Any]:
+    """The class of each network that a model has, by its folder: its index may say null of text encoders.
+
+    Raises ValueError for a class that the family does not have, or a part that it cannot do without.
+    """
+    import diffusers
+    import transformers
+
+    index, found = _index(directory), {}
+    for folder, names in kind.networks.items():
+        name = index.get(folder, ABSENT)[1]
+        if name is None:
+            if folder.startswith("text_encoder_"):
+                continue
+            raise ValueError(f"its model_index.json names no {folder}")
+        if name not in names:
+            raise ValueError(f"its {folder} is a {name}, which is not supported, only {' or '.join(names)}")
+        found[folder] = getattr(diffusers, name, None) or getattr(transformers, name)
+    return found
+
+
+def _without_weights(kind: Kind, directory: Path, there: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """The stock pipeline with its tokenizers and settings, its denoiser and autoencoder without weights."""
+    import diffusers
+
+    given: dict[str, Any] = dict.fromkeys(kind.networks)
+    for name in (kind.component, "vae"):
+        with torch.device("meta"):
+            given[name] = there[name].from_config(there[name].load_config(directory, subfolder=name)).to(dtype)
+    cls = getattr(diffusers, kind.pipeline)
+    given |= {name: None for name, told in _index(directory).items() if told == ABSENT}
+    given |= {name: None for name in cls._optional_components if name in BESIDE}
+    return cls.from_pretrained(directory, local_files_only=True, **given)
+
+
+def _index(directory: Path) -> dict[str, Any]:
+    return dict(json.loads((directory / "model_index.json").read_text(encoding="utf-8")))
+
+
+def _scheduler_config(directory: Path) -> Mapping[str, Any]:
+    from diffusers import DDIMScheduler
+
+    config: Mapping[str, Any] = DDIMScheduler.load_config(directory, subfolder="scheduler")
+    return config
