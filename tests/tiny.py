@@ -40,6 +40,12 @@ SCHEDULER: dict[str, Any] = {
 
 def save_tiny(directory: Path, seed: int = 0) -> Path:
     """Saves a randomly initialised pipeline in the diffusers layout."""
+    tiny_pipeline(seed).save_pretrained(directory)
+    return directory
+
+
+def tiny_pipeline(seed: int = 0) -> Any:
+    """A stock pipeline with random weights."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -64,13 +70,11 @@ def save_tiny(directory: Path, seed: int = 0) -> Path:
         for name, parameter in unet.named_parameters():
             if "attn2" in name and parameter.ndim > 1:
                 parameter.data *= 3  # so that the prompt, and with it guidance, matters
-    pipe = StableDiffusionPipeline(
+    return StableDiffusionPipeline(
         vae=vae, text_encoder=encoder, tokenizer=CLIPTokenizer.from_pretrained(TOKENIZER), unet=unet,
         scheduler=DDIMScheduler(**SCHEDULER), safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
     )  # fmt: skip
-    pipe.save_pretrained(directory)
-    return directory
 
 
 def stock_pipeline(directory: Path, dtype: torch.dtype = torch.float64, scheduler: Any = None) -> Any:
