@@ -88,6 +88,7 @@ class Kind:
     the last as the stock pipeline of a precision draws it. targets: the layers that LoRA calls "attention". accepts:
     (configuration by folder) raises UserError for what the family does not support, before any weights are read. check:
     the same for settings of the sampler. large_encoders: whether text encoders are released once prompts are embedded.
+    checkpoint: makes the autoencoder compute what it decodes anew in the backward pass, by blocks.
     """
 
     label: str
@@ -105,6 +106,7 @@ class Kind:
     accepts: Callable[[Mapping[str, Any]], None] = _accept
     check: Callable[[Any, SamplerConfig], None] = _nothing_to_check
     large_encoders: bool = True
+    checkpoint: Callable[[Any], None] = lambda vae: vae.enable_gradient_checkpointing()
 
     @property
     def component(self) -> str:
@@ -175,7 +177,7 @@ class PipelineModel:
 
     def decode(self, latents: Tensor) -> Tensor:
         dtype = self.vae.dtype
-        image = self.kind.decoded(self.pipe, self.kind.to_vae(self.pipe, latents).to(dtype))
+        image = self.kind.decoded(self.pipe, self.kind.to_vae(self.pipe, latents.to(dtype)))
         image = image + 0 * image  # an overflow becomes NaN, where clamp would make white or black of it
         return (image.to(torch.promote_types(torch.float32, dtype)) / 2 + 0.5).clamp(0, 1)
 
@@ -225,7 +227,7 @@ def load_pipeline(
     if loading.decodes_in_float32(pipe.vae):
         pipe.vae.to(torch.float32)
     if config.gradient_checkpointing:
-        pipe.vae.enable_gradient_checkpointing()
+        kind.checkpoint(pipe.vae)
     encoders = [name for name in there if name.startswith("text_encoder")]
     return PipelineModel(kind, pipe, encoders, read, tune, _scheduler_config(directory), device, frozen)
 
