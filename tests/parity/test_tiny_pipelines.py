@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from tests.support.pipelines import PIPELINES, save_pipeline, stock
@@ -41,6 +44,7 @@ CALLS: dict[str, dict[str, dict[str, Any]]] = {
     "sd3_without_t5": {**GUIDED, **NEGATIVE},
     "flux_dev": {**FLUX, "embedded guidance": {"guidance_scale": 1.5}},
     "flux_schnell": FLUX,
+    "chroma": {**GUIDED, **NEGATIVE},
     "flux2_klein_base": GUIDED,
     "flux2_klein": {},
     "qwen_image": {
@@ -60,6 +64,7 @@ INPUTS: dict[str, list[str]] = {  # of the denoiser
     "sd3_without_t5": [*TEXT, "pooled_projections"],
     "flux_dev": [*FLUX_INPUTS, "guidance"],
     "flux_schnell": FLUX_INPUTS,
+    "chroma": [*TEXT, "img_ids", "attention_mask"],
     "flux2_klein_base": [*TEXT, "img_ids", "txt_ids"],
     "flux2_klein": [*TEXT, "img_ids", "txt_ids"],
     "qwen_image": TEXT,
@@ -77,7 +82,7 @@ def pipeline(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 def picture(pipe: Any, **options: Any) -> Tensor:
-    settings = {"prompt": PROMPT, "height": 64, "width": 64, "num_inference_steps": 3, **options}
+    settings = {"prompt": PROMPT, "height": 64, "width": 64, "num_inference_steps": 2, **options}
     return pipe(**settings, generator=torch.Generator().manual_seed(0), output_type="pt").images[0]
 
 
@@ -127,7 +132,7 @@ def test_picture_shows_detail_and_is_not_saturated(pipeline: tuple[str, Any, Ten
 def test_every_option_shows_in_the_picture(pipeline: tuple[str, Any, Tensor]) -> None:
     name, pipe, image = pipeline
     default = DEFAULTS.get(name, {})
-    calls = {**CALLS[name], "prompt": {"prompt": "a dog"}, "steps": {"num_inference_steps": 4}}
+    calls = {**CALLS[name], "prompt": {"prompt": "a dog"}, "steps": {"num_inference_steps": 3}}
     assert difference(image, picture(pipe, **default)) == 0
     shown = {what: difference(image, picture(pipe, **default | options)) for what, options in calls.items()}
     assert min(shown.values()) > 0.01, shown
@@ -157,9 +162,26 @@ def test_detail_passes_through_the_vae(pipeline: tuple[str, Any, Tensor]) -> Non
     assert (negative - latents).abs().mean() > 0.1 * latents.std()
 
 
-def test_qwen_template_is_as_long_as_by_the_true_tokenizer(pipeline: tuple[str, Any, Tensor]) -> None:
-    name, pipe, _ = pipeline
-    if name != "qwen_image":
-        return
-    start = pipe.prompt_template_encode.split("{}")[0]
-    assert len(pipe.tokenizer(start).input_ids) == pipe.prompt_template_encode_start_idx
+@pytest.fixture(scope="module")
+def qwen_image(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return stock(save_pipeline("qwen_image", tmp_path_factory.mktemp("qwen_image")))
+
+
+def test_qwen_template_is_as_long_as_by_the_true_tokenizer(qwen_image: Any) -> None:
+    start = qwen_image.prompt_template_encode.split("{}")[0]
+    assert len(qwen_image.tokenizer(start).input_ids) == qwen_image.prompt_template_encode_start_idx
+
+
+def test_mask_of_a_shorter_prompt_shows_in_the_picture(qwen_image: Any) -> None:
+    pair = {"prompt": [PROMPT, "a dog on a blue background"]}
+    image = picture(qwen_image, **pair)
+    assert difference(image, changed(qwen_image, "encoder_hidden_states_mask", lambda mask: None, pair)) > 0.01
+
+
+def test_stock_refuses_a_missing_text_encoder_unless_told(tmp_path: Path) -> None:
+    """Which is why `stock` names the parts that an index holds as null."""
+    save_pipeline("sd3_without_t5", tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text(encoding="utf-8"))
+    assert index["text_encoder_3"] == index["tokenizer_3"] == [None, None]
+    with pytest.raises(ValueError, match="text_encoder_3"):
+        DiffusionPipeline.from_pretrained(tmp_path)

@@ -173,6 +173,21 @@ def _flux_vae(seed: int) -> Any:
     return _vae(seed, 16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False)
 
 
+def _chroma() -> Any:
+    """With a plain schedule, which need not be the published one."""
+    from diffusers import ChromaPipeline, ChromaTransformer2DModel, FlowMatchEulerDiscreteScheduler
+
+    transformer = ChromaTransformer2DModel(
+        patch_size=1, in_channels=64, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=WIDTH, axes_dims_rope=(4, 6, 6), approximator_num_channels=16, approximator_hidden_dim=32,
+        approximator_layers=2,
+    )  # fmt: skip
+    return ChromaPipeline(
+        vae=_flux_vae(1), text_encoder=_t5(2, WIDTH), tokenizer=_t5_tokenizer(), transformer=lively(transformer, 3),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+    )  # fmt: skip
+
+
 def _flux2_klein(is_distilled: bool) -> Any:
     from diffusers import (
         AutoencoderKLFlux2,
@@ -222,7 +237,7 @@ def _qwen_image() -> Any:
     encoder = Qwen2_5_VLConfig(
         text_config={
             **_qwen_widths(WIDTH), "num_hidden_layers": 2,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 1, 1]},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 2, 2]},
         },
         vision_config={
             "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": WIDTH,
@@ -257,8 +272,8 @@ def _zimage(shift: float) -> Any:
 
 def _qwen_widths(width: int) -> dict[str, Any]:
     return {
-        "vocab_size": 512, "hidden_size": width, "intermediate_size": 2 * width, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 2048, "bos_token_id": None, "eos_token_id": None,
+        "vocab_size": 512, "hidden_size": width, "intermediate_size": 2 * width, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "max_position_embeddings": 2048, "bos_token_id": None, "eos_token_id": None,
     }  # fmt: skip
 
 
@@ -306,6 +321,7 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "sd3_without_t5": partial(_sd3, t5=False),
     "flux_dev": partial(_flux, guidance_embeds=True),
     "flux_schnell": partial(_flux, guidance_embeds=False),
+    "chroma": _chroma,
     "flux2_klein_base": partial(_flux2_klein, is_distilled=False),
     "flux2_klein": partial(_flux2_klein, is_distilled=True),
     "qwen_image": _qwen_image,

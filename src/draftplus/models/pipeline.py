@@ -28,6 +28,7 @@ from draftplus.types import Conditioning, Raw
 Shape = tuple[int, int, int]
 QKVO = ("to_q", "to_k", "to_v", "to_out.0")
 DENOISERS = ("unet", "transformer")
+BESIDE = ("image_encoder", "feature_extractor", "safety_checker")  # parts that are for other tasks
 ABSENT = [None, None]  # how an index says that a part is not there; stock loads such a model only when told so
 
 
@@ -263,7 +264,7 @@ def _without_weights(kind: Kind, directory: Path, there: Mapping[str, Any], dtyp
             given[name] = there[name].from_config(there[name].load_config(directory, subfolder=name)).to(dtype)
     cls = getattr(diffusers, kind.pipeline)
     given |= {name: None for name, told in _index(directory).items() if told == ABSENT}
-    given |= {name: None for name in ("image_encoder", "feature_extractor") if name in cls._optional_components}
+    given |= {name: None for name in cls._optional_components if name in BESIDE}
     return cls.from_pretrained(directory, local_files_only=True, **given)
 
 

@@ -1,0 +1,61 @@
+"""What `generate` draws is the stock pipeline's picture, of every family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from draftplus import api
+from tests.families.cases import PROMPTS, Case, stock_picture, stock_pipe
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+SEED = 5
+LARGEST = 1e-3  # difference of any pixel, in [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("which", "steps", "guided", "negative"),
+    [(0, 3, True, None), (1, 4, True, None), (1, 3, False, None), (0, 4, True, "a grey dog"), (1, 3, True, "")],
+    ids=str,
+)
+def test_it_is_the_stock_pipelines(
+    case: Case, directory: Path, which: int, steps: int, guided: bool, negative: str | None
+) -> None:
+    if negative is not None and not case.negative:
+        pytest.skip("a family without negative prompts, which are refused")
+    setting = (case.sizes[which], steps, case.guided if guided else case.plain, negative)
+    theirs = stock_picture(stock_pipe(directory), PROMPTS[0], SEED, **case.call(*setting))
+    ours = api.generate(str(directory), [PROMPTS[0]], [SEED], case.overrides(*setting))
+    assert ours.shape[2:] == case.sizes[which]
+    assert theirs.std() > 0.05
+    assert (ours - theirs).abs().max() < LARGEST
+
+
+def test_nulls_are_what_the_stock_pipeline_does(case: Case, directory: Path) -> None:
+    """Size, steps, guidance and negative prompt."""
+    theirs = stock_picture(stock_pipe(directory), PROMPTS[1], SEED, **case.arguments)
+    ours = api.generate(str(directory), [PROMPTS[1]], [SEED], ["device=cpu"])
+    assert (ours - theirs).abs().max() < LARGEST
+
+
+def test_a_batch_of_prompts_is_each_alone(case: Case, directory: Path) -> None:
+    setting = case.overrides(case.sizes[1], 3, case.guided, "a grey dog" if case.negative else None)
+    together = api.generate(str(directory), PROMPTS, [SEED], setting)
+    alone = [api.generate(str(directory), [prompt], [SEED], setting) for prompt in PROMPTS]
+    assert (together[0] - together[1]).abs().max() > 0.01
+    assert (together - torch.cat(alone)).abs().max() < 1e-4
+
+
+def test_half_precision(case: Case, directory: Path) -> None:
+    """As far from stock's picture as stock's is from what it draws in another batch, or nearer, but for one bit."""
+    arguments = case.call(case.sizes[1], 3, case.guided)
+    pipe = stock_pipe(directory, torch.bfloat16)
+    theirs = stock_picture(pipe, PROMPTS[0], SEED, **arguments)
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in (SEED, 6, 7)]
+    batch = pipe(list(PROMPTS), generator=generators, output_type="pt", **arguments).images[:1].float()
+    overrides = [*case.overrides(case.sizes[1], 3, case.guided), "model.dtype=bfloat16"]
+    ours = api.generate(str(directory), [PROMPTS[0]], [SEED], overrides)
+    spread = (theirs - batch).abs().mean()
+    assert (ours - theirs).abs().mean() < max(2 * spread, 2**-8)
