@@ -55,6 +55,21 @@ FAMILIES = {
     "StableDiffusion3Pipeline": Family(
         "draftplus.models.sd3:load", {"steps": 28, "guidance_scale": 7.0}, "SD3Transformer2DModel"
     ),
+    "FluxPipeline": Family(
+        "draftplus.models.flux:load", {"steps": 28, "guidance_scale": 3.5}, "FluxTransformer2DModel"
+    ),
+    "Flux2KleinPipeline": Family(
+        "draftplus.models.flux2:load", {"steps": 50, "guidance_scale": 4.0}, "Flux2Transformer2DModel"
+    ),
+    "QwenImagePipeline": Family(
+        "draftplus.models.qwen_image:load",
+        {"steps": 50, "guidance_scale": 4.0},
+        "QwenImageTransformer2DModel",
+        scale="true_cfg_scale",
+    ),
+    "ZImagePipeline": Family(
+        "draftplus.models.z_image:load", {"steps": 50, "guidance_scale": 5.0}, "ZImageTransformer2DModel"
+    ),
 }
 SINGLE_FILE_FAMILY = "StableDiffusionPipeline"  # of single files, which name none
 

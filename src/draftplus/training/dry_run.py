@@ -24,7 +24,7 @@ def describe(config: Config, run: Path) -> str:
     Raises UserError for everything that `train` would refuse before its first step.
     """
     with world(config.device) as here:
-        task = fine_tuning(config, run, make_placement(config.parallel.mode, here), here)
+        task = fine_tuning(config, run, make_placement(config.parallel.mode, here), here, dry=True)
         state = initial_state(task.parameters, config.optim)
         began = time.perf_counter()
         task.step(state, nullcontext)

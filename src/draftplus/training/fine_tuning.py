@@ -8,7 +8,7 @@ from pathlib import Path
 
 from draftplus.build import build_model, build_problem, build_rewards, compares_images, quiet_libraries
 from draftplus.config import Config
-from draftplus.data.batches import check_batch_sizes, steps_of_epochs
+from draftplus.data.batches import check_batch_sizes, steps_of_epochs, visited
 from draftplus.data.prompts import load_prompts
 from draftplus.diffusion.methods import METHODS, learns_from_the_end
 from draftplus.diffusion.overflow import Overflow
@@ -16,11 +16,13 @@ from draftplus.diffusion.problem import Problem
 from draftplus.diffusion.schedule import make_schedule
 from draftplus.distributed import World
 from draftplus.errors import UserError, notice
+from draftplus.evaluation.embedding import embed_prompts
 from draftplus.evaluation.held_out import EvaluationSet, evaluate_held_out, evaluation_set, same_images
 from draftplus.evaluation.scores import Rewards
 from draftplus.evaluation.variants import add_variants, check_checkpoints
 from draftplus.metrics.lpips import SMALLEST
-from draftplus.progress import Advance
+from draftplus.progress import Advance, progress
+from draftplus.runs.directory import saved_steps
 from draftplus.runs.inputs import same_inputs
 from draftplus.runs.journal import Row
 from draftplus.runs.origin import write_origin
@@ -119,8 +121,8 @@ class FineTuning:
         return show
 
 
-def fine_tuning(config: Config, run: Path, placement: Placement, here: World) -> FineTuning:
-    """Builds the task of a configuration, with its model placed.
+def fine_tuning(config: Config, run: Path, placement: Placement, here: World, dry: bool = False) -> FineTuning:
+    """Builds the task of a configuration, with its prompts embedded and its model placed. dry: for the first step only.
 
     Raises UserError for everything that is wrong with the configuration, the model, the rewards or the prompts.
     """
@@ -128,9 +130,17 @@ def fine_tuning(config: Config, run: Path, placement: Placement, here: World) ->
     prompts = load_prompts(config.data.prompts, config.data.column)
     held_out = evaluation_set(config, prompts)
     quiet_libraries()
-    model = build_model(config.model, here.device, config.seed)
-    placement.place(model)
-    rewards = build_rewards({**config.reward, **config.eval.rewards}, here.device)
+    total = total_steps(config, len(prompts.train))
+    with progress("loading the model", None, here.is_main):
+        model = build_model(config.model, here.device, config.seed)
+    # the text encoders are gone before the denoiser trains
+    steps = range(1) if dry else range(min(saved_steps(run / "checkpoints"), default=0), total)
+    per_step = (config.train.global_batch_size, config.data.images_per_prompt)
+    trained_on = visited(prompts.train, steps, config.seed, *per_step)
+    embed_prompts(model, [*trained_on, *(() if dry else held_out.prompts), config.sampler.negative_prompt], here)
+    with progress("loading the rewards", None, here.is_main):
+        placement.place(model)
+        rewards = build_rewards({**config.reward, **config.eval.rewards}, here.device)
     problem = build_problem(config, model, rewards)
     for key, side in (("sampler.height", config.sampler.height), ("sampler.width", config.sampler.width)):
         if side is not None and side < SMALLEST:
@@ -139,7 +149,7 @@ def fine_tuning(config: Config, run: Path, placement: Placement, here: World) ->
     _tell_of_faint_gradient(config, problem)
     setup = Setup(config, problem, prompts.train, shape, micro, here, placement)
     inputs = same_inputs(config, run, prompts.train, here)
-    return FineTuning(setup, rewards, held_out, run, total_steps(config, len(prompts.train)), inputs)
+    return FineTuning(setup, rewards, held_out, run, total, inputs)
 
 
 def _tell_of_faint_gradient(config: Config, problem: Problem) -> None:
