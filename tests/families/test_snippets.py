@@ -58,7 +58,7 @@ def test_they_draw_our_picture(
     found = drawn(code, tmp_path, monkeypatch)
     ours = api.generate(str(directory), [PROMPTS[0]], [0], overrides, tmp_path)[0]
     assert (found - ours).abs().max() < 2 / 255
-    if "sigmas" in "".join(settings) or name == "sd3" and "sampler.spacing=linear" in settings:
+    if "sigmas" in "".join(settings) or (name == "sd3" and "sampler.spacing=linear" in settings):
         without = "\n".join(line for line in code.splitlines() if "sigmas=" not in line)
         assert (drawn(without, tmp_path, monkeypatch) - ours).abs().max() > 1e-2
 

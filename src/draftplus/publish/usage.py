@@ -144,7 +144,7 @@ def _call(config: Config, prompt: str) -> list[str]:
     given = [f"{key}={_text(value)}" for key, value in told.items() if value is not None]
     if sampler.spacing == LINEAR:
         given.append(f"sigmas=numpy.linspace(1, 1 / {sampler.steps}, {sampler.steps}).tolist()")
-    return [_text(prompt), *given, 'generator=torch.Generator("cpu").manual_seed(0)']
+    return [f"prompt={_text(prompt)}", *given, 'generator=torch.Generator("cpu").manual_seed(0)']
 
 
 def _text(value: Any) -> str:
