@@ -23,7 +23,7 @@ class Encoder:
     def __init__(self, directory: Path | None, limit: int | None = None) -> None:
         self.made: list[str | None] = []
         self.state: str | None = None
-        store = EmbeddingStore({"encoder": "letters"}, CPU, directory, limit) if directory else None
+        store = EmbeddingStore(lambda: {"encoder": "letters"}, CPU, directory, limit) if directory else None
         self.encode = Embeddings(self.embed, lambda: self.state, store)
 
     def embed(self, prompt: str | None) -> Conditioning:

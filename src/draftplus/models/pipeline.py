@@ -8,7 +8,7 @@ text encoders when a prompt has to be embedded, so that the two need not lie in 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,8 +21,11 @@ from draftplus.config import ModelConfig, SamplerConfig
 from draftplus.diffusion.guidance import classifier_free
 from draftplus.errors import UserError
 from draftplus.models import loading
+from draftplus.models.embedding_store import EmbeddingStore, store_of
 from draftplus.models.embeddings import Embeddings
+from draftplus.models.truncation import Cuts
 from draftplus.models.tuned import Tuned, make_tuned
+from draftplus.progress import Advance
 from draftplus.types import Conditioning, Raw
 
 Shape = tuple[int, int, int]
@@ -89,6 +92,7 @@ class Kind:
     the last as the stock pipeline of a precision draws it. targets: the layers that LoRA calls "attention". accepts:
     (configuration by folder) raises UserError for what the family does not support, before any weights are read. check:
     the same for settings of the sampler. large_encoders: whether text encoders are released once prompts are embedded.
+    lengths: (pipe, prompt) -> by text encoder, how many tokens a prompt has and how many are read, to tell of more.
     """
 
     label: str
@@ -106,6 +110,7 @@ class Kind:
     accepts: Callable[[Mapping[str, Any]], None] = _accept
     check: Callable[[Any, SamplerConfig], None] = _nothing_to_check
     large_encoders: bool = True
+    lengths: Callable[[Any, str], Cuts] = lambda pipe, prompt: {}
 
     @property
     def component(self) -> str:
@@ -122,18 +127,19 @@ class PipelineModel:
     """A `Model`: the stock pipeline of a kind, and its denoiser as it is tuned.
 
     pipe: the stock pipeline; its denoiser has no weights (the meta device) until `tuned` is asked for. encoders: the
-    names of its text encoders. read: reads a network by its name.
+    names of its text encoders. read: reads a network by its name. store: of embeddings.
     """
 
     def __init__(
         self, kind: Kind, pipe: Any, encoders: Sequence[str], read: Callable[[str], Any], tune: Callable[[Any], Tuned],
         scheduler_config: Mapping[str, Any], device: torch.device, dtype: torch.dtype,
+        store: EmbeddingStore | None,
     ) -> None:  # fmt: skip
         self.kind, self.pipe, self.scheduler_config, self.device = kind, pipe, scheduler_config, device
         self.noise_dtype = kind.noise_dtype(dtype)
         self._names, self._read, self._tune = encoders, read, tune
         self._encoders: dict[str, Any] = {}  # those that are loaded
-        self.encode = Embeddings(self._embed, lambda: self.tuned.encoders_state() if self._encoders else None)
+        self.encode = Embeddings(self._embed, self._encoders_state, store)
 
     @cached_property
     def tuned(self) -> Tuned:
@@ -146,9 +152,22 @@ class PipelineModel:
     def vae(self) -> Any:
         return self.pipe.vae
 
+    def _encoders_state(self) -> Hashable:
+        return self.tuned.encoders_state() if "tuned" in vars(self) else None  # without reading the denoiser
+
     def _embed(self, prompt: str | None) -> Conditioning:
         self._open()
+        for encoder, (tokens, limit) in self.kind.lengths(self.pipe, prompt or "").items():
+            self.encode.cut(tokens, limit, encoder)
         return self.kind.embed(self.pipe, prompt)
+
+    def prepare(self, prompts: Sequence[str | None], advance: Advance, share: tuple[int, int] = (0, 1)) -> None:
+        if self.encode.prepare(prompts, advance, share):
+            for name in self._encoders:
+                setattr(self.pipe, name, None)
+            self._encoders.clear()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def _open(self) -> None:
         for name in self._names:
@@ -228,7 +247,8 @@ def load_pipeline(
     if config.gradient_checkpointing:
         pipe.vae.enable_gradient_checkpointing()
     encoders = [name for name in there if name.startswith("text_encoder")]
-    return PipelineModel(kind, pipe, encoders, read, tune, _scheduler_config(directory), device, frozen)
+    store = store_of(kind.label, source, path, frozen, device) if kind.large_encoders else None
+    return PipelineModel(kind, pipe, encoders, read, tune, _scheduler_config(directory), device, frozen, store)
 
 
 def present(kind: Kind, directory: Path) -> dict[str, Any]:

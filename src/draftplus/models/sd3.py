@@ -10,6 +10,7 @@ from torch import Tensor
 
 from draftplus.errors import UserError
 from draftplus.models.pipeline import Kind, Shape, load_pipeline, shift_of
+from draftplus.models.truncation import counted
 from draftplus.types import Conditioning
 
 ADDED = ("attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out")
@@ -54,5 +55,6 @@ KIND = Kind(
         "text_encoder_3": ("T5EncoderModel",),
     },
     embed=embed, predict=predict, scheduler=scheduler, accepts=accepts, targets=(*ADDED, *OWN),
+    lengths=counted(CLIP=("tokenizer", None), T5=("tokenizer_3", 256)),
 )  # fmt: skip
 load = partial(load_pipeline, KIND)

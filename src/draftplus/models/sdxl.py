@@ -11,6 +11,7 @@ from torch import Tensor
 
 from draftplus.errors import UserError
 from draftplus.models.pipeline import Kind, load_pipeline
+from draftplus.models.truncation import counted
 from draftplus.types import Conditioning
 
 
@@ -61,5 +62,6 @@ KIND = Kind(
         "text_encoder_2": ("CLIPTextModelWithProjection",),
     },
     embed=embed, predict=predict, to_vae=to_vae, accepts=accepts, large_encoders=False,
+    lengths=counted(CLIP=("tokenizer", None)),
 )  # fmt: skip
 load = partial(load_pipeline, KIND)
