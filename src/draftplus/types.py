@@ -141,6 +141,11 @@ class Model(Protocol):
     device: torch.device
 
     @property
+    def noise_dtype(self) -> torch.dtype:
+        """The precision in which the stock pipeline of the same parts draws a seed's noise."""
+        ...
+
+    @property
     def tuned(self) -> TunedWeights:
         """The denoiser's trained weights."""
         ...

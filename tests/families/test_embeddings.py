@@ -120,4 +120,5 @@ def test_long_prompts_are_counted(directory: Path, capsys: pytest.CaptureFixture
         assert any(name in line and str(limit) in line for line in said), said
         if model.kind.large_encoders:
             assert any(f"1 of 3 prompts are longer than the {limit} tokens that {name} reads" in line for line in said)
-    assert torch.equal(model.encode([long]).hidden, model.encode([long + " and more"]).hidden)
+    if len(limits) == len(model.kind.lengths(model.pipe, long)):
+        assert torch.equal(model.encode([long]).hidden, model.encode([long + " and more"]).hidden)

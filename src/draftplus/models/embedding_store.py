@@ -191,8 +191,8 @@ def store_of(label: str, source: Source, path: str, dtype: torch.dtype, device: 
 
 
 def encoders_hash(source: Source, path: str) -> str:
-    """What identifies a model's text encoders and tokenizers: the SHA-256 of their files and of the model's index, or
-    of a hub model its id and commit.
+    """What identifies how a model embeds: the SHA-256 of its text encoders and tokenizers, and of the other parts'
+    configurations, by which a family may tell its models apart; of a hub model, its id and commit.
 
     Raises UserError for an index of weights that cannot be read.
     """
@@ -200,11 +200,12 @@ def encoders_hash(source: Source, path: str) -> str:
     if not Path(path).expanduser().exists():
         return f"{path}@{source.directory.name} {sorted(one.file for one in stored.values() if one)}"
     files = {"": Path(path).expanduser() if source.state is not None else source.directory / "model_index.json"}
-    for folder in source.directory.iterdir():
-        if folder.is_dir() and folder.name.startswith(ENCODING):
-            one = stored.get(folder.name)
-            inside = [file for file in folder.iterdir() if file.suffix in CONFIGS]
-            files |= {f"{folder.name}/{file.name}": file for file in [*inside, *(files_of(folder, one) if one else [])]}
+    for folder in (one for one in source.directory.iterdir() if one.is_dir()):
+        names = CONFIGS if folder.name.startswith(ENCODING) else ("/config.json",)
+        weights = stored.get(folder.name)
+        inside = [file for file in folder.iterdir() if f"/{file.name}".endswith(names)]
+        inside += files_of(folder, weights) if weights else []
+        files |= {f"{folder.name}/{file.name}": file for file in inside}
     told = sorted((name, file_hash(file)) for name, file in files.items())
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 

@@ -7,6 +7,7 @@ text encoders when a prompt has to be embedded, so that the two need not lie in 
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,6 @@ from draftplus.errors import UserError
 from draftplus.models import loading
 from draftplus.models.embedding_store import EmbeddingStore, store_of
 from draftplus.models.embeddings import Embeddings
-from draftplus.models.truncation import Cuts
 from draftplus.models.tuned import Tuned, make_tuned
 from draftplus.progress import Advance
 from draftplus.types import Conditioning, Raw
@@ -68,6 +68,23 @@ def shift_of(pipe: Any, tokens: int) -> float:
     return float(calculate_shift(tokens, *(pipe.scheduler.config[name] for name in names)))
 
 
+def token_counts(pipe: Any, prompt: str, limits: Mapping[str, int] | None = None) -> dict[str, tuple[int, int]]:
+    """How many tokens a prompt has for each tokenizer of the pipeline, and how many are read.
+
+    limits: of tokenizers whose own limit is not what the pipeline reads.
+    """
+    counts = {}
+    for name in (name for name in pipe.config if name.startswith("tokenizer") and getattr(pipe, name) is not None):
+        tokenizer = getattr(pipe, name)
+        counts[name] = len(tokenizer(prompt).input_ids), (limits or {}).get(name, tokenizer.model_max_length)
+    return counts
+
+
+def evenly_spaced(steps: int) -> list[float]:
+    """The levels that stock pipelines of flow models give where their user gives none: from 1 to 1 / steps."""
+    return torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64).tolist()
+
+
 def _own_scheduler(pipe: Any, config: Mapping[str, Any], shape: Shape, steps: int) -> Mapping[str, Any]:
     return config
 
@@ -91,8 +108,8 @@ class Kind:
     as the autoencoder takes them, and its images (b, 3, H, W) in [-1, 1]. shape, scheduler, noise_dtype: as in `Model`,
     the last as the stock pipeline of a precision draws it. targets: the layers that LoRA calls "attention". accepts:
     (configuration by folder) raises UserError for what the family does not support, before any weights are read. check:
-    the same for settings of the sampler. large_encoders: whether text encoders are released once prompts are embedded.
-    lengths: (pipe, prompt) -> by text encoder, how many tokens a prompt has and how many are read, to tell of more.
+    the same for settings of the sampler. lengths: (pipe, prompt) -> by tokenizer, the number of tokens and of those that
+    are read. large_encoders: whether prompts are kept on disk, and encoders let go once all are embedded.
     """
 
     label: str
@@ -109,8 +126,8 @@ class Kind:
     targets: Sequence[str] = QKVO
     accepts: Callable[[Mapping[str, Any]], None] = _accept
     check: Callable[[Any, SamplerConfig], None] = _nothing_to_check
+    lengths: Callable[[Any, str], Mapping[str, tuple[int, int]]] = token_counts
     large_encoders: bool = True
-    lengths: Callable[[Any, str], Cuts] = lambda pipe, prompt: {}
 
     @property
     def component(self) -> str:
@@ -127,13 +144,13 @@ class PipelineModel:
     """A `Model`: the stock pipeline of a kind, and its denoiser as it is tuned.
 
     pipe: the stock pipeline; its denoiser has no weights (the meta device) until `tuned` is asked for. encoders: the
-    names of its text encoders. read: reads a network by its name. store: of embeddings.
+    names of its text encoders. read: reads a network by its name.
     """
 
     def __init__(
         self, kind: Kind, pipe: Any, encoders: Sequence[str], read: Callable[[str], Any], tune: Callable[[Any], Tuned],
         scheduler_config: Mapping[str, Any], device: torch.device, dtype: torch.dtype,
-        store: EmbeddingStore | None,
+        store: EmbeddingStore | None = None,
     ) -> None:  # fmt: skip
         self.kind, self.pipe, self.scheduler_config, self.device = kind, pipe, scheduler_config, device
         self.noise_dtype = kind.noise_dtype(dtype)
@@ -153,19 +170,20 @@ class PipelineModel:
         return self.pipe.vae
 
     def _encoders_state(self) -> Hashable:
-        return self.tuned.encoders_state() if "tuned" in vars(self) else None  # without reading the denoiser
+        return self.tuned.encoders_state() if "tuned" in vars(self) else None  # which must not load the denoiser
 
     def _embed(self, prompt: str | None) -> Conditioning:
         self._open()
-        for encoder, (tokens, limit) in self.kind.lengths(self.pipe, prompt or "").items():
-            self.encode.cut(tokens, limit, encoder)
+        for name, (tokens, limit) in self.kind.lengths(self.pipe, prompt or "").items():
+            self.encode.cut(tokens, limit, name)
         return self.kind.embed(self.pipe, prompt)
 
     def prepare(self, prompts: Sequence[str | None], advance: Advance, share: tuple[int, int] = (0, 1)) -> None:
         if self.encode.prepare(prompts, advance, share):
-            for name in self._encoders:
+            for name in list(self._encoders):
+                del self._encoders[name]
                 setattr(self.pipe, name, None)
-            self._encoders.clear()
+            gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from draftplus.errors import UserError
 from draftplus.models.pipeline import Kind, load_pipeline
-from draftplus.models.truncation import counted
 from draftplus.types import Conditioning
 
 
@@ -62,6 +61,5 @@ KIND = Kind(
         "text_encoder_2": ("CLIPTextModelWithProjection",),
     },
     embed=embed, predict=predict, to_vae=to_vae, accepts=accepts, large_encoders=False,
-    lengths=counted(CLIP=("tokenizer", None)),
 )  # fmt: skip
 load = partial(load_pipeline, KIND)

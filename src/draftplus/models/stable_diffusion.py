@@ -41,6 +41,10 @@ class StableDiffusion:
     def unet(self) -> Any:
         return self.tuned.denoiser
 
+    @property
+    def noise_dtype(self) -> torch.dtype:
+        return self.text_encoder.dtype  # that of stock's prompt embeddings
+
     def _embed(self, prompt: str | None) -> Conditioning:
         from diffusers.loaders import TextualInversionLoaderMixin
 

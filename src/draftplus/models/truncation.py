@@ -2,29 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 from draftplus.errors import notice
 
 Cuts = Mapping[str, tuple[int, int]]  # encoder -> (tokens of a prompt, how many of them are read)
-
-
-def counted(**encoders: tuple[str, int | None]) -> Callable[[Any, str], Cuts]:
-    """(pipe, prompt) -> the tokens of a prompt, and how many are read, by a stock pipeline's tokenizers.
-
-    encoders: their names for people, with that of a tokenizer, and how many tokens are read (None: as that says).
-    """
-
-    def count(pipe: Any, prompt: str) -> Cuts:
-        found = {}
-        for name, (one, limit) in encoders.items():
-            tokenizer = getattr(pipe, one)
-            if tokenizer is not None:
-                found[name] = (len(tokenizer(prompt).input_ids), limit or tokenizer.model_max_length)
-        return found
-
-    return count
 
 
 def tell_of_one(prompt: str | None, cuts: Cuts) -> None:
