@@ -33,6 +33,11 @@ class Stored(StableDiffusion):
         store = EmbeddingStore(lambda: {"encoder": "tiny"}, self.device)
         self.encode = Embeddings(self._counted, self.tuned.encoders_state, store)
 
+    @property
+    def noise_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self._kept.dtype
+        return dtype
+
     def _counted(self, prompt: str | None) -> Conditioning:
         EMBEDDED.append(prompt)
         if self.text_encoder is None:
