@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from draftplus.config import ModelConfig, SamplerConfig
 from draftplus.models import loading
-from draftplus.models.embedding_store import EmbeddingStore, encoders_hash
+from draftplus.models.embedding_store import EmbeddingStore, store_of
 from draftplus.models.embeddings import Embeddings
 from draftplus.models.kind import Kind, Shape
 from draftplus.models.tuned import Tuned, make_tuned
@@ -65,7 +65,7 @@ class PipelineModel:
     def _embed(self, prompt: str | None) -> Conditioning:
         self._open()
         for name, (tokens, limit) in self.kind.lengths(self.pipe, prompt or "").items():
-            self.encode.cut(tokens, limit, name)
+            self.encode.cut(tokens, limit, name.replace("tokenizer", "text_encoder"))
         return self.kind.embed(self.pipe, prompt)
 
     def prepare(self, prompts: Sequence[str | None], advance: Advance, share: tuple[int, int] = (0, 1)) -> None:
@@ -155,11 +155,7 @@ def load_pipeline(
     if config.gradient_checkpointing:
         kind.checkpoint(pipe.vae)
     encoders = [name for name in there if name.startswith("text_encoder")]
-    store = None
-    if kind.large_encoders:
-        folders = [*encoders, *(name for name in _index(directory) if name.startswith("tokenizer"))]
-        told = {"family": kind.label, "encoders": encoders_hash(source, path, folders), "dtype": str(frozen)}
-        store = EmbeddingStore(told, device)
+    store = store_of(kind.label, source, path, frozen, device) if kind.large_encoders else None
     return PipelineModel(kind, pipe, encoders, read, tune, _scheduler_config(directory), device, frozen, store)
 
 
