@@ -33,9 +33,7 @@ def test_it_is_the_stock_pipelines(
     assert (ours - theirs).abs().max() < LARGEST
 
 
-def test_nulls_are_what_the_stock_pipeline_does(
-    case: Case, directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nulls_are_what_the_stock_pipeline_does(case: Case, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Size, steps, guidance and negative prompt."""
     pipe = stock_pipe(directory)
     if pipe.default_sample_size == 128:  # hard-coded in some, and too many pixels for a test

@@ -68,7 +68,12 @@ def family_of(config: ModelConfig) -> Family:
 
     Raises UserError if it is missing, or draftplus has no such family.
     """
-    return FAMILIES[_pipeline_class(os.path.expanduser(model_path(config)), config.revision)]
+    return FAMILIES[pipeline_of(config)]
+
+
+def pipeline_of(config: ModelConfig) -> str:
+    """The name of a model's stock pipeline class. Raises UserError as `family_of` does."""
+    return _pipeline_class(os.path.expanduser(model_path(config)), config.revision)
 
 
 def _pipeline_class(path: str, revision: str | None) -> str:
