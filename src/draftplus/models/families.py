@@ -124,5 +124,7 @@ def _is_cached(path: str, name: str, revision: str | None) -> bool:
 def resolve(config: Config) -> Config:
     """The configuration with those nulls filled in that the model decides."""
     given = {**family_of(config.model).sampler, **SAMPLING.get(config.model.path, {})}
+    if config.sampler.sigmas is not None:
+        given["steps"] = len(config.sampler.sigmas)
     absent = {key: value for key, value in given.items() if getattr(config.sampler, key) is None}
     return replace(config, sampler=replace(config.sampler, **absent)) if absent else config
