@@ -55,6 +55,7 @@ CASES = {
     "sd3": Case(),
     "sd3_without_t5": Case(),
     "flux_dev": Case(negative=False),
+    "chroma": Case(),
     "flux2_klein_base": Case(negative=False),
 }
 

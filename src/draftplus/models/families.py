@@ -46,6 +46,7 @@ FAMILIES = {
     "StableDiffusionXLPipeline": Family("draftplus.models.sdxl:load", {"steps": 50, "guidance_scale": 5.0}),
     "StableDiffusion3Pipeline": Family("draftplus.models.sd3:load", {"steps": 28, "guidance_scale": 7.0}),
     "FluxPipeline": Family("draftplus.models.flux:load", {"steps": 28, "guidance_scale": 3.5}),
+    "ChromaPipeline": Family("draftplus.models.chroma:load", {"steps": 35, "guidance_scale": 5.0}),
     "Flux2KleinPipeline": Family("draftplus.models.flux2:load", {"steps": 50, "guidance_scale": 4.0}),
 }
 SINGLE_FILE_FAMILY = "StableDiffusionPipeline"  # of single files, which name none
