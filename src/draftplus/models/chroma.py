@@ -8,8 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from draftplus.models.flux import ATTENTION, LONGEST, scheduler, shape
-from draftplus.models.pipeline import Kind, load_pipeline, token_counts
+from draftplus.config import SamplerConfig
+from draftplus.errors import UserError
+from draftplus.models import flux
+from draftplus.models.pipeline import Kind, Shape, load_pipeline, token_counts
 from draftplus.types import Conditioning
 
 
@@ -37,6 +39,26 @@ def predict(pipe: Any, network: Any, latents: Tensor, timestep: Tensor, conditio
     return unpacked
 
 
+def scheduler(pipe: Any, config: Mapping[str, Any], shape: Shape, steps: int) -> Mapping[str, Any]:
+    """Sigmas by a beta distribution, which published models have, are the stock scheduler's own."""
+    given = flux.scheduler(pipe, config, shape, steps)
+    if not config.get("use_beta_sigmas"):
+        return given
+    pipe.scheduler.set_timesteps(sigmas=given["sigmas"], mu=given["mu"])
+    final = {"sigmas": pipe.scheduler.sigmas[:-1].tolist(), "shift": 1.0, "shift_terminal": None}
+    return {**given, **final, "use_beta_sigmas": False, "use_dynamic_shifting": False}
+
+
+def check(pipe: Any, sampler: SamplerConfig) -> None:
+    for key in ("sigmas", "spacing"):
+        given = getattr(sampler, key)
+        if given is not None and pipe.scheduler.config.use_beta_sigmas:
+            raise UserError(
+                f"sampler.{key} is {given}, but this model's scheduler_config.json has use_beta_sigmas: true, which "
+                "replaces it; leave it null"
+            )
+
+
 def accepts(parts: Mapping[str, Any]) -> None:
     if parts["transformer"].in_channels != 4 * parts["vae"].latent_channels:
         raise ValueError("its transformer is not one of a text-to-image model of Chroma")
@@ -48,7 +70,8 @@ KIND = Kind(
     networks={
         "transformer": ("ChromaTransformer2DModel",), "vae": ("AutoencoderKL",), "text_encoder": ("T5EncoderModel",),
     },
-    embed=embed, predict=predict, shape=shape, scheduler=scheduler, accepts=accepts,
-    lengths=partial(token_counts, limits={"tokenizer": LONGEST}), targets=tuple(f"attn.{name}" for name in ATTENTION),
+    embed=embed, predict=predict, shape=flux.shape, scheduler=scheduler, accepts=accepts, check=check,
+    lengths=partial(token_counts, limits={"tokenizer": flux.LONGEST}),
+    targets=tuple(f"attn.{name}" for name in flux.ATTENTION),
 )  # fmt: skip
 load = partial(load_pipeline, KIND)
