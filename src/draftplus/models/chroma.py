@@ -11,7 +11,8 @@ from torch import Tensor
 from draftplus.config import SamplerConfig
 from draftplus.errors import UserError
 from draftplus.models import flux
-from draftplus.models.pipeline import Kind, Shape, load_pipeline, token_counts
+from draftplus.models.kind import Kind, Shape, token_counts
+from draftplus.models.pipeline import load_pipeline
 from draftplus.types import Conditioning
 
 

@@ -48,6 +48,8 @@ FAMILIES = {
     "FluxPipeline": Family("draftplus.models.flux:load", {"steps": 28, "guidance_scale": 3.5}),
     "ChromaPipeline": Family("draftplus.models.chroma:load", {"steps": 35, "guidance_scale": 5.0}),
     "Flux2KleinPipeline": Family("draftplus.models.flux2:load", {"steps": 50, "guidance_scale": 4.0}),
+    "QwenImagePipeline": Family("draftplus.models.qwen_image:load", {"steps": 50, "guidance_scale": 4.0}),
+    "ZImagePipeline": Family("draftplus.models.z_image:load", {"steps": 50, "guidance_scale": 5.0}),
 }
 SINGLE_FILE_FAMILY = "StableDiffusionPipeline"  # of single files, which name none
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from draftplus.config import SamplerConfig
 from draftplus.diffusion.levels import linear
 from draftplus.errors import UserError
-from draftplus.models.pipeline import Kind, PipelineModel, Shape, load_pipeline, multiples, shift_of, token_counts
+from draftplus.models.kind import Kind, Shape, multiples, shift_of, token_counts
+from draftplus.models.pipeline import PipelineModel, load_pipeline
 from draftplus.types import Conditioning, Raw
 
 SCALE = 3.5  # the stock pipeline's default

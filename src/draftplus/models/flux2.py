@@ -13,7 +13,8 @@ from draftplus.diffusion.guidance import classifier_free
 from draftplus.diffusion.levels import linear
 from draftplus.errors import UserError
 from draftplus.models.flux import refuse_scale
-from draftplus.models.pipeline import QKVO, Kind, PipelineModel, Shape, load_pipeline, multiples
+from draftplus.models.kind import QKVO, Kind, Shape, multiples
+from draftplus.models.pipeline import PipelineModel, load_pipeline
 from draftplus.types import Conditioning, Raw
 
 SCALE = 4.0  # the stock pipeline's default
