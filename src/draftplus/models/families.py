@@ -58,6 +58,9 @@ FAMILIES = {
     "FluxPipeline": Family(
         "draftplus.models.flux:load", {"steps": 28, "guidance_scale": 3.5}, "FluxTransformer2DModel"
     ),
+    "ChromaPipeline": Family(
+        "draftplus.models.chroma:load", {"steps": 35, "guidance_scale": 5.0}, "ChromaTransformer2DModel"
+    ),
     "Flux2KleinPipeline": Family(
         "draftplus.models.flux2:load", {"steps": 50, "guidance_scale": 4.0}, "Flux2Transformer2DModel"
     ),

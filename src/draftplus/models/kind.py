@@ -64,11 +64,6 @@ def token_counts(pipe: Any, prompt: str, limits: Mapping[str, int] | None = None
     return counts
 
 
-def evenly_spaced(steps: int) -> list[float]:
-    """The levels that stock pipelines of flow models give where their user gives none: from 1 to 1 / steps."""
-    return torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64).tolist()
-
-
 def _own_scheduler(pipe: Any, config: Mapping[str, Any], shape: Shape, steps: int) -> Mapping[str, Any]:
     return config
 
@@ -91,8 +86,8 @@ class Kind:
     shape; all floating-point inputs in the network's precision. guided: `Model.guided`. to_vae, decoded: latents
     as the autoencoder takes them, and its images (b, 3, H, W) in [-1, 1]. shape, scheduler, noise_dtype: as in `Model`,
     the last as the stock pipeline of a precision draws it. targets: the layers that LoRA calls "attention". accepts:
-    (configuration by folder) raises UserError for what the family does not support, before any weights are read. check:
-    the same for settings of the sampler. lengths: (pipe, prompt) -> by tokenizer, the number of tokens and of those
+    (configuration by folder) raises an error for what the family does not support, before any weights are read. check:
+    a UserError for settings of the sampler. lengths: (pipe, prompt) -> by tokenizer, the number of tokens and of those
     that are read. large_encoders: whether prompts are kept on disk, and encoders let go once all are embedded.
     checkpoint: makes the autoencoder compute what it decodes anew in the backward pass, by blocks.
     """
