@@ -90,8 +90,10 @@ def checkpoint_blocks(vae: Any) -> None:
 
 
 def shape(pipe: Any, height: int | None, width: int | None) -> Shape:
-    sides = multiples(2 * pipe.vae_scale_factor, height or 1024, width or 1024)
-    return pipe.transformer.config.in_channels // 4, *(side // pipe.vae_scale_factor for side in sides)
+    factor = pipe.vae_scale_factor
+    default = pipe.default_sample_size * factor
+    height, width = multiples(2 * factor, height or default, width or default)
+    return pipe.transformer.config.in_channels // 4, height // factor, width // factor
 
 
 def scheduler(pipe: Any, config: Mapping[str, Any], shape: Shape, steps: int) -> Mapping[str, Any]:
