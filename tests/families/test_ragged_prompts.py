@@ -12,7 +12,7 @@ from tests.families.conftest import Saved
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 SEED, STEPS = 5, 3
 RAGGED = ["qwen_image", "zimage"]
-LONG = "a street in the rain at night, " * 20  # more than the 512 tokens that are kept of it
+LONG = "a street in the rain at night, " * 30  # more than the 512 tokens that are kept of it
 
 
 @pytest.fixture(params=RAGGED)
