@@ -7,8 +7,9 @@ text encoders when a prompt has to be embedded, so that the two need not lie in 
 
 from __future__ import annotations
 
+import gc
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,8 +22,10 @@ from draftplus.config import ModelConfig, SamplerConfig
 from draftplus.diffusion.guidance import classifier_free
 from draftplus.errors import UserError
 from draftplus.models import loading
+from draftplus.models.embedding_store import EmbeddingStore, encoders_hash
 from draftplus.models.embeddings import Embeddings
 from draftplus.models.tuned import Tuned, make_tuned
+from draftplus.progress import Advance
 from draftplus.types import Conditioning, Raw
 
 Shape = tuple[int, int, int]
@@ -61,8 +64,27 @@ def shift_of(pipe: Any, tokens: int) -> float:
     """mu, by which dynamic shifting follows the size of the image. tokens: of the denoiser."""
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-    names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-    return float(calculate_shift(tokens, *(pipe.scheduler.config[name] for name in names)))
+    names = {"base_seq_len": "base_image_seq_len", "max_seq_len": "max_image_seq_len"}
+    names |= {"base_shift": "base_shift", "max_shift": "max_shift"}
+    config = pipe.scheduler.config
+    return float(calculate_shift(tokens, **{key: config[name] for key, name in names.items() if name in config}))
+
+
+def token_counts(pipe: Any, prompt: str, limits: Mapping[str, int] | None = None) -> dict[str, tuple[int, int]]:
+    """How many tokens a prompt has for each tokenizer of the pipeline, and how many are read.
+
+    limits: of tokenizers whose own limit is not what the pipeline reads.
+    """
+    counts = {}
+    for name in (name for name in pipe.config if name.startswith("tokenizer") and getattr(pipe, name) is not None):
+        tokenizer = getattr(pipe, name)
+        counts[name] = len(tokenizer(prompt).input_ids), (limits or {}).get(name, tokenizer.model_max_length)
+    return counts
+
+
+def evenly_spaced(steps: int) -> list[float]:
+    """The levels that stock pipelines of flow models give where their user gives none: from 1 to 1 / steps."""
+    return torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64).tolist()
 
 
 def _own_scheduler(pipe: Any, config: Mapping[str, Any], shape: Shape, steps: int) -> Mapping[str, Any]:
@@ -88,7 +110,8 @@ class Kind:
     as the autoencoder takes them, and its images (b, 3, H, W) in [-1, 1]. shape, scheduler, noise_dtype: as in `Model`,
     the last as the stock pipeline of a precision draws it. targets: the layers that LoRA calls "attention". accepts:
     (configuration by folder) raises UserError for what the family does not support, before any weights are read. check:
-    the same for settings of the sampler. large_encoders: whether text encoders are released once prompts are embedded.
+    the same for settings of the sampler. lengths: (pipe, prompt) -> by tokenizer, the number of tokens and of those
+    that are read. large_encoders: whether prompts are kept on disk, and encoders let go once all are embedded.
     checkpoint: makes the autoencoder compute what it decodes anew in the backward pass, by blocks.
     """
 
@@ -106,6 +129,7 @@ class Kind:
     targets: Sequence[str] = QKVO
     accepts: Callable[[Mapping[str, Any]], None] = _accept
     check: Callable[[Any, SamplerConfig], None] = _nothing_to_check
+    lengths: Callable[[Any, str], Mapping[str, tuple[int, int]]] = token_counts
     large_encoders: bool = True
     checkpoint: Callable[[Any], None] = lambda vae: vae.enable_gradient_checkpointing()
 
@@ -130,12 +154,13 @@ class PipelineModel:
     def __init__(
         self, kind: Kind, pipe: Any, encoders: Sequence[str], read: Callable[[str], Any], tune: Callable[[Any], Tuned],
         scheduler_config: Mapping[str, Any], device: torch.device, dtype: torch.dtype,
+        store: EmbeddingStore | None = None,
     ) -> None:  # fmt: skip
         self.kind, self.pipe, self.scheduler_config, self.device = kind, pipe, scheduler_config, device
         self.noise_dtype = kind.noise_dtype(dtype)
         self._names, self._read, self._tune = encoders, read, tune
         self._encoders: dict[str, Any] = {}  # those that are loaded
-        self.encode = Embeddings(self._embed, lambda: self.tuned.encoders_state() if self._encoders else None)
+        self.encode = Embeddings(self._embed, self._encoders_state, store)
 
     @cached_property
     def tuned(self) -> Tuned:
@@ -148,9 +173,23 @@ class PipelineModel:
     def vae(self) -> Any:
         return self.pipe.vae
 
+    def _encoders_state(self) -> Hashable:
+        return self.tuned.encoders_state() if "tuned" in vars(self) else None  # which must not load the denoiser
+
     def _embed(self, prompt: str | None) -> Conditioning:
         self._open()
+        for name, (tokens, limit) in self.kind.lengths(self.pipe, prompt or "").items():
+            self.encode.cut(tokens, limit, name)
         return self.kind.embed(self.pipe, prompt)
+
+    def prepare(self, prompts: Sequence[str | None], advance: Advance, share: tuple[int, int] = (0, 1)) -> None:
+        if self.encode.prepare(prompts, advance, share):
+            for name in list(self._encoders):
+                del self._encoders[name]
+                setattr(self.pipe, name, None)
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def _open(self) -> None:
         for name in self._names:
@@ -230,7 +269,12 @@ def load_pipeline(
     if config.gradient_checkpointing:
         kind.checkpoint(pipe.vae)
     encoders = [name for name in there if name.startswith("text_encoder")]
-    return PipelineModel(kind, pipe, encoders, read, tune, _scheduler_config(directory), device, frozen)
+    store = None
+    if kind.large_encoders:
+        folders = [*encoders, *(name for name in _index(directory) if name.startswith("tokenizer"))]
+        told = {"family": kind.label, "encoders": encoders_hash(source, path, folders), "dtype": str(frozen)}
+        store = EmbeddingStore(told, device)
+    return PipelineModel(kind, pipe, encoders, read, tune, _scheduler_config(directory), device, frozen, store)
 
 
 def present(kind: Kind, directory: Path) -> dict[str, Any]:

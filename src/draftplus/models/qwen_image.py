@@ -6,14 +6,22 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from draftplus.config import SamplerConfig
 from draftplus.errors import UserError
-from draftplus.models.pipeline import Kind, PipelineModel, Shape, load_pipeline, multiples, shift_of
+from draftplus.models.pipeline import (
+    Kind,
+    PipelineModel,
+    Shape,
+    evenly_spaced,
+    load_pipeline,
+    multiples,
+    shift_of,
+    token_counts,
+)
 from draftplus.types import Conditioning, Raw
 
 LONGEST = 512  # tokens that the stock pipeline keeps of a prompt
@@ -97,8 +105,7 @@ def shape(pipe: Any, height: int | None, width: int | None) -> Shape:
 
 
 def scheduler(pipe: Any, config: Mapping[str, Any], shape: Shape, steps: int) -> Mapping[str, Any]:
-    mu = {"mu": shift_of(pipe, (shape[1] // 2) * (shape[2] // 2))} if config.get("use_dynamic_shifting") else {}
-    return {**config, **mu, "sigmas": np.linspace(1.0, 1 / steps, steps).tolist()}
+    return {**config, "mu": shift_of(pipe, (shape[1] // 2) * (shape[2] // 2)), "sigmas": evenly_spaced(steps)}
 
 
 def accepts(parts: Mapping[str, Any]) -> None:
@@ -127,5 +134,6 @@ KIND = Kind(
     },
     embed=embed, predict=predict, guided=guided, to_vae=to_vae, decoded=decoded, shape=shape, scheduler=scheduler,
     accepts=accepts, check=check, checkpoint=checkpoint_blocks,
+    lengths=partial(token_counts, limits={"tokenizer": LONGEST}),
 )  # fmt: skip
 load = partial(load_pipeline, KIND)

@@ -10,8 +10,19 @@ import torch
 from torch import Tensor
 
 from draftplus.diffusion.guidance import classifier_free
-from draftplus.models.pipeline import Kind, PipelineModel, Shape, load_pipeline, multiples, shift_of
+from draftplus.models.pipeline import (
+    Kind,
+    PipelineModel,
+    Shape,
+    evenly_spaced,
+    load_pipeline,
+    multiples,
+    shift_of,
+    token_counts,
+)
 from draftplus.types import Conditioning, Raw
+
+LONGEST = 512 - 3  # tokens that the stock pipeline reads of a prompt: all but those of its template before it
 
 
 def embed(pipe: Any, prompt: str | None) -> Conditioning:
@@ -42,8 +53,7 @@ def shape(pipe: Any, height: int | None, width: int | None) -> Shape:
 
 
 def scheduler(pipe: Any, config: Mapping[str, Any], shape: Shape, steps: int) -> Mapping[str, Any]:
-    mu = {"mu": shift_of(pipe, (shape[1] // 2) * (shape[2] // 2))} if config.get("use_dynamic_shifting") else {}
-    return {**config, **mu, "sigmas": torch.linspace(1.0, 1 / steps, steps).tolist()}
+    return {**config, "mu": shift_of(pipe, (shape[1] // 2) * (shape[2] // 2)), "sigmas": evenly_spaced(steps)}
 
 
 def accepts(parts: Mapping[str, Any]) -> None:
@@ -56,6 +66,6 @@ KIND = Kind(
     pipeline="ZImagePipeline",
     networks={"transformer": ("ZImageTransformer2DModel",), "vae": ("AutoencoderKL",), "text_encoder": ("Qwen3Model",)},
     embed=embed, predict=predict, guided=guided, shape=shape, scheduler=scheduler, accepts=accepts,
-    noise_dtype=lambda dtype: torch.float32,
+    noise_dtype=lambda dtype: torch.float32, lengths=partial(token_counts, limits={"tokenizer": LONGEST}),
 )  # fmt: skip
 load = partial(load_pipeline, KIND)
