@@ -56,6 +56,8 @@ CASES = {
     "sdxl": Case(),
     "sd3": Case(),
     "sd3_without_t5": Case(),
+    "flux_dev": Case(negative=False),
+    "flux2_klein_base": Case(negative=False),
     "qwen_image": Case(needs="a red dog", scale="true_cfg_scale"),
     "zimage": Case(plain=0.0),
 }
@@ -86,7 +88,7 @@ def drawing(pipe: Any, noise: Tensor) -> Iterator[None]:
 def stock_picture(pipe: Any, prompt: str, seed: int, **arguments: Any) -> Tensor:
     """The stock pipeline's picture, (1, 3, H, W) in [0, 1]."""
     generator = torch.Generator("cpu").manual_seed(seed)
-    return pipe(prompt, generator=generator, output_type="pt", **arguments).images.float()
+    return pipe(prompt=prompt, generator=generator, output_type="pt", **arguments).images.float()
 
 
 def stock_pipe(directory: Path, dtype: torch.dtype = torch.float32) -> Any:

@@ -36,7 +36,7 @@ def through_stock(pipe: Any, prompt: str, noise: Tensor, first: int, **arguments
 
     call = type(pipe).__call__.__wrapped__  # without torch.no_grad()
     with drawing(pipe, noise):
-        images = call(pipe, prompt, output_type="pt", callback_on_step_end=cut, **arguments).images
+        images = call(pipe, prompt=prompt, output_type="pt", callback_on_step_end=cut, **arguments).images
     return images, after
 
 
@@ -50,7 +50,7 @@ def led_along(pipe: Any, prompt: str, noise: Tensor, path: list[Tensor], **argum
         return {"latents": path[step].detach()}
 
     with drawing(pipe, noise):
-        pipe(prompt, output_type="latent", callback_on_step_end=lead, **arguments)
+        pipe(prompt=prompt, output_type="latent", callback_on_step_end=lead, **arguments)
     return after
 
 
