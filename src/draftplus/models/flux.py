@@ -12,7 +12,8 @@ from torch import Tensor
 
 from draftplus.config import SamplerConfig
 from draftplus.errors import UserError
-from draftplus.models.pipeline import Kind, PipelineModel, Shape, evenly_spaced, load_pipeline, multiples, shift_of
+from draftplus.models.kind import Kind, Shape, evenly_spaced, multiples, shift_of
+from draftplus.models.pipeline import PipelineModel, load_pipeline
 from draftplus.types import Conditioning, Raw
 
 SCALE = 3.5  # the stock pipeline's default

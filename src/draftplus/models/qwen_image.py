@@ -12,16 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from draftplus.config import SamplerConfig
 from draftplus.errors import UserError
-from draftplus.models.pipeline import (
-    Kind,
-    PipelineModel,
-    Shape,
-    evenly_spaced,
-    load_pipeline,
-    multiples,
-    shift_of,
-    token_counts,
-)
+from draftplus.models.kind import Kind, Shape, evenly_spaced, multiples, shift_of, token_counts
+from draftplus.models.pipeline import PipelineModel, load_pipeline
 from draftplus.types import Conditioning, Raw
 
 LONGEST = 512  # tokens that the stock pipeline keeps of a prompt

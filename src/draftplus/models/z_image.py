@@ -10,16 +10,8 @@ import torch
 from torch import Tensor
 
 from draftplus.diffusion.guidance import classifier_free
-from draftplus.models.pipeline import (
-    Kind,
-    PipelineModel,
-    Shape,
-    evenly_spaced,
-    load_pipeline,
-    multiples,
-    shift_of,
-    token_counts,
-)
+from draftplus.models.kind import Kind, Shape, evenly_spaced, multiples, shift_of, token_counts
+from draftplus.models.pipeline import PipelineModel, load_pipeline
 from draftplus.types import Conditioning, Raw
 
 LONGEST = 512 - 3  # tokens that the stock pipeline reads of a prompt: all but those of its template before it
