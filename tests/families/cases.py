@@ -57,6 +57,7 @@ CASES = {
     "sd3": Case(),
     "sd3_without_t5": Case(),
     "flux_dev": Case(negative=False),
+    "chroma": Case(),
     "flux2_klein_base": Case(negative=False),
     "qwen_image": Case(needs="a red dog", scale="true_cfg_scale"),
     "zimage": Case(plain=0.0),

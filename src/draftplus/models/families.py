@@ -46,6 +46,7 @@ FAMILIES = {
     "StableDiffusionXLPipeline": Family("draftplus.models.sdxl:load", {"steps": 50, "guidance_scale": 5.0}),
     "StableDiffusion3Pipeline": Family("draftplus.models.sd3:load", {"steps": 28, "guidance_scale": 7.0}),
     "FluxPipeline": Family("draftplus.models.flux:load", {"steps": 28, "guidance_scale": 3.5}),
+    "ChromaPipeline": Family("draftplus.models.chroma:load", {"steps": 35, "guidance_scale": 5.0}),
     "Flux2KleinPipeline": Family("draftplus.models.flux2:load", {"steps": 50, "guidance_scale": 4.0}),
     "QwenImagePipeline": Family("draftplus.models.qwen_image:load", {"steps": 50, "guidance_scale": 4.0}),
     "ZImagePipeline": Family("draftplus.models.z_image:load", {"steps": 50, "guidance_scale": 5.0}),
@@ -70,7 +71,12 @@ def family_of(config: ModelConfig) -> Family:
 
     Raises UserError if it is missing, or draftplus has no such family.
     """
-    return FAMILIES[_pipeline_class(os.path.expanduser(model_path(config)), config.revision)]
+    return FAMILIES[pipeline_of(config)]
+
+
+def pipeline_of(config: ModelConfig) -> str:
+    """The name of a model's stock pipeline class. Raises UserError as `family_of` does."""
+    return _pipeline_class(os.path.expanduser(model_path(config)), config.revision)
 
 
 def _pipeline_class(path: str, revision: str | None) -> str:

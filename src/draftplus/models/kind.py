@@ -66,11 +66,6 @@ def token_counts(pipe: Any, prompt: str, limits: Mapping[str, int] | None = None
     return counts
 
 
-def evenly_spaced(steps: int) -> list[float]:
-    """The levels that stock pipelines of flow models give where their user gives none: from 1 to 1 / steps."""
-    return torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64).tolist()
-
-
 def _own_scheduler(pipe: Any, config: Mapping[str, Any], shape: Shape, steps: int) -> Mapping[str, Any]:
     return config
 

@@ -144,7 +144,7 @@ def load_pipeline(
         return network
 
     def tune(denoiser: Any) -> Tuned:
-        tuned = make_tuned(denoiser, kind.component, config.lora, seed, trainable, kind.targets)
+        tuned = make_tuned(denoiser, type(pipe), config.lora, seed, trainable, kind.targets)
         if config.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
         return tuned

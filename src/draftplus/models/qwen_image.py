@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from draftplus.config import SamplerConfig
 from draftplus.errors import UserError
-from draftplus.models.kind import Kind, Shape, evenly_spaced, multiples, shift_of, token_counts
+from draftplus.models.flux import scheduler, shape
+from draftplus.models.kind import Kind, token_counts
 from draftplus.models.pipeline import PipelineModel, load_pipeline
 from draftplus.types import Conditioning, Raw
 
@@ -87,17 +88,6 @@ def checkpoint_blocks(vae: Any) -> None:
     """By blocks of the decoder, which diffusers cannot."""
     for block in (vae.decoder.mid_block, *vae.decoder.up_blocks):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-
-
-def shape(pipe: Any, height: int | None, width: int | None) -> Shape:
-    factor = pipe.vae_scale_factor
-    default = pipe.default_sample_size * factor
-    height, width = multiples(2 * factor, height or default, width or default)
-    return pipe.transformer.config.in_channels // 4, height // factor, width // factor
-
-
-def scheduler(pipe: Any, config: Mapping[str, Any], shape: Shape, steps: int) -> Mapping[str, Any]:
-    return {**config, "mu": shift_of(pipe, (shape[1] // 2) * (shape[2] // 2)), "sigmas": evenly_spaced(steps)}
 
 
 def accepts(parts: Mapping[str, Any]) -> None:

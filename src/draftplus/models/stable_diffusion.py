@@ -128,6 +128,8 @@ def load(
 
     Raises UserError for a missing model, one of another family, or weights that would run code.
     """
+    from diffusers import StableDiffusionPipeline
+
     frozen = dtype or getattr(torch, config.dtype)
     unet, vae, text_encoder, tokenizer, scheduler_config = _components(config, path, frozen)
     _refuse_other_families(path, unet.config, vae.config, text_encoder.config)
@@ -135,7 +137,7 @@ def load(
         part.requires_grad_(False).eval().to(device)
     if loading.decodes_in_float32(vae):
         vae.to(torch.float32)
-    tuned = make_tuned(unet, "unet", config.lora, seed, trainable, ATTENTION)
+    tuned = make_tuned(unet, StableDiffusionPipeline, config.lora, seed, trainable, ATTENTION)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
         vae.enable_gradient_checkpointing()

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from draftplus.diffusion.guidance import classifier_free
-from draftplus.models.kind import Kind, Shape, evenly_spaced, multiples, shift_of, token_counts
+from draftplus.diffusion.levels import linear
+from draftplus.models.kind import Kind, Shape, multiples, shift_of, token_counts
 from draftplus.models.pipeline import PipelineModel, load_pipeline
 from draftplus.types import Conditioning, Raw
 
@@ -45,7 +46,7 @@ def shape(pipe: Any, height: int | None, width: int | None) -> Shape:
 
 
 def scheduler(pipe: Any, config: Mapping[str, Any], shape: Shape, steps: int) -> Mapping[str, Any]:
-    return {**config, "mu": shift_of(pipe, (shape[1] // 2) * (shape[2] // 2)), "sigmas": evenly_spaced(steps)}
+    return {**config, "mu": shift_of(pipe, (shape[1] // 2) * (shape[2] // 2)), "sigmas": linear(steps)}
 
 
 def accepts(parts: Mapping[str, Any]) -> None:
