@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from draftplus import api
-from tests.families.cases import PROMPTS, Case, stock_picture, stock_pipe
+from tests.families.cases import PROMPTS, Case, load_model, stock_picture, stock_pipe
+from tests.tiny import normal
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 SEED = 5
@@ -53,6 +54,17 @@ def test_a_batch_of_prompts_is_each_alone(case: Case, directory: Path) -> None:
     alone = [api.generate(str(directory), [prompt], [SEED], setting) for prompt in PROMPTS]
     assert (together[0] - together[1]).abs().max() > 0.01
     assert (together - torch.cat(alone)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("negative", [None, "a grey dog"])
+def test_what_guidance_costs(case: Case, directory: Path, negative: str | None) -> None:
+    model, passes = load_model(directory, trainable=False), []
+    x, given = normal(1, *model.latent_shape(*case.sizes[0])), model.encode(PROMPTS[:1])
+    model.predict = lambda latents, *_: (passes.append(len(latents)), latents)[1]  # type: ignore[method-assign]
+    for scale in (case.guided, case.plain):
+        passes.clear()
+        model.guided(given, negative, scale)(x, torch.tensor(500.0))
+        assert (sum(passes) == 2) == model.doubles(negative, scale)
 
 
 def test_half_precision(case: Case, directory: Path) -> None:

@@ -85,13 +85,14 @@ class Kind:
     label: its name for people. pipeline: the class in diffusers. networks: the classes that each of its folders may
     hold, the usual one first. embed: (pipe, prompt) -> one row; None is the stock pipeline's negative prompt where none
     is given. predict: (pipe, network, latents (b, c, h, w), timestep, conditioning) -> the raw prediction, of that
-    shape; all floating-point inputs in the network's precision. guided: `Model.guided`. to_vae, decoded: latents
-    as the autoencoder takes them, and its images (b, 3, H, W) in [-1, 1]. shape, scheduler, noise_dtype: as in `Model`,
-    the last as the stock pipeline of a precision draws it. targets: the layers that LoRA calls "attention". accepts:
-    (configuration by folder) raises UserError for what the family does not support, before any weights are read. check:
-    the same for settings of the sampler. lengths: (pipe, prompt) -> by tokenizer, the number of tokens and of those
-    that are read. large_encoders: whether prompts are kept on disk, and encoders let go once all are embedded.
-    checkpoint: makes the autoencoder compute what it decodes anew in the backward pass, by blocks.
+    shape; all floating-point inputs in the network's precision. guided, doubles: as in `Model`, the latter of (pipe,
+    negative prompt, scale). to_vae, decoded: latents as the autoencoder takes them, and its images (b, 3, H, W) in
+    [-1, 1]. shape, scheduler, noise_dtype: as in `Model`, the last as the stock pipeline of a precision draws it.
+    targets: the layers that LoRA calls "attention". accepts: (configuration by folder) raises UserError for what the
+    family does not support, before any weights are read. check: the same for settings of the sampler. lengths: (pipe,
+    prompt) -> by tokenizer, the number of tokens and of those that are read. large_encoders: whether prompts are kept
+    on disk, and encoders let go once all are embedded. checkpoint: makes the
+    autoencoder compute what it decodes anew in the backward pass, by blocks.
     """
 
     label: str
@@ -100,6 +101,7 @@ class Kind:
     embed: Callable[[Any, str | None], Conditioning]
     predict: Callable[[Any, Any, Tensor, Tensor, Conditioning], Tensor]
     guided: Callable[[Any, Conditioning, str | None, float], Raw] = _classifier_free
+    doubles: Callable[[Any, str | None, float], bool] = lambda pipe, negative, scale: scale > 1
     to_vae: Callable[[Any, Tensor], Tensor] = scaled
     decoded: Callable[[Any, Tensor], Tensor] = lambda pipe, z: pipe.vae.decode(z, return_dict=False)[0]
     shape: Callable[[Any, int | None, int | None], Shape] = latent_shape

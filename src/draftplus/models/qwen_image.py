@@ -50,12 +50,16 @@ def unpack(pipe: Any, packed: Tensor, height: int, width: int) -> Tensor:
     return latents.squeeze(2)
 
 
+def doubles(pipe: Any, negative: str | None, scale: float) -> bool:
+    return negative is not None and scale > 1
+
+
 def guided(model: PipelineModel, given: Conditioning, negative: str | None, scale: float) -> Raw:
     """Classifier-free guidance, each patch as long as in the prediction for the prompt; none without a negative prompt.
 
     Two passes, as the prompts differ in length, and attention is faster without a mask.
     """
-    if negative is None or scale <= 1:
+    if not doubles(model.pipe, negative, scale):
         return lambda x, timestep: model.predict(x, timestep, given)
     against = model.encode([negative] * len(given))
 
@@ -114,8 +118,8 @@ KIND = Kind(
         "transformer": ("QwenImageTransformer2DModel",), "vae": ("AutoencoderKLQwenImage",),
         "text_encoder": ("Qwen2_5_VLForConditionalGeneration",),
     },
-    embed=embed, predict=predict, guided=guided, to_vae=to_vae, decoded=decoded, shape=shape, scheduler=scheduler,
-    accepts=accepts, check=check, checkpoint=checkpoint_blocks,
+    embed=embed, predict=predict, guided=guided, doubles=doubles, to_vae=to_vae, decoded=decoded, shape=shape,
+    scheduler=scheduler, accepts=accepts, check=check, checkpoint=checkpoint_blocks,
     lengths=partial(token_counts, limits={"tokenizer": LONGEST}),
 )  # fmt: skip
 load = partial(load_pipeline, KIND)

@@ -35,6 +35,10 @@ def predict(pipe: Any, network: Any, latents: Tensor, timestep: Tensor, conditio
     return -torch.stack(raw).squeeze(2)
 
 
+def doubles(pipe: Any, negative: str | None, scale: float) -> bool:
+    return scale > 0
+
+
 def guided(model: PipelineModel, given: Conditioning, negative: str | None, scale: float) -> Raw:
     """c + scale * (c - u), which is classifier-free guidance whose scale is one more; on from 0, not from 1."""
     return classifier_free(model.predict, given, model.encode([negative]) if scale > 0 else given, scale + 1)
@@ -58,7 +62,7 @@ KIND = Kind(
     label="Z-Image",
     pipeline="ZImagePipeline",
     networks={"transformer": ("ZImageTransformer2DModel",), "vae": ("AutoencoderKL",), "text_encoder": ("Qwen3Model",)},
-    embed=embed, predict=predict, guided=guided, shape=shape, scheduler=scheduler, accepts=accepts,
+    embed=embed, predict=predict, guided=guided, doubles=doubles, shape=shape, scheduler=scheduler, accepts=accepts,
     noise_dtype=lambda dtype: torch.float32, lengths=partial(token_counts, limits={"tokenizer": LONGEST}),
 )  # fmt: skip
 load = partial(load_pipeline, KIND)
