@@ -99,7 +99,8 @@ KIND = Kind(
         "transformer": ("FluxTransformer2DModel",), "vae": ("AutoencoderKL",), "text_encoder": ("CLIPTextModel",),
         "text_encoder_2": ("T5EncoderModel",),
     },
-    embed=embed, predict=predict, guided=guided, shape=shape, scheduler=scheduler, accepts=accepts, check=check,
-    lengths=lengths, targets=(*(f"attn.{name}" for name in ATTENTION), *FEED_FORWARD),
+    embed=embed, predict=predict, guided=guided, doubles=lambda *_: False, shape=shape, scheduler=scheduler,
+    accepts=accepts, check=check, lengths=lengths,
+    targets=(*(f"attn.{name}" for name in ATTENTION), *FEED_FORWARD),
 )  # fmt: skip
 load = partial(load_pipeline, KIND)

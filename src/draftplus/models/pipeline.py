@@ -95,6 +95,9 @@ class PipelineModel:
     def guided(self, given: Conditioning, negative: str | None, scale: float) -> Raw:
         return self.kind.guided(self, given, negative, scale)
 
+    def doubles(self, negative: str | None, scale: float) -> bool:
+        return self.kind.doubles(self.pipe, negative, scale)
+
     def predict(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         """The raw prediction without guidance. latents: (b, c, h, w), timestep: () or (b,). Returns (b, c, h, w)."""
         network = self.tuned.network

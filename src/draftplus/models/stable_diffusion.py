@@ -90,6 +90,9 @@ class StableDiffusion:
         told = replace(given, extras={"timestep_cond": self._scale_embedding(scale).expand(len(given), -1)})
         return lambda x, timestep: self.predict(x, timestep, told)
 
+    def doubles(self, negative: str | None, scale: float) -> bool:
+        return scale > 1 and self.unet.config.time_cond_proj_dim is None
+
     def _scale_embedding(self, scale: float) -> Tensor:
         from diffusers import StableDiffusionPipeline
 
