@@ -14,6 +14,7 @@ from typing import Any
 from draftplus.config import Config, ModelConfig, nearest
 from draftplus.errors import UserError
 from draftplus.hub import why_offline
+from draftplus.models import single_file
 from draftplus.models.loading import directory_of, is_single_file, looks_local
 from draftplus.models.weights import first_line
 
@@ -46,7 +47,6 @@ FAMILIES = {
     "StableDiffusionXLPipeline": Family("draftplus.models.sdxl:load", {"steps": 50, "guidance_scale": 5.0}),
     "StableDiffusion3Pipeline": Family("draftplus.models.sd3:load", {"steps": 28, "guidance_scale": 7.0}),
 }
-SINGLE_FILE_FAMILY = "StableDiffusionPipeline"  # of single files, which name none
 
 
 def model_path(config: ModelConfig) -> str:
@@ -66,19 +66,20 @@ def family_of(config: ModelConfig) -> Family:
 
     Raises UserError if it is missing, or draftplus has no such family.
     """
-    return FAMILIES[_pipeline_class(os.path.expanduser(model_path(config)), config.revision)]
+    path = os.path.expanduser(model_path(config))
+    if is_single_file(path):
+        return FAMILIES[single_file.pipeline_class(config, path)]
+    return FAMILIES[_pipeline_class(path, config.revision)]
 
 
 def _pipeline_class(path: str, revision: str | None) -> str:
-    if is_single_file(path):
-        return SINGLE_FILE_FAMILY
     if looks_local(path) or Path(path).is_dir():
         index = Path(directory_of(path)) / "model_index.json"
     else:
         found = hub_index(path, revision)
         if not isinstance(found, Path):
             if _is_cached(path, "unet/config.json", revision):  # by version 0.1, which never fetched the index
-                return SINGLE_FILE_FAMILY
+                return "StableDiffusionPipeline"
             raise UserError(found)
         index = found
     try:

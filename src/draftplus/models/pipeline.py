@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from draftplus.config import ModelConfig, SamplerConfig
 from draftplus.diffusion.guidance import classifier_free
 from draftplus.errors import UserError
-from draftplus.models import loading
+from draftplus.models import loading, single_file
 from draftplus.models.embeddings import Embeddings
 from draftplus.models.tuned import Tuned, make_tuned
 from draftplus.types import Conditioning, Raw
@@ -203,12 +203,8 @@ def load_pipeline(
     """
     frozen = dtype or getattr(torch, config.dtype)
     with loading.loading("model.path", path, kind.label):
-        directory = loading.fetched(config, path)
-        there = present(kind, directory)
-        source = loading.source(
-            config, path, directory, there, lambda *told: kind.accepts(dict(zip(there, told, strict=True)))
-        )
-        pipe = _without_weights(kind, directory, there, frozen)
+        source, there = _source(kind, config, path)
+        pipe = _without_weights(kind, source, there, frozen)
 
     def read(name: str) -> Any:
         with loading.loading("model.path", path, kind.label):
@@ -228,7 +224,28 @@ def load_pipeline(
     if config.gradient_checkpointing:
         pipe.vae.enable_gradient_checkpointing()
     encoders = [name for name in there if name.startswith("text_encoder")]
-    return PipelineModel(kind, pipe, encoders, read, tune, _scheduler_config(directory), device, frozen)
+    return PipelineModel(kind, pipe, encoders, read, tune, _scheduler_config(source.directory), device, frozen)
+
+
+def _source(kind: Kind, config: ModelConfig, path: str) -> tuple[loading.Source, dict[str, Any]]:
+    """Where a model's parts are read from, and the class of each."""
+
+    def accept(parts: Mapping[str, Any]) -> None:
+        try:
+            kind.accepts(parts)
+        except UserError as error:
+            given = {f"model.{key}": getattr(config, key) for key in ("denoiser", "vae")}
+            replaced = "".join(f" with {key}={value}" for key, value in given.items() if value is not None)
+            raise UserError(f"model.path '{path}'{replaced}: {error}") from None
+
+    if loading.is_single_file(path):
+        source = single_file.source(config, path)
+        there = present(kind, source.directory)
+        accept(loading.configurations(there, source))
+        return source, there
+    directory = loading.fetched(config, path)
+    there = present(kind, directory)
+    return loading.source(config, path, directory, there, accept), there
 
 
 def present(kind: Kind, directory: Path) -> dict[str, Any]:
@@ -252,18 +269,18 @@ def present(kind: Kind, directory: Path) -> dict[str, Any]:
     return found
 
 
-def _without_weights(kind: Kind, directory: Path, there: Mapping[str, Any], dtype: torch.dtype) -> Any:
+def _without_weights(kind: Kind, source: loading.Source, there: Mapping[str, Any], dtype: torch.dtype) -> Any:
     """The stock pipeline with its tokenizers and settings, its denoiser and autoencoder without weights."""
     import diffusers
 
-    given: dict[str, Any] = dict.fromkeys(kind.networks)
+    given: dict[str, Any] = {**dict.fromkeys(kind.networks), **single_file.tokenizers(source.directory)}
     for name in (kind.component, "vae"):
         with torch.device("meta"):
-            given[name] = there[name].from_config(there[name].load_config(directory, subfolder=name)).to(dtype)
+            given[name] = there[name].from_config(there[name].load_config(source.folder(name))).to(dtype)
     cls = getattr(diffusers, kind.pipeline)
-    given |= {name: None for name, told in _index(directory).items() if told == ABSENT}
+    given |= {name: None for name, told in _index(source.directory).items() if told == ABSENT}
     given |= {name: None for name in cls._optional_components if name in BESIDE}
-    return cls.from_pretrained(directory, local_files_only=True, **given)
+    return cls.from_pretrained(source.directory, local_files_only=True, **given)
 
 
 def _index(directory: Path) -> dict[str, Any]:

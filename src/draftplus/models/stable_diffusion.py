@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -200,7 +199,8 @@ def _components(config: ModelConfig, path: str, dtype: torch.dtype) -> tuple[Any
             tokenizer = single_file.tokenizer(source.directory)
         else:
             directory = loading.fetched(config, path)
-            source = loading.source(config, path, directory, networks, partial(_refuse_other_families, path))
+            accepts = lambda parts: _refuse_other_families(path, *parts.values())  # noqa: E731
+            source = loading.source(config, path, directory, networks, accepts)
             tokenizer = CLIPTokenizer.from_pretrained(source.directory, subfolder="tokenizer")
         if tokenizer.vocab_size <= len(tokenizer.all_special_ids):  # transformers does not miss the files
             raise ValueError("its tokenizer has no vocabulary")
