@@ -4,9 +4,9 @@
     python benchmarks/kl_precision.py --device cuda --size 64
 
 One adapter, guidance 7.5, one sampling step. For each precision of the frozen weights, with the float32 passes that
-training makes for the KL term and without: its value, how far its gradient is from that of the first row (float32, on a
-GPU without TF32) relative to it, the cosine of the two, the seconds of a pass of each model with the backward pass, and
-a GPU's peak memory.
+training makes for the KL term and without: its value, how far its gradient is from that of the first row (float32)
+relative to it, the cosine of the two, the seconds of a pass of each model with the backward pass, and a GPU's peak
+memory. On a GPU float32 passes are also made with TF32 in convolutions, as is PyTorch's default, and in all products.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from draftplus.models.tuned import Tuned, make_tuned
 from draftplus.types import Conditioning
 
 GUIDANCE, STEP, STEPS = 7.5, 25, 50
+TF32 = ("", ", TF32 convolutions", ", TF32 everywhere")
 
 
 def tuned_unet(device: torch.device, moved: float) -> Tuned:
@@ -99,18 +100,21 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--size", type=int, default=8, help="side of the latents")
     parser.add_argument("--moved", type=float, default=7e-4, help="standard deviation of the adapter's B")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16", "float16"])
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16"])
     options = parser.parse_args()
     tuned = tuned_unet(torch.device(options.device), options.moved)
     expected: Tensor | None = None
-    for name in ["float32", *options.dtypes]:
-        torch.backends.cudnn.allow_tf32 = expected is not None  # on recent GPUs convolutions are in TF32 unless told
-        for wide in (True, False) if name != "float32" else (False,):
+    gpu = torch.device(options.device).type == "cuda"
+    for name, wide in [("float32", False)] + [(name, wide) for name in options.dtypes for wide in (True, False)]:
+        if name == "float32" and wide:
+            continue
+        for tf32 in TF32 if gpu and (wide or name == "float32") else TF32[:1]:
+            torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = bool(tf32), tf32 == TF32[2]
             value, gradient, seconds, memory = measured(tuned, getattr(torch, name), options.size, wide)
             expected = gradient if expected is None else expected
             off = float((gradient - expected).norm() / expected.norm())
             cosine = float(torch.nn.functional.cosine_similarity(gradient, expected, 0))
-            print(f"{name + ', float32 passes' * wide:24} KL {value:.3e}   gradient off by {off:.2%}, "
+            print(f"{name + ', float32 passes' * wide + tf32:46} KL {value:.3e}   gradient off by {off:.2%}, "
                   f"cosine {cosine:.4f}   {seconds:.2f} s   {memory:.2f} GB", flush=True)  # fmt: skip
 
 

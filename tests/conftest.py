@@ -12,6 +12,7 @@ import pytest
 # before anything imports huggingface_hub, which reads it once
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp()  # what tests trust is not what the user of this machine trusts
+os.environ["DRAFTPLUS_CACHE"] = tempfile.mkdtemp()  # what tests embed is not what the user of this machine embedded
 
 import torch
 
@@ -23,7 +24,8 @@ torch.set_num_threads(1)
 
 
 def pytest_unconfigure() -> None:
-    shutil.rmtree(os.environ["XDG_STATE_HOME"], ignore_errors=True)
+    for name in ("XDG_STATE_HOME", "DRAFTPLUS_CACHE"):
+        shutil.rmtree(os.environ[name], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -83,6 +83,12 @@ def test_stock_noise_is_diffusers() -> None:
     expected = randn_tensor((3, *SHAPE), generator=generators)
     assert torch.equal(rng.stock_noise(SHAPE, seeds), expected)
     assert torch.equal(rng.stock_noise(SHAPE, [14]), expected[1:2])
+    for shape in (SHAPE, (3, 7, 5)):  # the latter are not those of float32, rounded
+        for dtype in (torch.bfloat16, torch.float16):
+            generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+            for draw in range(2):
+                expected = randn_tensor((3, *shape), generator=generators, dtype=dtype)
+                assert torch.equal(rng.stock_noise(shape, seeds, dtype, draw), expected.float())
 
 
 def test_samples_say_where_a_draw_is() -> None:

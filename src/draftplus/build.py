@@ -16,6 +16,7 @@ from draftplus.config import Config, ModelConfig, RewardConfig, SamplerConfig, n
 from draftplus.config.schema import DdpoConfig
 from draftplus.diffusion.methods import METHODS, check_method, check_windows
 from draftplus.diffusion.problem import Problem
+from draftplus.diffusion.regularisers import check_space
 from draftplus.diffusion.sampler import Sampler
 from draftplus.diffusion.schedule import make_schedule
 from draftplus.diffusion.solvers import make_solver, random_steps
@@ -188,7 +189,7 @@ def build_sampler(model: Model, config: SamplerConfig, ddpo: DdpoConfig | None =
         raise ValueError("the sampler's settings depend on the model: pass the configuration through runs.plan.settled")
     model.check(config)
     config_of = model.scheduler(model.latent_shape(config.height, config.width), config.steps)
-    schedule, name = make_schedule(config_of, config.steps, config.solver, config.spacing)
+    schedule, name = make_schedule(config_of, config.steps, config.solver, config.spacing, config.sigmas)
     solver, eta = make_solver(name, config.eta), config.eta
     if ddpo is not None:
         if schedule.prediction == "flow":
@@ -225,5 +226,6 @@ def build_problem(config: Config, model: Model, rewards: Mapping[str, Reward]) -
     scorer = Combined({reward: (rewards[reward], settings.weight) for reward, settings in config.reward.items()})
     ddpo = None if differentiates else config.objective.ddpo
     sampler = build_sampler(model, config.sampler, ddpo)
+    check_space(config.objective, sampler.schedule)
     check_windows(config, sampler.schedule)
     return Problem(sampler, scorer, config.objective)

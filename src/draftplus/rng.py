@@ -45,10 +45,19 @@ def permutation(n: int, seed: int, stream: str, step: int = 0) -> list[int]:
     return torch.randperm(n, generator=generator(seed, stream, step)).tolist()
 
 
-def stock_noise(shape: Sequence[int], seeds: Iterable[int]) -> Tensor:
-    """Initial noise as stock diffusers draws it with one CPU generator per image: (len(seeds), *shape), float32."""
+def stock_noise(
+    shape: Sequence[int], seeds: Iterable[int], dtype: torch.dtype = torch.float32, draw: int = 0
+) -> Tensor:
+    """Noise as stock diffusers draws it with one CPU generator per image: (len(seeds), *shape), in at least float32.
+
+    dtype: that stock draws in, to which a draw in half precision is rounded. draw: which of a generator's draws; the
+    first is the initial noise.
+    """
     # diffusers draws (1, c, h, w) per generator; the leading 1 does not change the values
-    return torch.cat([torch.randn(1, *shape, generator=torch.Generator("cpu").manual_seed(s)) for s in seeds])
+    drawn = []
+    for generator in (torch.Generator("cpu").manual_seed(seed) for seed in seeds):
+        drawn.append([torch.randn(1, *shape, generator=generator, dtype=dtype) for _ in range(draw + 1)][-1])
+    return torch.cat(drawn).to(torch.promote_types(torch.float32, dtype))
 
 
 @dataclass(frozen=True)

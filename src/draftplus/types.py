@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from draftplus.config import SamplerConfig
+from draftplus.progress import Advance
 
 Raw = Callable[[Tensor, Tensor], Tensor]  # (latents (b, c, h, w), timestep ()) -> the guided raw prediction
 
@@ -140,6 +141,11 @@ class Model(Protocol):
     device: torch.device
 
     @property
+    def noise_dtype(self) -> torch.dtype:
+        """The precision in which the stock pipeline of the same parts draws a seed's noise."""
+        ...
+
+    @property
     def tuned(self) -> TunedWeights:
         """The denoiser's trained weights."""
         ...
@@ -148,6 +154,16 @@ class Model(Protocol):
         """Conditioning of b prompts, without gradient; repeated prompts come from a bounded cache.
 
         None: what the family's stock pipeline takes where no negative prompt is given.
+        """
+        ...
+
+    def prepare(self, prompts: Sequence[str | None], advance: Advance, share: tuple[int, int] = (0, 1)) -> None:
+        """Embeds prompts and then lets large text encoders go; a family whose encoders are small may do nothing.
+
+        advance: told how many of this share's distinct prompts are done. share: (rank, number of processes), of which
+        each embeds its own; a second call without it, once all are done, finds them on the disk that they share.
+
+        Raises UserError where the prompts need more room on disk than `DRAFTPLUS_CACHE_GB` allows.
         """
         ...
 

@@ -17,12 +17,15 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from draftplus import api
 from draftplus.config import ModelConfig
 from draftplus.errors import UserError
-from draftplus.models import single_file
+from draftplus.models import sdxl as family
+from draftplus.models import single_file, stock
 from draftplus.models.families import family_of
+from draftplus.models.loading import Source
 from tests.families.cases import CASES, load_model, stock_picture
 from tests.families.conftest import Saved
 from tests.support.ldm import as_sdxl_file, sd3_as_original, unet_as_ldm, vae_as_ldm
-from tests.support.pipelines import PIPELINES, lively, stock
+from tests.support.pipelines import PIPELINES, lively
+from tests.support.pipelines import stock as stock_of
 
 SAID = ["sampler.steps=2", "sampler.height=64", "sampler.width=96", "device=cpu"]
 CALL = {"num_inference_steps": 2, "height": 64, "width": 96}
@@ -60,7 +63,7 @@ def test_a_whole_sdxl_draws_the_stock_picture(sdxl: Path, tmp_path: Path, ending
     pipe.set_progress_bar_config(disable=True)
     expected = stock_picture(pipe, "a cat on a mat", 3, **CALL)
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-3)
-    torch.testing.assert_close(expected, stock_picture(stock(sdxl / "model"), "a cat on a mat", 3, **CALL))
+    torch.testing.assert_close(expected, stock_picture(stock_of(sdxl / "model"), "a cat on a mat", 3, **CALL))
 
 
 def test_a_whole_sdxl_that_does_not_fit(sdxl: Path, tmp_path: Path) -> None:
@@ -141,12 +144,9 @@ def test_the_packaged_configuration_is_that_of_the_published_model() -> None:
 
 def test_the_packaged_configuration_makes_the_stock_pipeline() -> None:
     """All but the weights: scheduler, settings and tokenizers."""
-    from draftplus.models import pipeline, sdxl
-    from draftplus.models.loading import Source
-
     source = Source(ModelConfig(), single_file.CONFIGS / "sdxl", {})
-    there = pipeline.present(sdxl.KIND, source.directory)
-    pipe = pipeline._without_weights(sdxl.KIND, source, there, torch.float32)
+    there = stock.present(family.KIND, source.directory)
+    pipe = stock.without_weights(family.KIND, source, there, torch.float32)
     scheduler = pipe.scheduler.config
     assert (scheduler.timestep_spacing, scheduler.steps_offset, scheduler.prediction_type) == ("leading", 1, "epsilon")
     assert (type(pipe.scheduler).__name__, pipe.default_sample_size) == ("EulerDiscreteScheduler", 128)

@@ -11,10 +11,12 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEuler
 from torch import Tensor
 
 from draftplus import rng
+from draftplus.config import SamplerConfig
 from draftplus.diffusion.guidance import classifier_free, denoiser
 from draftplus.diffusion.sampler import Rollout, Sampler, sample
 from draftplus.diffusion.schedule import make_schedule
 from draftplus.diffusion.solvers import make_solver
+from draftplus.evaluation.generate import Job, sampled_latents
 from draftplus.models.stable_diffusion import StableDiffusion
 from draftplus.types import Conditioning
 from tests.tiny import PROMPTS, SCHEDULER, SHAPE, normal, randomize, stock_pipeline, tiny_model
@@ -115,6 +117,33 @@ def test_seeds_repeat_in_a_stock_pipeline(tiny_path: Path) -> None:
     ).images
     found = ours(tiny_model(tiny_path, dtype=torch.float32, trainable=False), SCHEDULER, 5)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_seeds_noise_is_what_stock_draws_in_half_precision(
+    tiny_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """To the last bit, as the denoiser of either sees it first."""
+    pipe, made = stock_pipeline(tiny_path, dtype), tiny_model(tiny_path, dtype=dtype, trainable=False)
+    seen: list[Tensor] = []
+
+    def stop(_: Any, latents: Tensor, *rest: Any, **more: Any) -> None:
+        seen.append(latents)
+        raise LookupError
+
+    pipe.scheduler = DDIMScheduler(**SCHEDULER)
+    monkeypatch.setattr(type(pipe.unet), "forward", stop)
+    shape = {"height": 24, "width": 8}
+    with pytest.raises(LookupError):
+        pipe(PROMPTS, num_inference_steps=2, guidance_scale=1.0, generator=generators(), **shape)
+    monkeypatch.setattr(type(made), "predict", stop)
+    config = SamplerConfig(steps=2, guidance_scale=1.0, negative_prompt="", **shape)
+    jobs = [Job(prompt, seed) for prompt, seed in zip(PROMPTS, SEEDS, strict=True)]
+    with pytest.raises(LookupError):
+        list(sampled_latents(made, jobs, config, 3))
+    assert seen[0].dtype == dtype and seen[1].dtype == torch.float32
+    assert torch.equal(seen[0].float(), seen[1])
+    assert torch.equal(seen[1], rng.stock_noise((4, 12, 4), SEEDS)) is (dtype == torch.float32)
 
 
 def test_a_fresh_adapter_changes_no_picture(tiny_path: Path) -> None:

@@ -235,6 +235,16 @@ def stock_picture(directory: Path, steps: int = 6, cls: Any = None) -> torch.Ten
     return made
 
 
+@pytest.mark.parametrize("cls", JUDGES.values())
+def test_auto_is_the_stock_pipelines_own_solver(tiny_path: Path, tmp_path: Path, cls: Any) -> None:
+    """Nothing is named on either side."""
+    file = {"_class_name": cls.__name__, **NOISE, "prediction_type": "epsilon"}
+    directory = with_scheduler(tiny_path, tmp_path / "model", file)
+    found = picture(directory, "auto")
+    torch.testing.assert_close(found, stock_picture(directory), atol=1e-4, rtol=0)
+    assert cls is DDIMScheduler or (found - picture(directory, "ddim")).abs().max() > 1e-2
+
+
 OLD = [{}, {"steps_offset": 0, "clip_sample": True}, {"steps_offset": 3}, {"steps_offset": 1, "clip_sample": False}]
 
 

@@ -15,9 +15,10 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
 )
 
+from draftplus.diffusion.levels import linear
 from draftplus.diffusion.schedule import alphas_cumprod, make_schedule
 from draftplus.diffusion.solvers import make_solver
-from draftplus.errors import UserError
+from draftplus.errors import UserError, notice
 from tests.support.schedulers import assert_close, ours, stock, stock_to_the_next_timestep
 from tests.tiny import SCHEDULER
 
@@ -166,7 +167,62 @@ def test_flow_matching_with_a_shift_for_the_image_size(
     config = {**FLOW, "use_dynamic_shifting": True, "shift_terminal": terminal, "time_shift_type": kind}
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
-    assert_close(ours({**config, "mu": mu}, steps, "auto"), stock(scheduler))
+    assert_close(ours({**config, "mu": mu, "sigmas": linear(steps)}, steps, "auto"), stock(scheduler))
+
+
+GIVEN = [0.98, 0.7, 0.31, 0.3, 0.05]
+SHIFTS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "static": {"shift": 3.0},
+    "static below 1": {"shift": 0.7, "num_train_timesteps": 250},
+    "exponential": {"use_dynamic_shifting": True, "shift": 3.0, "mu": 1.15},
+    "linear": {"use_dynamic_shifting": True, "time_shift_type": "linear", "mu": 0.6},
+}
+
+
+@pytest.mark.parametrize("terminal", [None, 0.02])
+@pytest.mark.parametrize("shift", SHIFTS)
+@pytest.mark.parametrize("asked", [1, 2, 7, 28, 50, "linear 1", "linear 9", "linear 50", "given"])
+def test_levels_of_flow_matching_are_stocks_to_the_last_bit(asked: Any, shift: str, terminal: float | None) -> None:
+    """What set_timesteps makes of a number of steps, of the pipelines' linspace, and of given sigmas."""
+    settings = {**FLOW, **SHIFTS[shift], "shift_terminal": terminal}
+    mu = settings.get("mu")
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config({k: v for k, v in settings.items() if k != "mu"})
+    if asked == "given":
+        steps, told, stocks = len(GIVEN), {"sigmas": GIVEN}, {"sigmas": GIVEN}
+    elif isinstance(asked, str):
+        steps = int(asked.split()[1])
+        told, stocks = {"spacing": "linear"}, {"sigmas": np.linspace(1.0, 1 / steps, steps)}
+        assert linear(steps) == stocks["sigmas"].tolist()
+    else:
+        steps, told, stocks = asked, {}, {"num_inference_steps": asked}
+    if terminal and steps == 1:
+        with pytest.raises(UserError, match="shift_terminal, which needs at least 2"):
+            make_schedule(settings, steps, **told)
+        return
+    scheduler.set_timesteps(**stocks, mu=mu)
+    # what a family's pipeline passes gives way to what is asked for
+    given = {**settings, "sigmas": [0.5] * steps} if told else settings
+    schedule, solver = make_schedule(given, steps, **told)
+    assert solver == "euler"
+    assert [step.sigma for step in schedule.steps] == scheduler.sigmas[:-1].tolist()
+    assert [step.next_sigma for step in schedule.steps] == scheduler.sigmas[1:].tolist()
+    assert [step.alpha for step in schedule.steps] == [1 - s for s in scheduler.sigmas[:-1].tolist()]
+    assert [float(schedule.timestep(i, "cpu")) for i in range(steps)] == scheduler.timesteps.tolist()
+    assert schedule.last_sigma == float(scheduler.sigmas[-2])
+    assert_close(ours(given, steps, "auto", **told), stock(scheduler))
+
+
+def test_the_last_sigma_of_known_models() -> None:
+    """What a model's stock schedule leaves for the last step, and what others give it."""
+    sd35, qwen = {**FLOW, "shift": 3.0}, {**FLOW, **SHIFTS["exponential"], "mu": 0.6935, "shift_terminal": 0.02}
+
+    def last(config: dict[str, Any], steps: int, **settings: Any) -> float:
+        return round(make_schedule(config, steps, **settings)[0].last_sigma, 4)
+
+    assert (last(sd35, 28), last(sd35, 50)) == (0.0089, 0.0089)
+    assert last(sd35, 25, spacing="linear") == 0.1111
+    assert last(qwen, 50, spacing="linear") == last(qwen, 4, sigmas=[0.9, 0.8, 0.7, 0.6]) == 0.02
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -213,7 +269,22 @@ def test_a_plain_configuration_is_read_with_diffusers_defaults() -> None:
         ({**SCHEDULER, "thresholding": True}, {}, "thresholding: true"),
         ({**SCHEDULER, "rescale_betas_zero_snr": True}, {}, "zero terminal SNR"),
         (FLOW, {"solver": "ddim"}, "use euler for this flow-matching model"),
-        (FLOW, {"spacing": "trailing"}, "does not apply to flow-matching"),
+        (FLOW, {"spacing": "trailing"}, "does not apply to flow-matching models; choose linear"),
+        (SCHEDULER, {"spacing": "linear"}, "is for flow-matching models, and this one is none; choose leading"),
+        (SCHEDULER, {"sigmas": [0.5] * 10}, "sampler.sigmas is for flow-matching models, and this one is none"),
+        ({**FLOW, "use_exponential_sigmas": True}, {"spacing": "linear"}, "use_exponential_sigmas: true"),
+        ({**FLOW, "use_beta_sigmas": True}, {"sigmas": linear(10)}, "use_beta_sigmas: true"),
+        (
+            {"_class_name": "DPMSolverMultistepScheduler", "prediction_type": "flow_prediction"},
+            {},
+            "DPMSolverMultistepScheduler, has prediction_type 'flow_prediction'",
+        ),
+        (
+            {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction"},
+            {"solver": "ddim"},
+            "UniPCMultistepScheduler, has prediction_type 'flow_prediction'",
+        ),
+        ({**FLOW, "_class_name": "FlowMatchLCMScheduler"}, {}, "set sampler.solver=euler"),
         ({**FLOW, "use_karras_sigmas": True}, {}, "use_karras_sigmas: true"),
         ({**FLOW, "use_dynamic_shifting": True}, {}, "must give mu"),
         ({**FLOW, "shift_terminal": 0.1}, {"steps": 1}, "shift_terminal"),
@@ -224,6 +295,32 @@ def test_what_cannot_be_sampled_is_refused(config: dict[str, Any], settings: dic
     with pytest.raises(UserError) as error:
         make_schedule(config, **{"steps": 10, **settings})
     assert says in str(error.value)
+
+
+FOLLOWED = {
+    "EulerDiscreteScheduler": "euler", "DPMSolverMultistepScheduler": "dpmpp_2m", "DDIMScheduler": "ddim",
+    "PNDMScheduler": "ddim", "FlowMatchEulerDiscreteScheduler": "euler",
+}  # fmt: skip
+REPLACED = {
+    "EulerAncestralDiscreteScheduler": "ddim", "UniPCMultistepScheduler": "ddim", "DDPMScheduler": "ddim",
+    "FlowMatchHeunDiscreteScheduler": "euler",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("cls", [*FOLLOWED, *REPLACED])
+def test_the_solver_follows_the_models_own_scheduler(cls: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where it cannot, one line says what is used in its place; none where another solver is asked for."""
+    notice.cache_clear()
+    config = FLOW if cls.startswith("Flow") else SCHEDULER
+    for _ in range(2):
+        assert make_schedule({**config, "_class_name": cls}, 6)[1] == {**FOLLOWED, **REPLACED}[cls]
+    line = (
+        f"draftplus: the model's scheduler is {cls}; sampler.solver=auto samples with {REPLACED.get(cls)} in its place"
+    )
+    assert capsys.readouterr().err.splitlines() == [line] * (cls in REPLACED)
+    notice.cache_clear()
+    make_schedule({**config, "_class_name": cls}, 6, "euler")
+    assert not capsys.readouterr().err
 
 
 def test_stochastic_steps_need_ddim() -> None:
@@ -249,7 +346,7 @@ def test_levels_that_the_stock_pipeline_passes(shift: float, terminal: float | N
 
 
 def test_dynamic_shift_is_a_plain_shift_by_exp_mu() -> None:
-    moving, _ = make_schedule({**FLOW, "use_dynamic_shifting": True, "mu": 0.7}, 8)
+    moving, _ = make_schedule({**FLOW, "use_dynamic_shifting": True, "mu": 0.7}, 8, spacing="linear")
     levels = [s.sigma for s in moving.steps]
     for found, s in zip(levels, np.linspace(1, 1 / 8, 8), strict=True):
         assert found == pytest.approx(exp(0.7) / (exp(0.7) + 1 / s - 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from draftplus.config import ModelConfig, RewardConfig, load_config, run_name, trusting
@@ -20,9 +22,10 @@ from draftplus.models.stored import loaded_variant, stored_dtype
 from draftplus.report import write_report
 from draftplus.report.read import read_run
 from draftplus.runs import inputs
+from draftplus.runs.checksums import seal, unseal
 from draftplus.runs.directory import write_config
 from draftplus.runs.inputs import code_of, model_hashes, same_inputs
-from draftplus.runs.origin import ORIGIN, read_origin, write_origin
+from draftplus.runs.origin import ORIGIN, read_origin, run_config, write_origin
 from draftplus.runs.plan import plan_run, settled
 from tests.support.runs import fingerprint, train_here
 from tests.tiny import CPU
@@ -312,3 +315,30 @@ def test_code_that_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert code_of("rewards_of_mine.inner.good").keys() == names
     (tmp_path / "top_of_mine.py").write_text("print 'of another Python'\n")  # which an import may try, and do without
     assert code_of("rewards_of_mine.inner.good").keys() == names
+
+
+def test_a_run_from_before_auto_followed_the_model(project: Path) -> None:
+    """It keeps DDIM, whatever its model's scheduler, and is told apart by a key that it does not know."""
+    file = project / "models" / "base" / "scheduler" / "scheduler_config.json"
+    told = json.loads(file.read_text())
+    assert plan_run(begin("name=plain"), ())[0].sampler.solver == "auto"
+    for cls, then in (("DDIMScheduler", "auto"), ("EulerDiscreteScheduler", "ddim"), (None, "auto")):
+        file.write_text(json.dumps({**told, "_class_name": cls}))
+        run = begin(f"name={cls}")
+        go_on(run)  # of this version
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        del config["sampler"]["sigmas"]
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+        for origin in ("with", "without"):
+            if origin == "with":
+                sealed = unseal((run / ORIGIN).read_text())
+                del sealed["config"]["sampler.sigmas"], sealed["last_sigma"]
+                (run / ORIGIN).write_text(seal(sealed))
+            else:
+                (run / ORIGIN).unlink()
+            assert plan_run(run, ())[0].sampler.solver == then
+            assert run_config(run).sampler.solver == then
+            if then == "ddim":
+                with pytest.raises(UserError, match=r"started with sampler\.solver=ddim, but now it is auto"):
+                    plan_run("small.yaml", [f"name={cls}"])
+            go_on("small.yaml", f"name={cls}", f"sampler.solver={then}")

@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from draftplus.config.facts import Facts
 from draftplus.config.keys import nearest, values
-from draftplus.config.schema import KNOBS, Config
+from draftplus.config.schema import KNOBS, Config, SamplerConfig
 from draftplus.errors import UserError
 
 LONGEST_NAME = 200  # in bytes; file systems end at 255, and suffixes are added
@@ -33,6 +34,7 @@ def check(config: Config) -> None:
         raise UserError("output_dir is empty; name a directory, such as output_dir=runs")
     if config.train.steps is None and config.train.epochs is None:
         raise UserError("train.steps and train.epochs are both null; set one of them")
+    _check_sigmas(config.sampler)
     if not config.reward:
         raise UserError("reward is empty; name one, such as reward=emoji_clip")
     for name in [*config.reward, *config.eval.rewards]:
@@ -98,6 +100,24 @@ def _check_value(key: str, facts: Facts, value: Any) -> None:
     if not facts.allows(value):
         hint = f", {facts.hint}" if facts.hint else ""
         raise UserError(f"{key} is {value}; it must {facts.demand(value)}{hint}")
+
+
+def _check_sigmas(sampler: SamplerConfig) -> None:
+    sigmas = sampler.sigmas
+    if sigmas is None:
+        return
+    if not sigmas:
+        raise UserError("sampler.sigmas is empty; give the noise level of each step, such as [1.0, 0.75, 0.5, 0.25]")
+    for before, after in pairwise(sigmas):
+        if after >= before:
+            raise UserError(f"sampler.sigmas has {after:g} after {before:g}; every level must be below the one before")
+    if sampler.steps not in (None, len(sigmas)):
+        raise UserError(
+            f"sampler.sigmas has {len(sigmas)} levels, one for each step, but sampler.steps is {sampler.steps}; "
+            "set sampler.steps=null"
+        )
+    if sampler.spacing is not None:
+        raise UserError(f"sampler.spacing={sampler.spacing} and sampler.sigmas are both set; set one of them to null")
 
 
 def _check_variants(config: Config) -> None:

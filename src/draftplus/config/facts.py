@@ -52,7 +52,7 @@ class Facts:
 
     def entries(self, value: Any) -> list[Any]:
         """The values that choices and bounds apply to."""
-        return list(value) if self.each else [value]
+        return list(value) if self.each and value is not None else [value]
 
     def allows(self, value: Any) -> bool:
         """Whether all numbers are finite and within the bounds, and a list has as many entries as it must."""

@@ -53,15 +53,23 @@ class ModelConfig:
 
 @dataclass
 class SamplerConfig:
-    solver: str = _key("auto", "auto: ddim, or euler for flow matching", choices=("auto", "ddim", "euler", "dpmpp_2m"))
+    solver: str = _key(
+        "auto", "auto: that of the model's own scheduler, where it is one of these; else ddim",
+        choices=("auto", "ddim", "euler", "dpmpp_2m"),
+    )  # fmt: skip
     steps: int | None = _key(None, "number of denoising steps; null: the model's default", above=0, of_model=True)
     guidance_scale: float | None = _key(
         None, "classifier-free guidance scale; 1 or less: no guidance; null: the model's default", of_model=True
     )
     eta: float = _key(0.0, "DDIM noise, from 0 (deterministic) to 1", at_least=0, at_most=1)
     spacing: str | None = _key(
-        None, "timestep spacing; null: the model's own", choices=("leading", "trailing", "linspace")
-    )
+        None, "timestep spacing, of flow-matching models linear alone; null: the model's own",
+        choices=("leading", "trailing", "linspace", "linear"),
+    )  # fmt: skip
+    sigmas: list[float] | None = _key(
+        None, "noise level of each step before the shift, for flow-matching models; null: by spacing",
+        above=0, at_most=1, each=True, hint="such as [1.0, 0.75, 0.5, 0.25]", added=True,
+    )  # fmt: skip
     height: int | None = _key(None, "image height in pixels; null: the model's own", above=0)
     width: int | None = _key(None, "image width in pixels; null: the model's own", above=0)
     negative_prompt: str | None = _key(
@@ -119,8 +127,8 @@ class ObjectiveConfig:
     kl_coeff: float = _key(0.0, "weight of the KL term; a value above 0 gives DRaFT+", at_least=0, in_method_name=True)
     kl_space: str = _key(
         "noise",
-        "what the KL term compares: predicted noise or predicted clean latents",
-        choices=("noise", "x0"),
+        "what the KL term compares: predicted noises, clean latents, or velocities (flow matching alone)",
+        choices=("noise", "x0", "velocity"),
         in_method_name=True,
     )
     draft_lv: DraftLvConfig = _key(DraftLvConfig, "settings of method draft_lv")

@@ -158,7 +158,7 @@ def _example(key: str, kind: Any) -> str:
     default = None
     if field is not None:
         default = field.default_factory() if callable(field.default_factory) else field.default
-    value = _EXAMPLES.get(kind) if default is None else default
+    value = default if default is not None else [_EXAMPLES.get(kind)] if entry else _EXAMPLES.get(kind)
     return f"; for example, {key}={value if isinstance(value, str) else json.dumps(value)}"
 
 

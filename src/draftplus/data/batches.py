@@ -39,9 +39,23 @@ def batch(
     local = global_batch_size // world_size
     indices = list(range(rank * local, (rank + 1) * local))
     first = step * (global_batch_size // images_per_prompt)
-    places = [divmod(first + index // images_per_prompt, len(prompts)) for index in indices]  # (epoch, place in it)
+    return Batch(_stream(prompts, seed, [first + index // images_per_prompt for index in indices]), indices)
+
+
+def visited(
+    prompts: Sequence[str], steps: range, seed: int, global_batch_size: int, images_per_prompt: int = 1
+) -> list[str]:
+    """The distinct prompts of some steps, all ranks' together."""
+    per_step = global_batch_size // images_per_prompt
+    places = range(steps.start * per_step, steps.stop * per_step)
+    whole_epoch = len(places) >= 2 * len(prompts)  # wherever it begins
+    return list(dict.fromkeys(prompts if whole_epoch else _stream(prompts, seed, places)))
+
+
+def _stream(prompts: Sequence[str], seed: int, positions: Sequence[int]) -> list[str]:
+    places = [divmod(position, len(prompts)) for position in positions]  # (epoch, place in it)
     orders = {epoch: rng.permutation(len(prompts), seed, "prompts", epoch) for epoch in {epoch for epoch, _ in places}}
-    return Batch([prompts[orders[epoch][place]] for epoch, place in places], indices)
+    return [prompts[orders[epoch][place]] for epoch, place in places]
 
 
 def steps_of_epochs(epochs: int, prompts: int, global_batch_size: int, images_per_prompt: int = 1) -> int:

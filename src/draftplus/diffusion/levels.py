@@ -1,17 +1,19 @@
 """The timesteps and noise levels of a checkpoint's scheduler configuration, as the stock schedulers space them.
 
 The judge is `from_config` of diffusers' DDIMScheduler, EulerDiscreteScheduler and DPMSolverMultistepScheduler, for
-`ddim`, `euler` and `dpmpp_2m`: a setting that the class reads is honoured here, or refused by name; others are ignored.
-A level is written as (alpha, sigma), or by the two latter as the one number sigma / alpha.
+`ddim`, `euler` and `dpmpp_2m`, and FlowMatchEulerDiscreteScheduler for flow-matching models: a setting that the class
+reads is honoured here, or refused by name; others are ignored. A level is written as (alpha, sigma), or of Euler and
+DPM-Solver++ as the one number sigma / alpha.
 
 Spacings: Lin et al. 2023 (arXiv 2305.08891, table 2); Karras et al. 2022 (arXiv 2206.00364, equation 5); evenly spaced
-log-SNR, Lu et al. 2022 (arXiv 2206.00927).
+log-SNR, Lu et al. 2022 (arXiv 2206.00927). Shifted sigmas of flow matching: Esser et al. 2024 (arXiv 2403.03206,
+section 5.3.2).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -21,7 +23,8 @@ from torch import Tensor
 from draftplus.config import choices_of
 from draftplus.errors import UserError
 
-SPACINGS = choices_of("sampler.spacing")
+LINEAR = "linear"  # the one spacing of flow-matching models
+SPACINGS = tuple(name for name in choices_of("sampler.spacing") if name != LINEAR)
 FILE = "the model's scheduler_config.json"
 KARRAS_RHO = 7.0
 SMALLEST_BAR = 2**-24  # diffusers' stand-in for zero terminal SNR where log(alpha / sigma) must be finite
@@ -46,6 +49,9 @@ REFUSED: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     },
 }
 CLIPS = ("clip_sample", "thresholding")
+FLOW_REFUSED = (
+    "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "stochastic_sampling"
+)  # fmt: skip
 
 
 def saved(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,6 +119,71 @@ def alphas_cumprod(config: Mapping[str, Any]) -> Tensor:
         root = cumulative.sqrt()
         cumulative = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
     return cumulative
+
+
+def flow_levels(
+    config: Mapping[str, Any], steps: int, spacing: str | None, sigmas: Sequence[float] | None
+) -> tuple[list[float], list[float]]:
+    """The timesteps and the sigmas of FlowMatchEulerDiscreteScheduler, (steps) each, equal to its float32 ones.
+
+    sigmas: before the shift; None: as `spacing` says, or else `config["sigmas"]`, those that the stock pipeline passes,
+    or else those that the class itself takes, evenly spaced between the ends of its shifted table.
+
+    Raises UserError for settings and numbers of steps that it cannot be sampled with.
+    """
+    for key in FLOW_REFUSED:
+        if config.get(key):
+            raise UserError(f"{FILE} has {key}: true, which is not supported; set it to false")
+    kind, terminal = config.get("time_shift_type", "exponential"), config.get("shift_terminal")
+    if kind not in ("exponential", "linear"):
+        raise UserError(f"{FILE} has time_shift_type '{kind}'; supported: exponential, linear")
+    if config.get("scale_factors"):
+        raise UserError(f"{FILE} has scale_factors, which are not supported")
+    if terminal and steps == 1:
+        raise UserError("sampler.steps is 1; the model's scheduler has a shift_terminal, which needs at least 2")
+    n = int(config.get("num_train_timesteps", 1000))
+    if config.get("use_dynamic_shifting"):
+        mu = config.get("mu")
+        if mu is None:
+            raise UserError(
+                "the shift of this flow-matching model depends on the image size: its scheduler() must give mu"
+            )
+        factor, static = mu if kind == "linear" else math.exp(mu), 1.0
+
+        def shifted(s: Tensor) -> Tensor:
+            return torch.full_like(s, factor) / (factor + (1 / s - 1))  # a number over a tensor is rounded twice
+    else:
+        static = float(config.get("shift", 1.0))
+
+        def shifted(s: Tensor) -> Tensor:
+            return static * s / (1 + (static - 1) * s)
+
+    given = linear(steps) if spacing == LINEAR else config.get("sigmas") if sigmas is None else sigmas
+    if given is None:  # in float64 between the two ends, which are in float32 and already shifted
+        ends = torch.tensor([1.0, 1 / n], dtype=torch.float32)
+        high, low = (static * ends / (1 + (static - 1) * ends)).double() * n
+        levels = _linspace(float(high), float(low), steps) / n
+    else:
+        levels = torch.as_tensor(given).to(torch.float32)
+        if len(levels) != steps:
+            raise ValueError(f"{len(levels)} sigmas for {steps} steps")
+    levels = shifted(levels)
+    if terminal:
+        levels = 1 - (1 - levels) / ((1 - levels[-1]) / (1 - float(terminal)))
+    levels = levels.to(torch.float32)
+    return (levels * n).tolist(), levels.tolist()
+
+
+def linear(steps: int) -> list[float]:
+    """The sigmas from 1 down to 1 / steps that many flow models' stock pipelines pass to their scheduler."""
+    return _linspace(1.0, 1 / steps, steps).tolist()
+
+
+def _linspace(first: float, last: float, points: int) -> Tensor:
+    # in numpy's order of operations, as in diffusers, which is not that of torch.linspace
+    between = torch.arange(points, dtype=torch.float64) * ((last - first) / max(points - 1, 1)) + first
+    between[-1] = last if points > 1 else first
+    return between
 
 
 def ddim_steps(config: Mapping[str, Any], bars: Tensor, steps: int, spacing: str) -> tuple[list[int], list[int]]:

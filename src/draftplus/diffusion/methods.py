@@ -184,6 +184,13 @@ METHODS: dict[str, Method] = {
 }
 
 
+def learns_from_the_end(config: Config, schedule: Schedule) -> bool:
+    """Whether the last sampling step is the only one that ever carries gradient."""
+    method, last = METHODS[config.objective.method], windows.last(1, len(schedule)).steps
+    draws = range(100 * len(schedule))  # those that are drawn are drawn often enough to see each of them
+    return all(method.window(config.objective, schedule, config.seed, draw).steps == last for draw in draws)
+
+
 def check_windows(config: Config, schedule: Schedule) -> None:
     """Refuses a method that may learn from still steps alone, through which its loss has no gradient but rounding.
 

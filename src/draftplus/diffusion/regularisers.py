@@ -15,10 +15,15 @@ from torch import Tensor
 from draftplus.config import ObjectiveConfig
 from draftplus.diffusion.guidance import Denoise
 from draftplus.diffusion.sampler import Visit
-from draftplus.diffusion.schedule import Denoised
+from draftplus.diffusion.schedule import Denoised, Schedule
 from draftplus.diffusion.window import Window
+from draftplus.errors import UserError
 
-SPACES: dict[str, Callable[[Denoised], Tensor]] = {"noise": lambda now: now.eps, "x0": lambda now: now.x0}
+SPACES: dict[str, Callable[[Denoised], Tensor]] = {
+    "noise": lambda now: now.eps,
+    "x0": lambda now: now.x0,
+    "velocity": lambda now: now.eps - now.x0,  # of flow matching
+}
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,8 @@ def kl(objective: ObjectiveConfig, trained: Denoise, frozen: Denoise, visits: Se
     """The KL term of DRaFT+: the mean over (visits, b, c, h, w) of (eps_theta - eps_ref)^2.
 
     Both are under guidance and at the same x_t, the reference without gradient; no 1/2 and no 1/sigma^2 (NVIDIA
-    NeMo-Aligner, DRaFT+). objective.kl_space: compare the predicted noises, or the predicted clean latents.
+    NeMo-Aligner, DRaFT+). objective.kl_space: compare the predicted noises, clean latents, or flow matching's
+    velocities u = eps - x0.
     """
     of = SPACES[objective.kl_space]
     distances = []
@@ -57,6 +63,17 @@ REGULARISERS: dict[str, Regulariser] = {
         penalty=kl,
     ),
 }
+
+
+def check_space(objective: ObjectiveConfig, schedule: Schedule) -> None:
+    """Refuses a space that the model has not.
+
+    Raises UserError that names the key and a remedy.
+    """
+    if objective.kl_space == "velocity" and schedule.prediction != "flow":
+        raise UserError(
+            "objective.kl_space=velocity is for flow-matching models, and this one is none; use noise or x0"
+        )
 
 
 def active(objective: ObjectiveConfig) -> dict[str, Regulariser]:

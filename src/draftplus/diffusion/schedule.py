@@ -12,7 +12,7 @@ spacing (`levels.ddim_steps`).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
@@ -22,20 +22,30 @@ from torch import Tensor
 
 from draftplus.config import choices_of
 from draftplus.diffusion.levels import (
-    FILE,
+    LINEAR,
     SMALLEST_BAR,
     SPACINGS,
     alphas_cumprod,
     ddim_steps,
+    flow_levels,
     refuse_unsupported,
     saved,
     sigma_steps,
 )
-from draftplus.errors import UserError
+from draftplus.errors import UserError, notice
 
 Prediction = Literal["epsilon", "v_prediction", "sample", "flow"]
 SOLVERS = tuple(name for name in choices_of("sampler.solver") if name != "auto")
-CONSISTENCY = ("LCMScheduler", "TCDScheduler")  # of distilled models, whose few steps no other solver replaces
+# a model's own scheduler class -> the solver that samples as it does, or that has long stood for it; others get a line
+FOLLOWED = {
+    "EulerDiscreteScheduler": "euler",
+    "DPMSolverMultistepScheduler": "dpmpp_2m",
+    "FlowMatchEulerDiscreteScheduler": "euler",
+    "DDIMScheduler": "ddim",
+    "PNDMScheduler": "ddim",
+}
+# of distilled models, whose few steps no other solver replaces
+CONSISTENCY = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
 
 
 class Step(NamedTuple):
@@ -71,6 +81,14 @@ class Schedule:
     def __len__(self) -> int:
         return len(self.steps)
 
+    @property
+    def last_sigma(self) -> float:
+        """The noise level of the last step, as sigma of x_t = alpha * x_0 + sigma * eps.
+
+        The reward's gradient of that step is multiplied by it where the denoiser predicts a flow's velocity.
+        """
+        return self.steps[-1].sigma
+
     def timestep(self, index: int, device: torch.device | str) -> Tensor:
         """What the denoiser is told at a step, a scalar tensor."""
         return torch.tensor(self.steps[index].timestep, dtype=self.timestep_dtype, device=device)
@@ -101,30 +119,59 @@ def denoised(raw: Tensor, x: Tensor, step: Step, prediction: Prediction) -> Deno
     return Denoised(raw, (x - alpha * raw) / sigma)
 
 
+def is_flow(config: Mapping[str, Any]) -> bool:
+    """Whether a scheduler's configuration is of flow matching."""
+    return "FlowMatch" in str(config.get("_class_name", ""))
+
+
+def solver_of(config: Mapping[str, Any], solver: str = "auto") -> str:
+    """The solver's name. "auto": that of the scheduler class that a model's file names, as its stock pipeline samples;
+    Euler for other classes of flow matching, DDIM for all others.
+
+    config: the scheduler's `scheduler_config.json`; {} where it is not known.
+
+    Raises UserError for a solver that does not exist.
+    """
+    if solver == "auto":
+        return FOLLOWED.get(config.get("_class_name", ""), "euler" if is_flow(config) else "ddim")
+    if solver not in SOLVERS:
+        raise UserError(f"sampler.solver: unknown solver '{solver}'; choose auto, {', '.join(SOLVERS)}")
+    return solver
+
+
 def make_schedule(
-    config: Mapping[str, Any], steps: int, solver: str = "auto", spacing: str | None = None
+    config: Mapping[str, Any],
+    steps: int,
+    solver: str = "auto",
+    spacing: str | None = None,
+    sigmas: Sequence[float] | None = None,
 ) -> tuple[Schedule, str]:
     """The schedule and the solver's name for a checkpoint's scheduler configuration.
 
     config: the scheduler's `scheduler_config.json`, and what a flow model's stock pipeline computes for its
     `set_timesteps`: `mu`, the resolution shift of dynamic shifting, and `sigmas`, the levels before the shift. solver:
-    "auto" (DDIM for variance-preserving models, Euler for flow matching) or one of SOLVERS. spacing: one of SPACINGS,
-    None for the checkpoint's own, or where it names none that of the solver's stock class.
+    "auto" (`solver_of`) or one of SOLVERS. spacing: None for the checkpoint's own, or where it names none that of the
+    solver's stock class. sigmas: of a flow model, in place of those of `config`, which `spacing` replaces too.
 
     Raises UserError for a solver, spacing or number of steps that the model cannot be sampled with.
     """
     config = saved(config)
-    flow = "FlowMatch" in str(config.get("_class_name", ""))
-    name = ("euler" if flow else "ddim") if solver == "auto" else solver
-    if name not in SOLVERS:
-        raise UserError(f"sampler.solver: unknown solver '{solver}'; choose auto, {', '.join(SOLVERS)}")
-    if spacing is not None and spacing not in SPACINGS:
-        raise UserError(f"sampler.spacing: unknown spacing '{spacing}'; choose {', '.join(SPACINGS)}")
-    if solver == "auto" and config.get("_class_name") in CONSISTENCY:
+    flow, cls = is_flow(config), config.get("_class_name")
+    name = solver_of(config, solver)
+    if spacing not in (None, LINEAR, *SPACINGS):
+        raise UserError(f"sampler.spacing: unknown spacing '{spacing}'; choose {', '.join((*SPACINGS, LINEAR))}")
+    if solver == "auto" and cls in CONSISTENCY:
         raise UserError(
-            f"the model's scheduler is {config['_class_name']}, which is not supported; to sample with another solver "
-            "than it was made for, set sampler.solver=ddim"
+            f"the model's scheduler is {cls}, which is not supported; to sample with another solver "
+            f"than it was made for, set sampler.solver={name}"
         )
+    if not flow and config.get("prediction_type") == "flow_prediction":
+        raise UserError(
+            f"the model's scheduler, {cls or 'of no named class'}, has prediction_type 'flow_prediction', which is not "
+            "supported"
+        )
+    if solver == "auto" and cls is not None and cls not in FOLLOWED:
+        notice(f"the model's scheduler is {cls}; sampler.solver=auto samples with {name} in its place")
     train_steps = int(config.get("num_train_timesteps", 1000))
     if not 1 <= steps <= train_steps:
         raise UserError(f"sampler.steps is {steps}; this model takes 1 to {train_steps}")
@@ -133,9 +180,21 @@ def make_schedule(
             raise UserError(
                 f"sampler.solver={name} is for variance-preserving models; use euler for this flow-matching model"
             )
-        if spacing is not None:
-            raise UserError("sampler.spacing does not apply to flow-matching models; leave it null")
-        return _flow(config, steps), name
+        if spacing in SPACINGS:
+            raise UserError(
+                f"sampler.spacing={spacing} does not apply to flow-matching models; choose linear, or null for the "
+                "stock pipeline's own"
+            )
+        timesteps, levels = flow_levels(config, steps, spacing, sigmas)
+        pairs = pairwise([*levels, 0.0])
+        made = tuple(Step(t, 1 - s, s, 1 - r, r) for t, (s, r) in zip(timesteps, pairs, strict=True))
+        return Schedule(made, "flow", torch.float32), name
+    if sigmas is not None:
+        raise UserError("sampler.sigmas is for flow-matching models, and this one is none; set sampler.spacing instead")
+    if spacing == LINEAR:
+        raise UserError(
+            f"sampler.spacing=linear is for flow-matching models, and this one is none; choose {', '.join(SPACINGS)}"
+        )
     refuse_unsupported(config, name)
     spacing = spacing or config.get("timestep_spacing") or ("leading" if name == "ddim" else "linspace")
     return _variance_preserving(config, steps, name, spacing), name
@@ -186,48 +245,3 @@ def _extrapolates(config: Mapping[str, Any], steps: int) -> frozenset[int]:
         or config.get("final_sigmas_type", "zero") == "zero"
     )
     return frozenset(range(1, steps - 1 if plain_end else steps))
-
-
-def _flow(config: Mapping[str, Any], steps: int) -> Schedule:
-    for key in (
-        "use_karras_sigmas",
-        "use_exponential_sigmas",
-        "use_beta_sigmas",
-        "invert_sigmas",
-        "stochastic_sampling",
-    ):
-        if config.get(key):
-            raise UserError(f"{FILE} has {key}: true, which is not supported; set it to false")
-    if config.get("time_shift_type", "exponential") not in ("exponential", "linear"):
-        raise UserError(f"{FILE} has time_shift_type '{config['time_shift_type']}'; supported: exponential, linear")
-    if config.get("scale_factors"):
-        raise UserError(f"{FILE} has scale_factors, which are not supported")
-    n = int(config.get("num_train_timesteps", 1000))
-    shift = float(config.get("shift", 1.0))
-
-    def shifted(s: float) -> float:
-        return shift * s / (1 + (shift - 1) * s)
-
-    given = config.get("sigmas")
-    if given is not None and len(given) != steps:
-        raise ValueError(f"{len(given)} sigmas for {steps} steps")
-    if config.get("use_dynamic_shifting"):
-        mu = config.get("mu")
-        if mu is None:
-            raise UserError(
-                "the shift of this flow-matching model depends on the image size: its scheduler() must give mu"
-            )
-        shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
-        given = torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64).tolist() if given is None else given
-    elif given is None:  # diffusers shifts the training sigmas' ends, spaces evenly between them, and shifts again
-        given = torch.linspace(shifted(1.0), shifted(1 / n), steps, dtype=torch.float64).tolist()
-    sigmas = [shifted(s) for s in given]
-    terminal = config.get("shift_terminal")
-    if terminal:
-        if steps == 1:
-            raise UserError("sampler.steps is 1; the model's scheduler has a shift_terminal, which needs at least 2")
-        stretch = (1 - sigmas[-1]) / (1 - float(terminal))
-        sigmas = [1 - (1 - s) / stretch for s in sigmas]
-    levels = [*sigmas, 0.0]
-    made = tuple(Step(s * n, 1 - s, s, 1 - r, r) for s, r in pairwise(levels))
-    return Schedule(made, "flow", torch.float32)

@@ -18,11 +18,13 @@ from draftplus.build import (
     quiet_libraries,
 )
 from draftplus.config import base_model_of, flatten, to_dict
+from draftplus.distributed import World
 from draftplus.evaluation.chunks import chunks
+from draftplus.evaluation.embedding import embed_prompts
 from draftplus.evaluation.generate import TUNED, Knobs, decoded
 from draftplus.evaluation.images import Images, images_of
 from draftplus.evaluation.instruments import Instruments, instruments_of
-from draftplus.evaluation.latents import latents_of
+from draftplus.evaluation.latents import absent_jobs, latents_of
 from draftplus.evaluation.pictures import grid, picture_name, to_pil
 from draftplus.evaluation.scores import score_images
 from draftplus.evaluation.targets import Target, find_targets
@@ -33,6 +35,7 @@ from draftplus.progress import Advance, progress
 from draftplus.runs.files import output_held, whole_directory, write_text
 from draftplus.runs.journal import finite
 from draftplus.runs.rows import MetricRow, TargetRow, reward_key
+from draftplus.types import Model
 
 GRID = 16  # pictures in a row of the grid, and rows
 
@@ -71,10 +74,13 @@ def _compare(
     rows: list[dict[str, Any]] = []
     base: Measured | None = None
     targets.sort(key=lambda target: target.adapter is not None)  # the base model first: others are measured against it
+    ready = [_embedded(targets, which, tools, latents)]
     with progress("evaluating", len(targets) * len(which.jobs()), unit="images") as advance:
         for number, target in enumerate(targets):
             show = _shifted(advance, number * len(which.jobs()), target)
-            measured = _measure(target, which, tools, base, output, latents, show)
+            model = ready.pop() if ready else _build(target, tools)
+            measured = _measure(model, target, which, tools, base, output, latents, show)
+            del model  # before the next one is loaded
             base = base or measured
             rows.append(_row(target, which, tools, measured, base).row())
     told = {
@@ -98,17 +104,39 @@ def _shifted(advance: Advance, before: int, target: Target) -> Advance:
     return show
 
 
+def _build(target: Target, tools: Instruments) -> Model:
+    return build_model(target.config.model, tools.device, trainable=False)
+
+
+def _embedded(targets: Sequence[Target], which: Images, tools: Instruments, latents: Path) -> Model:
+    """The first target's model, once the prompts are embedded for all, whose text encoders are the same.
+
+    Left out are prompts that every target has the latents of.
+    """
+    with progress("loading the model", None):
+        model = _build(targets[0], tools)
+    absent = [job for target in targets for job in absent_jobs(which.jobs(), latents_directory(latents, target))]
+    if absent:
+        negative = targets[0].config.sampler.negative_prompt
+        embed_prompts(model, [*(job.prompt for job in absent), negative], World(0, 1, model.device))
+    return model
+
+
+def latents_directory(latents: Path, target: Target) -> Path:
+    """Where a target's latents are kept, among those of others."""
+    return latents / target.hash[:16]
+
+
 @torch.no_grad()
 def _measure(
-    target: Target, which: Images, tools: Instruments, base: Measured | None, output: Path, made: Path,
+    model: Model, target: Target, which: Images, tools: Instruments, base: Measured | None, output: Path, made: Path,
     advance: Advance,
 ) -> Measured:  # fmt: skip
-    model = build_model(target.config.model, tools.device, trainable=False)
     if target.adapter is not None:
         model.tuned.load(target.adapter)
     latents = latents_of(
-        model, which.jobs(), target.config.sampler, tools.batch_size, made / target.hash[:16],
-        target.knobs, advance,
+        model, which.jobs(), target.config.sampler, tools.batch_size,
+        latents_directory(made, target), target.knobs, advance,
     )  # fmt: skip
     scores: dict[str, list[Tensor]] = {name: [] for name in tools.rewards}
     seen, files, rows = [], [], []

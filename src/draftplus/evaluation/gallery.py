@@ -12,9 +12,10 @@ from torch import Tensor
 
 from draftplus.build import build_model, build_reward, quiet_libraries
 from draftplus.config import RewardConfig
-from draftplus.distributed import pick_device
+from draftplus.distributed import World, pick_device
 from draftplus.errors import UserError
 from draftplus.evaluation.chunks import SAMPLING_BATCH
+from draftplus.evaluation.embedding import embed_prompts
 from draftplus.evaluation.generate import TUNED, Job, Knobs, generate_images, jobs_of
 from draftplus.evaluation.pictures import save_pictures
 from draftplus.evaluation.scores import score_images
@@ -78,6 +79,7 @@ def make_gallery(
     scorers = {name: build_reward(name, known.get(name, RewardConfig()), device) for name in rewards}
     with progress("loading the model", None):
         model = build_model(config.model, device, trainable=False)
+    embed_prompts(model, [*prompts, config.sampler.negative_prompt], World(0, 1, device))
     chosen = intact(adapter) if adapter is not None else weights.adapter
     if chosen is None and knobs != TUNED:
         raise UserError(f"'{target}' has no trained weights to scale or anneal; name a run or give an adapter")

@@ -126,8 +126,8 @@ def sampled_latents(
                 with model.tuned.reference():  # an adapter of the text encoder changes the embeddings too
                     frozen = sampler.frozen(model.encode(prompts))
                 denoise = annealed(denoise, frozen, weights)
-            noise = partial(_solver_noise, shape, seeds, model.device)
-            start, watch = sampler.start(rng.stock_noise(shape, seeds).to(model.device)), Watch(denoise)
+            noise = partial(_stock_noise, model, shape, seeds)
+            start, watch = sampler.start(noise(-1)), Watch(denoise)
             latents = sample(watch, start, sampler.schedule, sampler.solver, noise=noise).latents
             watch.check(latents, len(sampler.schedule), model)
             yield rows, latents
@@ -156,12 +156,6 @@ def _as_weighted(model: Model, weights: Sequence[float]) -> AbstractContextManag
     return model.tuned.folded() if set(weights) == {1.0} else nullcontext()
 
 
-def _solver_noise(shape: tuple[int, int, int], seeds: Sequence[int], device: torch.device, index: int) -> Tensor:
+def _stock_noise(model: Model, shape: tuple[int, int, int], seeds: Sequence[int], index: int) -> Tensor:
     # stock pipelines continue with each image's generator: the noise of step i is its draw number i + 1
-    draws = []
-    for seed in seeds:
-        generator = torch.Generator("cpu").manual_seed(seed)
-        for _ in range(index + 2):
-            draw = torch.randn(1, *shape, generator=generator)
-        draws.append(draw)
-    return torch.cat(draws).to(device)
+    return rng.stock_noise(shape, seeds, model.noise_dtype, index + 1).to(model.device)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -48,6 +49,19 @@ def latents_of(
     return torch.stack([known[job] for job in jobs])
 
 
+def absent_jobs(jobs: Sequence[Job], directory: Path) -> list[Job]:
+    """The jobs whose latents are not in `directory`; a damaged file is for `latents_of` to refuse."""
+    there: set[str] = set()
+    for file in directory.glob("*.safetensors"):
+        with suppress(OSError, SafetensorError), safe_open(file, "pt") as opened:
+            there.update(opened.keys())
+    return [job for job in jobs if _name(job) not in there]
+
+
+def _name(job: Job) -> str:
+    return f"{job.seed} {job.prompt}"
+
+
 def _read(directory: Path) -> dict[Job, Tensor]:
     found: dict[Job, Tensor] = {}
     for file in sorted(directory.glob("*.safetensors")):
@@ -67,5 +81,5 @@ def _write(directory: Path, batch: dict[Job, Tensor]) -> None:
     building = target.with_name(f".{target.name}.{os.getpid()}.building")  # two evaluations may share a base model
     with disk_errors(target):
         directory.mkdir(parents=True, exist_ok=True)
-        save_file({f"{job.seed} {job.prompt}": latents.contiguous() for job, latents in batch.items()}, building)
+        save_file({_name(job): latents.contiguous() for job, latents in batch.items()}, building)
         building.replace(target)

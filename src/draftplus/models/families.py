@@ -46,6 +46,8 @@ FAMILIES = {
     ),
     "StableDiffusionXLPipeline": Family("draftplus.models.sdxl:load", {"steps": 50, "guidance_scale": 5.0}),
     "StableDiffusion3Pipeline": Family("draftplus.models.sd3:load", {"steps": 28, "guidance_scale": 7.0}),
+    "FluxPipeline": Family("draftplus.models.flux:load", {"steps": 28, "guidance_scale": 3.5}),
+    "Flux2KleinPipeline": Family("draftplus.models.flux2:load", {"steps": 50, "guidance_scale": 4.0}),
 }
 
 
@@ -118,5 +120,7 @@ def _is_cached(path: str, name: str, revision: str | None) -> bool:
 def resolve(config: Config) -> Config:
     """The configuration with those nulls filled in that the model decides."""
     given = {**family_of(config.model).sampler, **SAMPLING.get(config.model.path, {})}
+    if config.sampler.sigmas is not None:
+        given["steps"] = len(config.sampler.sigmas)
     absent = {key: value for key, value in given.items() if getattr(config.sampler, key) is None}
     return replace(config, sampler=replace(config.sampler, **absent)) if absent else config

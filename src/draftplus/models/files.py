@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +113,18 @@ def check(folder: Path, stored: Stored) -> None:
         refuse_pointer(file)
         if not stored.safetensors and file.is_file():
             read_state_dict(file)
+
+
+def file_hash(path: Path) -> str:
+    """The SHA-256 of a file, which is read once in a process unless it changes."""
+    state = path.stat()
+    return _file_hash(path, state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _file_hash(path: Path, size: int, changed: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fetch(path: str, revision: str | None, patterns: Sequence[str]) -> Path:

@@ -262,7 +262,7 @@ def decodes_in_float32(vae: Any) -> bool:
 
     One that says nothing about it has the same setting, by default, and no meaning.
     """
-    told = vae.config.force_upcast and "force_upcast" not in vae.config.get("_use_default_values", ())
+    told = vae.config.get("force_upcast") and "force_upcast" not in vae.config.get("_use_default_values", ())
     return bool(told and vae.dtype == torch.float16)
 
 

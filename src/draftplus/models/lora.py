@@ -44,11 +44,16 @@ def _at_least_float32(denoiser: nn.Module) -> None:
 
 
 def _targets(denoiser: nn.Module, targets: object, attention: Sequence[str]) -> list[str]:
+    """The whole names of the layers to adapt: by the end of a name, peft would also find what is no layer."""
     linear = [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)]
     convolution = [name for name, module in denoiser.named_modules() if isinstance(module, nn.Conv2d)]
+
+    def ending(ends: Sequence[str]) -> list[str]:
+        return [name for name in linear + convolution if any(f".{name}".endswith(f".{end}") for end in ends)]
+
     if isinstance(targets, str):
         groups = {
-            "attention": list(attention),
+            "attention": ending(attention),
             "linear": linear,
             "convolution": convolution,
             "all": linear + convolution,
@@ -60,13 +65,13 @@ def _targets(denoiser: nn.Module, targets: object, attention: Sequence[str]) -> 
         return groups[targets]
     if not isinstance(targets, list) or not targets:
         raise UserError(f"model.lora.targets is {targets!r}; give a name or a list of module names")
-    absent = [t for t in targets if not any(n == t or n.endswith(f".{t}") for n in linear + convolution)]
+    absent = [target for target in targets if not ending([target])]
     if absent:
         raise UserError(
             f"model.lora.targets: no layer of the denoiser is named '{absent[0]}'; the names of its attention "
             f"layers end in {', '.join(attention)}"
         )
-    return targets
+    return ending(targets)
 
 
 def layers(denoiser: nn.Module) -> list[LoraLayer]:

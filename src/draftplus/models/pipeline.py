@@ -7,11 +7,10 @@ text encoders when a prompt has to be embedded, so that the two need not lie in 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+import gc
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,16 +19,16 @@ from torch import Tensor, nn
 from draftplus.config import ModelConfig, SamplerConfig
 from draftplus.diffusion.guidance import classifier_free
 from draftplus.errors import UserError
-from draftplus.models import loading, single_file
+from draftplus.models import loading, stock
+from draftplus.models.embedding_store import EmbeddingStore, encoders_hash
 from draftplus.models.embeddings import Embeddings
 from draftplus.models.tuned import Tuned, make_tuned
+from draftplus.progress import Advance
 from draftplus.types import Conditioning, Raw
 
 Shape = tuple[int, int, int]
 QKVO = ("to_q", "to_k", "to_v", "to_out.0")
 DENOISERS = ("unet", "transformer")
-BESIDE = ("image_encoder", "feature_extractor", "safety_checker")  # parts that are for other tasks
-ABSENT = [None, None]  # how an index says that a part is not there; stock loads such a model only when told so
 
 
 def _classifier_free(model: PipelineModel, given: Conditioning, negative: str | None, scale: float) -> Raw:
@@ -65,6 +64,23 @@ def shift_of(pipe: Any, tokens: int) -> float:
     return float(calculate_shift(tokens, *(pipe.scheduler.config[name] for name in names)))
 
 
+def token_counts(pipe: Any, prompt: str, limits: Mapping[str, int] | None = None) -> dict[str, tuple[int, int]]:
+    """How many tokens a prompt has for each tokenizer of the pipeline, and how many are read.
+
+    limits: of tokenizers whose own limit is not what the pipeline reads.
+    """
+    counts = {}
+    for name in (name for name in pipe.config if name.startswith("tokenizer") and getattr(pipe, name) is not None):
+        tokenizer = getattr(pipe, name)
+        counts[name] = len(tokenizer(prompt).input_ids), (limits or {}).get(name, tokenizer.model_max_length)
+    return counts
+
+
+def evenly_spaced(steps: int) -> list[float]:
+    """The levels that stock pipelines of flow models give where their user gives none: from 1 to 1 / steps."""
+    return torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64).tolist()
+
+
 def _own_scheduler(pipe: Any, config: Mapping[str, Any], shape: Shape, steps: int) -> Mapping[str, Any]:
     return config
 
@@ -88,7 +104,8 @@ class Kind:
     as the autoencoder takes them, and its images (b, 3, H, W) in [-1, 1]. shape, scheduler, noise_dtype: as in `Model`,
     the last as the stock pipeline of a precision draws it. targets: the layers that LoRA calls "attention". accepts:
     (configuration by folder) raises UserError for what the family does not support, before any weights are read. check:
-    the same for settings of the sampler. large_encoders: whether text encoders are released once prompts are embedded.
+    the same for settings of the sampler. lengths: (pipe, prompt) -> by tokenizer, the number of tokens and of those
+    that are read. large_encoders: whether prompts are kept on disk, and encoders let go once all are embedded.
     """
 
     label: str
@@ -105,6 +122,7 @@ class Kind:
     targets: Sequence[str] = QKVO
     accepts: Callable[[Mapping[str, Any]], None] = _accept
     check: Callable[[Any, SamplerConfig], None] = _nothing_to_check
+    lengths: Callable[[Any, str], Mapping[str, tuple[int, int]]] = token_counts
     large_encoders: bool = True
 
     @property
@@ -128,12 +146,13 @@ class PipelineModel:
     def __init__(
         self, kind: Kind, pipe: Any, encoders: Sequence[str], read: Callable[[str], Any], tune: Callable[[Any], Tuned],
         scheduler_config: Mapping[str, Any], device: torch.device, dtype: torch.dtype,
+        store: EmbeddingStore | None = None,
     ) -> None:  # fmt: skip
         self.kind, self.pipe, self.scheduler_config, self.device = kind, pipe, scheduler_config, device
         self.noise_dtype = kind.noise_dtype(dtype)
         self._names, self._read, self._tune = encoders, read, tune
         self._encoders: dict[str, Any] = {}  # those that are loaded
-        self.encode = Embeddings(self._embed, lambda: self.tuned.encoders_state() if self._encoders else None)
+        self.encode = Embeddings(self._embed, self._encoders_state, store)
 
     @cached_property
     def tuned(self) -> Tuned:
@@ -146,9 +165,23 @@ class PipelineModel:
     def vae(self) -> Any:
         return self.pipe.vae
 
+    def _encoders_state(self) -> Hashable:
+        return self.tuned.encoders_state() if "tuned" in vars(self) else None  # which must not load the denoiser
+
     def _embed(self, prompt: str | None) -> Conditioning:
         self._open()
+        for name, (tokens, limit) in self.kind.lengths(self.pipe, prompt or "").items():
+            self.encode.cut(tokens, limit, name)
         return self.kind.embed(self.pipe, prompt)
+
+    def prepare(self, prompts: Sequence[str | None], advance: Advance, share: tuple[int, int] = (0, 1)) -> None:
+        if self.encode.prepare(prompts, advance, share):
+            for name in list(self._encoders):
+                del self._encoders[name]
+                setattr(self.pipe, name, None)
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def _open(self) -> None:
         for name in self._names:
@@ -203,8 +236,8 @@ def load_pipeline(
     """
     frozen = dtype or getattr(torch, config.dtype)
     with loading.loading("model.path", path, kind.label):
-        source, there = _source(kind, config, path)
-        pipe = _without_weights(kind, source, there, frozen)
+        source, there = stock.source(kind, config, path)
+        pipe = stock.without_weights(kind, source, there, frozen)
 
     def read(name: str) -> Any:
         with loading.loading("model.path", path, kind.label):
@@ -224,71 +257,11 @@ def load_pipeline(
     if config.gradient_checkpointing:
         pipe.vae.enable_gradient_checkpointing()
     encoders = [name for name in there if name.startswith("text_encoder")]
-    return PipelineModel(kind, pipe, encoders, read, tune, _scheduler_config(source.directory), device, frozen)
-
-
-def _source(kind: Kind, config: ModelConfig, path: str) -> tuple[loading.Source, dict[str, Any]]:
-    """Where a model's parts are read from, and the class of each."""
-
-    def accept(parts: Mapping[str, Any]) -> None:
-        try:
-            kind.accepts(parts)
-        except UserError as error:
-            given = {f"model.{key}": getattr(config, key) for key in ("denoiser", "vae")}
-            replaced = "".join(f" with {key}={value}" for key, value in given.items() if value is not None)
-            raise UserError(f"model.path '{path}'{replaced}: {error}") from None
-
-    if loading.is_single_file(path):
-        source = single_file.source(config, path)
-        there = present(kind, source.directory)
-        accept(loading.configurations(there, source))
-        return source, there
-    directory = loading.fetched(config, path)
-    there = present(kind, directory)
-    return loading.source(config, path, directory, there, accept), there
-
-
-def present(kind: Kind, directory: Path) -> dict[str, Any]:
-    """The class of each network that a model has, by its folder: its index may say null of text encoders.
-
-    Raises ValueError for a class that the family does not have, or a part that it cannot do without.
-    """
-    import diffusers
-    import transformers
-
-    index, found = _index(directory), {}
-    for folder, names in kind.networks.items():
-        name = index.get(folder, ABSENT)[1]
-        if name is None:
-            if folder.startswith("text_encoder_"):
-                continue
-            raise ValueError(f"its model_index.json names no {folder}")
-        if name not in names:
-            raise ValueError(f"its {folder} is a {name}, which is not supported, only {' or '.join(names)}")
-        found[folder] = getattr(diffusers, name, None) or getattr(transformers, name)
-    return found
-
-
-def _without_weights(kind: Kind, source: loading.Source, there: Mapping[str, Any], dtype: torch.dtype) -> Any:
-    """The stock pipeline with its tokenizers and settings, its denoiser and autoencoder without weights."""
-    import diffusers
-
-    given: dict[str, Any] = {**dict.fromkeys(kind.networks), **single_file.tokenizers(source.directory)}
-    for name in (kind.component, "vae"):
-        with torch.device("meta"):
-            given[name] = there[name].from_config(there[name].load_config(source.folder(name))).to(dtype)
-    cls = getattr(diffusers, kind.pipeline)
-    given |= {name: None for name, told in _index(source.directory).items() if told == ABSENT}
-    given |= {name: None for name in cls._optional_components if name in BESIDE}
-    return cls.from_pretrained(source.directory, local_files_only=True, **given)
-
-
-def _index(directory: Path) -> dict[str, Any]:
-    return dict(json.loads((directory / "model_index.json").read_text(encoding="utf-8")))
-
-
-def _scheduler_config(directory: Path) -> Mapping[str, Any]:
-    from diffusers import DDIMScheduler
-
-    config: Mapping[str, Any] = DDIMScheduler.load_config(directory, subfolder="scheduler")
-    return config
+    store = None
+    if kind.large_encoders:
+        folders = [*encoders, *(name for name in stock.index_of(source.directory) if name.startswith("tokenizer"))]
+        told = {"family": kind.label, "encoders": encoders_hash(source, path, folders), "dtype": str(frozen)}
+        store = EmbeddingStore(told, device)
+    return PipelineModel(
+        kind, pipe, encoders, read, tune, stock.scheduler_config(source.directory), device, frozen, store
+    )

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from draftplus.errors import UserError
-from draftplus.models.pipeline import Kind, Shape, load_pipeline, shift_of
+from draftplus.models.pipeline import Kind, Shape, load_pipeline, shift_of, token_counts
 from draftplus.types import Conditioning
 
 ADDED = ("attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out")
@@ -54,5 +54,6 @@ KIND = Kind(
         "text_encoder_3": ("T5EncoderModel",),
     },
     embed=embed, predict=predict, scheduler=scheduler, accepts=accepts, targets=(*ADDED, *OWN),
+    lengths=partial(token_counts, limits={"tokenizer_3": 256}),
 )  # fmt: skip
 load = partial(load_pipeline, KIND)

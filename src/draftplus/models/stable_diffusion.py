@@ -17,6 +17,7 @@ from draftplus.errors import UserError, notice
 from draftplus.models import loading, single_file
 from draftplus.models.embeddings import Embeddings
 from draftplus.models.tuned import Tuned, make_tuned
+from draftplus.progress import Advance
 from draftplus.types import Conditioning, Raw
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -34,11 +35,14 @@ class StableDiffusion:
         self.device = next(tuned.denoiser.parameters()).device
         tuned.encoders = {"text_encoder": text_encoder}
         self.encode = Embeddings(self._embed, tuned.encoders_state)
-        self._told_of_length = False
 
     @property
     def unet(self) -> Any:
         return self.tuned.denoiser
+
+    @property
+    def noise_dtype(self) -> torch.dtype:
+        return self.text_encoder.dtype  # that of stock's prompt embeddings
 
     def _embed(self, prompt: str | None) -> Conditioning:
         from diffusers.loaders import TextualInversionLoaderMixin
@@ -46,18 +50,15 @@ class StableDiffusion:
         # a tokenizer whose files name no maximal length says 10^30
         longest = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
         text = TextualInversionLoaderMixin().maybe_convert_prompt(prompt or "", self.tokenizer)
-        count = len(self.tokenizer(text).input_ids)
-        if count > longest and not self._told_of_length:
-            self._told_of_length = True
-            notice(
-                f"a prompt has {count} tokens, and the text encoder reads the first {longest}; its end, and that of "
-                f"other long prompts, has no effect: {text[:60]!r}…"
-            )
+        self.encode.cut(len(self.tokenizer(text).input_ids), longest)
         tokens = self.tokenizer(
             [text], padding="max_length", max_length=longest, truncation=True, return_tensors="pt"
         ).to(self.device)  # fmt: skip
         mask = tokens.attention_mask if getattr(self.text_encoder.config, "use_attention_mask", False) else None
         return Conditioning(self.text_encoder(tokens.input_ids, attention_mask=mask)[0])  # (1, n, d)
+
+    def prepare(self, prompts: Sequence[str | None], advance: Advance, share: tuple[int, int] = (0, 1)) -> None:
+        """Nothing: the one small encoder stays, and embeds each prompt when it is needed."""
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         factor = 2 ** (len(self.vae.config.block_out_channels) - 1)

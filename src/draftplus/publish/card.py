@@ -51,10 +51,11 @@ def write_card(
     data = ModelCardData(**facts)
     kind = "A LoRA adapter" if adapter else "A fully fine-tuned UNet" if form == "diffusers" else "A whole pipeline"
     base = config.model.path if _on_hub(config) or config.model.path in MODELS else Path(config.model.path).name
+    method = _public_text(method_in_words(to_dict(config), run.last_sigma), config)
     parts = [
         f"---\n{data.to_yaml()}\n---\n<!-- written by draftplus export: {_names(directory)} -->\n\n# {label}\n",
         f"{kind} for reward fine-tuned text-to-image generation, of the base model `{base}`, at step {step}. "
-        f"Trained with draftplus {__version__}.\n\n{_public_text(method_in_words(to_dict(config)), config)}",
+        f"Trained with draftplus {__version__}.\n\n{method}",
         *(["<Gallery />"] if shown else []),
         _grids(directory),
         _numbers(before, after),

@@ -28,7 +28,7 @@ def render(run: Run) -> str:
     return template.substitute(
         style=(files / "report.css").read_text(encoding="utf-8"),
         name=escape(run.name),
-        method=escape(method_in_words(run.config)),
+        method=escape(method_in_words(run.config, run.last_sigma)),
         progress=escape(_progress(run)),
         missing=_missing(run),
         cards=_cards(run),

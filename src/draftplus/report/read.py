@@ -19,7 +19,7 @@ from PIL import Image
 from draftplus.config import Config, with_new_names
 from draftplus.errors import UserError
 from draftplus.runs.directory import is_held
-from draftplus.runs.origin import edited
+from draftplus.runs.origin import edited, read_origin
 from draftplus.runs.rows import EvaluationRow, are_numbers, ill_formed, read_evaluation
 
 LARGEST = 1e30  # that matplotlib can place
@@ -32,8 +32,9 @@ class Run:
     """What a run directory holds.
 
     steps: the rows of metrics.jsonl. evaluations: those of eval.jsonl. samples: by step, the picture of each
-    (prompt index, seed). best, stopped: best.json, and stopped.json of a run that a guard ended. missing: what was
-    not there, in words. running: whether a process is training in it.
+    (prompt index, seed). last_sigma: the noise level of the last sampling step, where it is known. best, stopped:
+    best.json, and stopped.json of a run that a guard ended. missing: what was not there, in words. running: whether a
+    process is training in it.
     """
 
     directory: Path
@@ -43,6 +44,7 @@ class Run:
     samples: dict[int, dict[tuple[int, int], Path]] = field(default_factory=dict)
     grids: dict[int, Path] = field(default_factory=dict)
     prompts: list[str] = field(default_factory=list)
+    last_sigma: float | None = None
     best: dict[str, Any] = field(default_factory=dict)
     stopped: dict[str, Any] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
@@ -63,7 +65,7 @@ def read_run(directory: Path) -> Run:
     if not directory.is_dir():
         raise UserError(f"{directory}: no such run directory")
     run = Run(directory, running=is_held(directory))
-    run.config = _read_config(run)
+    run.config, run.last_sigma = _read_config(run), _last_sigma(directory)
     run.steps = _read_rows(run, "metrics.jsonl", "no training curves", _not_numbers)
     evaluated = _read_rows(run, "eval.jsonl", "no held-out numbers", ill_formed)
     run.evaluations = [read_evaluation(row) for row in evaluated]
@@ -111,6 +113,14 @@ def _read_config(run: Run) -> dict[str, Any]:
         run.missing.append(f"config.yaml ({str(error).splitlines()[0]})")
         return {}
     return {str(key): value for key, value in config.items()}
+
+
+def _last_sigma(directory: Path) -> float | None:
+    try:
+        origin = read_origin(directory)
+    except UserError:  # which the configuration's part of the page tells
+        return None
+    return None if origin is None else origin.last_sigma
 
 
 def loads(text: str) -> Any:

@@ -14,8 +14,11 @@ def method_label(method: str) -> str:
     return METHODS[method].label if method in METHODS else method
 
 
-def method_in_words(config: dict[str, Any]) -> str:
-    """The method in words, such as 'DRaFT+: gradient through the last step of 10, ...'."""
+def method_in_words(config: dict[str, Any], last_sigma: float | None = None) -> str:
+    """The method in words, such as 'DRaFT+: gradient through the last step of 10, ...'.
+
+    last_sigma: the noise level of the last sampling step, where it is known.
+    """
     flat = flatten(config)
     method = str(flat.get("objective.method", ""))
     if not method:
@@ -30,6 +33,8 @@ def method_in_words(config: dict[str, Any]) -> str:
     copies = flat.get("objective.draft_lv.samples")
     rewards = config.get("reward")
     parts = [words.format(k=k, steps=steps, last=last, copies=copies)]
+    if last_sigma is not None:
+        parts.append(f"the last step at noise level σ = {last_sigma:.2g}")
     if isinstance(rewards, dict) and rewards:
         parts.append(f"reward {' + '.join(map(str, rewards))}")
     if coefficient > 0:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from draftplus.models.files import file_hash
 
 SUMS = "SHA256SUMS"
 OWN = "sha256"
@@ -40,17 +41,10 @@ def verify(directory: Path, only: str | None = None) -> None:
             raise ValueError(f"{name} does not match its checksum")
 
 
-@lru_cache(maxsize=256)
-def _file_hash(path: Path, size: int, changed: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def files_hash(path: Path) -> str:
     """The SHA-256 of a file, or of a directory's files with their names."""
     if not path.is_dir():
-        state = path.stat()
-        return _file_hash(path, state.st_size, state.st_mtime_ns)
+        return file_hash(path)
     return named_hash({str(file.relative_to(path)): file for file in _visible_files(path, frozenset())})
 
 

@@ -13,11 +13,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from draftplus.config import Config, flatten, is_below, load_run_config, to_dict, values
+from draftplus.config import Config, ModelConfig, flatten, is_below, load_run_config, read_yaml, to_dict, values
 from draftplus.data.prompts import BUILT_IN
+from draftplus.diffusion.schedule import is_flow, solver_of
 from draftplus.distributed import is_main_process
 from draftplus.errors import UserError
 from draftplus.models.families import MODELS
+from draftplus.models.scheduler_file import scheduler_config
 from draftplus.models.single_file import PACKAGED
 from draftplus.runs.checksums import seal, unseal
 from draftplus.runs.files import write_text
@@ -28,30 +30,35 @@ OPEN = ("reward", "eval.rewards", "model.lora")  # what lies below may be absent
 
 @dataclass(frozen=True)
 class Origin:
-    """step: since which `inputs` are known. inputs: hashes by key. config: every key, as it was written last."""
+    """step: since which `inputs` are known. inputs: hashes by key. config: every key, as it was written last.
+    last_sigma: the noise level of the last sampling step; None in runs of earlier versions.
+    """
 
     step: int
     inputs: Mapping[str, str]
     config: Mapping[str, Any]
+    last_sigma: float | None = None
 
 
 def read_origin(run: Path) -> Origin | None:
     """None for a run of an earlier version. Raises UserError where it is damaged."""
     try:
         told = unseal((run / ORIGIN).read_text(encoding="utf-8"))
-        return Origin(told["step"], told["inputs"], told["config"])
+        return Origin(told["step"], told["inputs"], told["config"], told.get("last_sigma"))
     except FileNotFoundError:
         return None
     except (ValueError, KeyError) as error:
         raise UserError(f"{run / ORIGIN}: damaged ({error}); remove it to go on without what it recorded") from None
 
 
-def write_origin(run: Path, config: Config, inputs: Mapping[str, str], step: int) -> None:
-    """Notes the configuration, and the inputs that are not noted yet."""
+def write_origin(
+    run: Path, config: Config, inputs: Mapping[str, str], step: int, last_sigma: float | None = None
+) -> None:
+    """Notes the configuration, the level of the last sampling step, and the inputs that are not noted yet."""
     before = read_origin(run)
     since, known = (before.step, before.inputs) if before else (step, {})
     told = {"step": since, "inputs": {**inputs, **known}, "config": flatten(to_dict(absolute_paths(config)))}
-    write_text(run / ORIGIN, seal(told))
+    write_text(run / ORIGIN, seal({**told, "last_sigma": last_sigma}))
 
 
 def run_config(run: Path, overrides: Sequence[str] = (), code: Collection[str] | None = None) -> Config:
@@ -61,7 +68,17 @@ def run_config(run: Path, overrides: Sequence[str] = (), code: Collection[str] |
     """
     for key, (then, now) in edited(run).items():
         _tell(f"{run / 'config.yaml'} was edited or damaged since draftplus wrote it: {key} was {then}, is {now}")
-    return load_run_config(run, overrides, code)
+    config = load_run_config(run, overrides, code)
+    if "sigmas" not in read_yaml(run / "config.yaml").get("sampler", {}):
+        config.sampler.solver = former_solver(config.sampler.solver, config.model)
+    return config
+
+
+def former_solver(solver: str, model: ModelConfig) -> str:
+    """What `sampler.solver` means in a run of a version before `sampler.sigmas`, where auto was DDIM for all models but
+    those of flow matching."""
+    file = scheduler_config(model) if solver == "auto" else {}
+    return "ddim" if solver == "auto" and not is_flow(file) and solver_of(file) != "ddim" else solver
 
 
 def edited(run: Path) -> dict[str, tuple[Any, Any]]:

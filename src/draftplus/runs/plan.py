@@ -24,7 +24,7 @@ from draftplus.errors import UserError
 from draftplus.models.families import resolve
 from draftplus.runs.directory import is_run, saved_steps
 from draftplus.runs.inputs import file_keys
-from draftplus.runs.origin import absolute_paths, differences, read_origin, run_config
+from draftplus.runs.origin import absolute_paths, differences, former_solver, read_origin, run_config
 
 
 def plan_run(target: Config | str | Path | None, overrides: Sequence[str]) -> tuple[Config, Path]:
@@ -70,7 +70,9 @@ def settled(config: Config) -> Config:
 
 def _refuse_changes(config: Config, run: Path) -> None:
     origin = read_origin(run)
-    then = origin.config if origin else flatten(to_dict(absolute_paths(resolve(run_config(run, code=())))))
+    then = dict(origin.config) if origin else flatten(to_dict(absolute_paths(resolve(run_config(run, code=())))))
+    if "sampler.sigmas" not in then:
+        then["sampler.solver"] = former_solver(then["sampler.solver"], config.model)
     now = flatten(to_dict(absolute_paths(config)))
     shaping, files = shaping_keys(config, compares_images(config.reward)), file_keys(config)
     for key, (old, new) in differences(then, now).items():

@@ -24,7 +24,7 @@ def describe(config: Config, run: Path) -> str:
     Raises UserError for everything that `train` would refuse before its first step.
     """
     with world(config.device) as here:
-        task = fine_tuning(config, run, make_placement(config.parallel.mode, here), here)
+        task = fine_tuning(config, run, make_placement(config.parallel.mode, here), here, dry=True)
         state = initial_state(task.parameters, config.optim)
         began = time.perf_counter()
         task.step(state, nullcontext)
@@ -44,6 +44,8 @@ def describe(config: Config, run: Path) -> str:
             f"method                {METHODS[config.objective.method].label}",
             f"trained parameters    {parameters:,}",
             f"prompts               {len(setup.prompts)} to train on, {len(held_out.prompts)} held out",
+            f"last sampling step    at noise level σ = {setup.problem.sampler.schedule.last_sigma:.2g}, of "
+            "x_t = α x_0 + σ ε",
             f"passes per image      {plain} without gradient, {graded} with gradient, {frozen} of the frozen model"
             + (", each doubled by guidance" if setup.problem.sampler.guidance_scale > 1 else ""),
             f"expected time         {_clock(task.total * seconds + evaluating)}: {task.total} steps of "

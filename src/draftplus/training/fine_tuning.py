@@ -8,17 +8,21 @@ from pathlib import Path
 
 from draftplus.build import build_model, build_problem, build_rewards, compares_images, quiet_libraries
 from draftplus.config import Config
-from draftplus.data.batches import check_batch_sizes, steps_of_epochs
+from draftplus.data.batches import check_batch_sizes, steps_of_epochs, visited
 from draftplus.data.prompts import load_prompts
-from draftplus.diffusion.methods import METHODS
+from draftplus.diffusion.methods import METHODS, learns_from_the_end
 from draftplus.diffusion.overflow import Overflow
+from draftplus.diffusion.problem import Problem
+from draftplus.diffusion.schedule import make_schedule
 from draftplus.distributed import World
-from draftplus.errors import UserError
+from draftplus.errors import UserError, notice
+from draftplus.evaluation.embedding import embed_prompts
 from draftplus.evaluation.held_out import EvaluationSet, evaluate_held_out, evaluation_set, same_images
 from draftplus.evaluation.scores import Rewards
 from draftplus.evaluation.variants import add_variants, check_checkpoints
 from draftplus.metrics.lpips import SMALLEST
-from draftplus.progress import Advance
+from draftplus.progress import Advance, progress
+from draftplus.runs.directory import saved_steps
 from draftplus.runs.inputs import same_inputs
 from draftplus.runs.journal import Row
 from draftplus.runs.origin import write_origin
@@ -30,6 +34,8 @@ from draftplus.training.state import State
 from draftplus.training.step import Setup, gradient_step, what_overflowed
 from draftplus.training.task import Abandonable
 from draftplus.types import Model
+
+FAINT = 0.05  # a noise level of the last step that leaves little of a gradient
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,8 @@ class FineTuning:
     def before(self, evaluated: Sequence[int], step: int) -> None:
         check_checkpoints(self.setup.config, evaluated, step)
         if self.setup.here.is_main:
-            write_origin(self.run, self.setup.config, self.inputs, step)
+            last_sigma = self.setup.problem.sampler.schedule.last_sigma
+            write_origin(self.run, self.setup.config, self.inputs, step, last_sigma)
 
     def finish(self, step: int, advance: Advance) -> None:
         """Measures `eval.variants`."""
@@ -114,8 +121,8 @@ class FineTuning:
         return show
 
 
-def fine_tuning(config: Config, run: Path, placement: Placement, here: World) -> FineTuning:
-    """Builds the task of a configuration, with its model placed.
+def fine_tuning(config: Config, run: Path, placement: Placement, here: World, dry: bool = False) -> FineTuning:
+    """Builds the task of a configuration, with its prompts embedded and its model placed. dry: for the first step only.
 
     Raises UserError for everything that is wrong with the configuration, the model, the rewards or the prompts.
     """
@@ -123,17 +130,43 @@ def fine_tuning(config: Config, run: Path, placement: Placement, here: World) ->
     prompts = load_prompts(config.data.prompts, config.data.column)
     held_out = evaluation_set(config, prompts)
     quiet_libraries()
-    model = build_model(config.model, here.device, config.seed)
-    placement.place(model)
-    rewards = build_rewards({**config.reward, **config.eval.rewards}, here.device)
+    total = total_steps(config, len(prompts.train))
+    with progress("loading the model", None, here.is_main):
+        model = build_model(config.model, here.device, config.seed)
+    # the text encoders are gone before the denoiser trains
+    steps = range(1) if dry else range(min(saved_steps(run / "checkpoints"), default=0), total)
+    per_step = (config.train.global_batch_size, config.data.images_per_prompt)
+    trained_on = visited(prompts.train, steps, config.seed, *per_step)
+    embed_prompts(model, [*trained_on, *(() if dry else held_out.prompts), config.sampler.negative_prompt], here)
+    with progress("loading the rewards", None, here.is_main):
+        placement.place(model)
+        rewards = build_rewards({**config.reward, **config.eval.rewards}, here.device)
     problem = build_problem(config, model, rewards)
     for key, side in (("sampler.height", config.sampler.height), ("sampler.width", config.sampler.width)):
         if side is not None and side < SMALLEST:
             raise UserError(f"{key} is {side}; evaluation compares pictures by LPIPS, which needs {SMALLEST} pixels")
     shape = model.latent_shape(config.sampler.height, config.sampler.width)
+    _tell_of_faint_gradient(config, problem)
     setup = Setup(config, problem, prompts.train, shape, micro, here, placement)
     inputs = same_inputs(config, run, prompts.train, here)
-    return FineTuning(setup, rewards, held_out, run, total_steps(config, len(prompts.train)), inputs)
+    return FineTuning(setup, rewards, held_out, run, total, inputs)
+
+
+def _tell_of_faint_gradient(config: Config, problem: Problem) -> None:
+    """One line where the last sampling step alone carries gradient, and a flow model's schedule leaves little of it."""
+    schedule, size = problem.sampler.schedule, (config.sampler.height, config.sampler.width)
+    here = schedule.last_sigma
+    if schedule.prediction != "flow" or here >= FAINT or not learns_from_the_end(config, schedule):
+        return
+    file = problem.model.scheduler(problem.model.latent_shape(*size), len(schedule))
+    spaced = make_schedule(file, len(schedule), config.sampler.solver, "linear")[0].last_sigma
+    mend = "let more steps carry gradient, such as objective.method=draft objective.grad_steps=3"
+    if spaced >= FAINT:
+        mend = f"sampler.spacing=linear makes it {spaced:.2g}"
+    notice(
+        f"only the last sampling step carries gradient, and its noise level σ = {here:.2g} multiplies the reward's "
+        f"gradient; {mend}"
+    )
 
 
 def total_steps(config: Config, prompts: int) -> int:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from draftplus.config import Config
 from draftplus.distributed import world
-from draftplus.progress import progress
 from draftplus.runs.directory import locked
 from draftplus.training.drive import drive
 from draftplus.training.fine_tuning import fine_tuning
@@ -26,7 +25,6 @@ def train(config: Config, run: Path, told: Callable[[Path], None] | None = None)
     with world(config.device) as here:
         placement = make_placement(config.parallel.mode, here)
         with locked(run) if here.is_main else nullcontext():
-            with progress("loading the model", None, here.is_main):
-                task = fine_tuning(config, run, placement, here)
+            task = fine_tuning(config, run, placement, here)
             drive(task, config, run, placement, here, told)
     return run

@@ -1,0 +1,87 @@
+"""The stock pipeline of a kind without its networks' weights, and where these are read from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from draftplus.config import ModelConfig
+from draftplus.errors import UserError
+from draftplus.models import loading, single_file
+
+if TYPE_CHECKING:
+    from draftplus.models.pipeline import Kind
+
+BESIDE = ("image_encoder", "feature_extractor", "safety_checker")  # parts that are for other tasks
+ABSENT = [None, None]  # how an index says that a part is not there; stock loads such a model only when told so
+
+
+def source(kind: Kind, config: ModelConfig, path: str) -> tuple[loading.Source, dict[str, Any]]:
+    """Where a model's parts are read from, and the class of each."""
+
+    def accept(parts: Mapping[str, Any]) -> None:
+        try:
+            kind.accepts(parts)
+        except UserError as error:
+            given = {f"model.{key}": getattr(config, key) for key in ("denoiser", "vae")}
+            replaced = "".join(f" with {key}={value}" for key, value in given.items() if value is not None)
+            raise UserError(f"model.path '{path}'{replaced}: {error}") from None
+
+    if loading.is_single_file(path):
+        made = single_file.source(config, path)
+        there = present(kind, made.directory)
+        accept(loading.configurations(there, made))
+        return made, there
+    directory = loading.fetched(config, path)
+    there = present(kind, directory)
+    return loading.source(config, path, directory, there, accept), there
+
+
+def present(kind: Kind, directory: Path) -> dict[str, Any]:
+    """The class of each network that a model has, by its folder: its index may say null of text encoders.
+
+    Raises ValueError for a class that the family does not have, or a part that it cannot do without.
+    """
+    import diffusers
+    import transformers
+
+    index, found = index_of(directory), {}
+    for folder, names in kind.networks.items():
+        name = index.get(folder, ABSENT)[1]
+        if name is None:
+            if folder.startswith("text_encoder_"):
+                continue
+            raise ValueError(f"its model_index.json names no {folder}")
+        if name not in names:
+            raise ValueError(f"its {folder} is a {name}, which is not supported, only {' or '.join(names)}")
+        found[folder] = getattr(diffusers, name, None) or getattr(transformers, name)
+    return found
+
+
+def without_weights(kind: Kind, source: loading.Source, there: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """The stock pipeline with its tokenizers and settings, its denoiser and autoencoder without weights."""
+    import diffusers
+
+    given: dict[str, Any] = {**dict.fromkeys(kind.networks), **single_file.tokenizers(source.directory)}
+    for name in (kind.component, "vae"):
+        with torch.device("meta"):
+            given[name] = there[name].from_config(there[name].load_config(source.folder(name))).to(dtype)
+    cls = getattr(diffusers, kind.pipeline)
+    given |= {name: None for name, told in index_of(source.directory).items() if told == ABSENT}
+    given |= {name: None for name in cls._optional_components if name in BESIDE}
+    return cls.from_pretrained(source.directory, local_files_only=True, **given)
+
+
+def index_of(directory: Path) -> dict[str, Any]:
+    return dict(json.loads((directory / "model_index.json").read_text(encoding="utf-8")))
+
+
+def scheduler_config(directory: Path) -> Mapping[str, Any]:
+    from diffusers import DDIMScheduler
+
+    config: Mapping[str, Any] = DDIMScheduler.load_config(directory, subfolder="scheduler")
+    return config
