@@ -187,7 +187,9 @@ def _replacement(cls: Any, source: Source, name: str, dtype: torch.dtype, given:
 
 
 def _from_folder(cls: Any, directory: Path, name: str, dtype: torch.dtype, stored: Stored | None) -> Any:
-    given = {"torch_dtype" if _of_diffusers(cls) else "dtype": dtype, **(stored.arguments if stored else {})}
+    if stored is None:  # of which the libraries say more than an error
+        raise FileNotFoundError(f"there are no weights in its folder {name}" if name else "there are no weights in it")
+    given = {"torch_dtype" if _of_diffusers(cls) else "dtype": dtype, **stored.arguments}
     part, info = cls.from_pretrained(
         directory, subfolder=name, output_loading_info=True, ignore_mismatched_sizes=True, **given
     )

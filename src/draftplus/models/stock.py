@@ -42,24 +42,41 @@ def source(kind: Kind, config: ModelConfig, path: str) -> tuple[loading.Source, 
 
 
 def present(kind: Kind, directory: Path) -> dict[str, Any]:
-    """The class of each network that a model has, by its folder: its index may say null of text encoders.
+    """The class of each network that a model has, by its folder.
 
     Raises ValueError for a class that the family does not have, or a part that it cannot do without.
     """
-    import diffusers
-    import transformers
-
     index, found = index_of(directory), {}
     for folder, names in kind.networks.items():
-        name = index.get(folder, ABSENT)[1]
+        name, cls = _class_in(index, folder)
+        if name is None and folder in kind.optional:
+            continue
         if name is None:
-            if folder.startswith("text_encoder_"):
-                continue
             raise ValueError(f"its model_index.json names no {folder}")
         if name not in names:
             raise ValueError(f"its {folder} is a {name}, which is not supported, only {' or '.join(names)}")
-        found[folder] = getattr(diffusers, name, None) or getattr(transformers, name)
+        found[folder] = cls
+    for folder in ("scheduler", *(name.replace("text_encoder", "tokenizer") for name in found if "encoder" in name)):
+        name, cls = _class_in(index, folder)
+        if name is None:
+            raise ValueError(f"its model_index.json names no {folder}")
+        if cls is None:
+            raise ValueError(f"its {folder} is a {name}, which neither diffusers nor transformers has")
+    if not (directory / "scheduler" / "scheduler_config.json").is_file():
+        raise FileNotFoundError("it has no scheduler/scheduler_config.json")
     return found
+
+
+def _class_in(index: Mapping[str, Any], folder: str) -> tuple[str | None, Any]:
+    """The name of a part's class in an index, and the class; None where there is none."""
+    import diffusers
+    import transformers
+
+    told = index.get(folder, ABSENT)
+    if not isinstance(told, list) or len(told) != 2:
+        raise ValueError(f"its model_index.json says {told!r} of {folder}, where a library and a class are expected")
+    library = {"diffusers": diffusers, "transformers": transformers}.get(told[0])
+    return told[1], getattr(library, str(told[1]), None)
 
 
 def without_weights(kind: Kind, source: loading.Source, there: Mapping[str, Any], dtype: torch.dtype) -> Any:
@@ -73,7 +90,13 @@ def without_weights(kind: Kind, source: loading.Source, there: Mapping[str, Any]
     cls = getattr(diffusers, kind.pipeline)
     given |= {name: None for name, told in index_of(source.directory).items() if told == ABSENT}
     given |= {name: None for name in cls._optional_components if name in BESIDE}
-    return cls.from_pretrained(source.directory, local_files_only=True, **given)
+    pipe = cls.from_pretrained(source.directory, local_files_only=True, **given)
+    for name in (name for name in pipe.config if name.startswith("tokenizer")):
+        tokenizer = getattr(pipe, name)
+        # transformers does not miss the files of one
+        if tokenizer is not None and tokenizer.vocab_size <= len(tokenizer.all_special_ids):
+            raise ValueError(f"its {name} has no vocabulary")
+    return pipe
 
 
 def index_of(directory: Path) -> dict[str, Any]:
