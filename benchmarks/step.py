@@ -20,6 +20,7 @@ Times are medians of interleaved repeats; that of KL is the median of difference
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import platform
 import statistics
@@ -150,10 +151,17 @@ class Setup:
         return floor, frozen
 
 
-def measure(works: dict[str, Callable[[], None]], repeats: int, clock: Callable[[], float]) -> dict[str, list[float]]:
-    """Seconds of each piece of work, all of them once in every repeat; a first round is not counted."""
+def measure(
+    works: dict[str, Callable[[], None]], repeats: int, clock: Callable[[], float], until: float = math.inf
+) -> dict[str, list[float]]:
+    """Seconds of each piece of work, all of them once in every repeat; a first round is not counted.
+
+    until: no repeat but the first begins once `clock` says this.
+    """
     taken: dict[str, list[float]] = {name: [] for name in works}
     for repeat in range(repeats + 1):
+        if repeat > 1 and clock() > until:
+            break
         for name, work in works.items():
             began = clock()
             work()
@@ -169,13 +177,13 @@ def peak_memory(overrides: Sequence[str]) -> float:
     setup = Setup(overrides)
     setup.prompts = setup.prompts[:4]  # a longer batch has no more texts to remember
     Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    before = status("VmRSS")
     for _ in range(2):
         setup.step()
-    return (_status("VmHWM") - before) / 1024
+    return (status("VmHWM") - before) / 1024
 
 
-def _status(key: str) -> int:
+def status(key: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith(key)))
 

@@ -48,6 +48,8 @@ FAMILIES = {
     "StableDiffusion3Pipeline": Family("draftplus.models.sd3:load", {"steps": 28, "guidance_scale": 7.0}),
     "FluxPipeline": Family("draftplus.models.flux:load", {"steps": 28, "guidance_scale": 3.5}),
     "Flux2KleinPipeline": Family("draftplus.models.flux2:load", {"steps": 50, "guidance_scale": 4.0}),
+    "QwenImagePipeline": Family("draftplus.models.qwen_image:load", {"steps": 50, "guidance_scale": 4.0}),
+    "ZImagePipeline": Family("draftplus.models.z_image:load", {"steps": 50, "guidance_scale": 5.0}),
 }
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from draftplus.config import SamplerConfig
 from draftplus.errors import UserError
-from draftplus.models.pipeline import Kind, PipelineModel, Shape, evenly_spaced, load_pipeline, multiples, shift_of
+from draftplus.models.kind import Kind, Shape, evenly_spaced, multiples, shift_of
+from draftplus.models.pipeline import PipelineModel, load_pipeline
 from draftplus.types import Conditioning, Raw
 
 SCALE = 3.5  # the stock pipeline's default
@@ -62,8 +63,6 @@ def scheduler(pipe: Any, config: Mapping[str, Any], shape: Shape, steps: int) ->
 def accepts(parts: Mapping[str, Any]) -> None:
     if parts["transformer"].in_channels != 4 * parts["vae"].latent_channels:
         raise ValueError("its transformer is not one of a text-to-image model of FLUX.1")
-    if "text_encoder_2" not in parts:
-        raise ValueError("its model_index.json names no text_encoder_2")
 
 
 def check(pipe: Any, sampler: SamplerConfig) -> None:

@@ -12,7 +12,8 @@ from draftplus.config import SamplerConfig
 from draftplus.diffusion.guidance import classifier_free
 from draftplus.errors import UserError
 from draftplus.models.flux import refuse_scale
-from draftplus.models.pipeline import QKVO, Kind, PipelineModel, Shape, evenly_spaced, load_pipeline, multiples
+from draftplus.models.kind import QKVO, Kind, Shape, evenly_spaced, multiples
+from draftplus.models.pipeline import PipelineModel, load_pipeline
 from draftplus.types import Conditioning, Raw
 
 SCALE = 4.0  # the stock pipeline's default

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from draftplus.config import ModelConfig
-from draftplus.errors import UserError
+from draftplus.errors import UserError, is_out_of_memory
 from draftplus.models import files, fitting
 from draftplus.models.files import Stored
 from draftplus.models.weights import first_line, read_state_dict
@@ -280,6 +280,8 @@ def loading(key: str, value: str, family: str = "") -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # those of four libraries have no base class in common
+        if is_out_of_memory(error):
+            raise
         hint = ""
         if isinstance(error, OSError) and not Path(value).expanduser().exists():
             hint = (

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from draftplus.errors import UserError
-from draftplus.models.pipeline import Kind, Shape, latent_shape, load_pipeline, shift_of, token_counts
+from draftplus.models.kind import Kind, Shape, latent_shape, shift_of, token_counts
+from draftplus.models.pipeline import load_pipeline
 from draftplus.types import Conditioning
 
 ADDED = ("attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out")

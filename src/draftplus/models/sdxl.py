@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from draftplus.errors import UserError
-from draftplus.models.pipeline import Kind, load_pipeline
+from draftplus.models.kind import Kind
+from draftplus.models.pipeline import load_pipeline
 from draftplus.types import Conditioning
 
 

@@ -14,7 +14,7 @@ from draftplus.errors import UserError
 from draftplus.models import loading, single_file
 
 if TYPE_CHECKING:
-    from draftplus.models.pipeline import Kind
+    from draftplus.models.kind import Kind
 
 BESIDE = ("image_encoder", "feature_extractor", "safety_checker")  # parts that are for other tasks
 ABSENT = [None, None]  # how an index says that a part is not there; stock loads such a model only when told so
@@ -26,7 +26,7 @@ def source(kind: Kind, config: ModelConfig, path: str) -> tuple[loading.Source, 
     def accept(parts: Mapping[str, Any]) -> None:
         try:
             kind.accepts(parts)
-        except UserError as error:
+        except (UserError, ValueError) as error:
             given = {f"model.{key}": getattr(config, key) for key in ("denoiser", "vae")}
             replaced = "".join(f" with {key}={value}" for key, value in given.items() if value is not None)
             raise UserError(f"model.path '{path}'{replaced}: {error}") from None

@@ -1,0 +1,69 @@
+"""What a DRaFT+ step takes in memory on the CPU, at the published sizes of models, with random weights. Linux only.
+
+    python -m benchmarks.memory sd15
+    python -m benchmarks.memory sdxl --steps 2          minutes on one core, and 20 GiB of memory
+    python -m benchmarks.memory sdxl --steps 2 --kl 0
+
+One image of 512 x 512 pixels, K = 1, LoRA of rank 8 on attention, frozen weights in bfloat16, gradient checkpointing of
+denoiser and decoder, a reward of PickScore's shape. Memory is the highest resident memory during the step (VmHWM, set
+back by /proc/self/clear_refs) less what the loaded model and reward held before. The number of sampling steps does not
+change it. glibc is told to hand every freed tensor back, else the number would be of its caches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.floor import take_step, training
+from benchmarks.gpu import settings
+from benchmarks.shapes import SHAPES, build, clip_h
+from benchmarks.step import RETURN_MEMORY, status
+from draftplus.build import quiet_libraries
+
+GIB = 2**20  # of the kB in which Linux counts
+
+
+def peak(model: Any, reward: Any, config: Any) -> tuple[float, float]:
+    """GiB of the loaded model and reward, and of a step above that."""
+    setup, state = training(config, model, {"pickscore": reward})
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    take_step(setup, state)
+    return before / GIB, (status("VmHWM") - before) / GIB
+
+
+def main(options: argparse.Namespace) -> None:
+    quiet_libraries()
+    shape = SHAPES[options.model]
+    config = settings(shape, options.size, 1, options.steps, kl=options.kl)
+    model = build(shape, config.model.lora, torch.device("cpu"), torch.bfloat16)
+    reward = clip_h(torch.device("cpu"))
+    began = time.perf_counter()
+    loaded, above = peak(model, reward, config)
+    frozen = sum(p.numel() for p in model.tuned.denoiser.parameters() if p.dtype == torch.bfloat16)
+    widened = f", {2 * frozen / 2**30:.2f} GiB of it frozen weights in float32 for the KL term" if options.kl else ""
+    print(
+        f"{shape.label}, {options.size} pixels, {options.steps} steps, KL {'on' if options.kl else 'off'}: "
+        f"{above:.2f} GiB above the loaded {loaded:.2f} GiB{widened}; {time.perf_counter() - began:.0f} s"
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=list(SHAPES))
+    parser.add_argument("--size", type=int, default=512, help="in pixels (default 512)")
+    parser.add_argument("--steps", type=int, default=10, help="sampling steps (default 10)")
+    parser.add_argument("--kl", type=float, default=0.1, help="coefficient of the KL term; 0: none (default 0.1)")
+    chosen = parser.parse_args()
+    Path("/proc/self/oom_score_adj").write_text("1000")  # where memory ends, this process does, and no other
+    if not RETURN_MEMORY.items() <= os.environ.items():  # glibc reads them when a process starts
+        command = [sys.executable, "-m", "benchmarks.memory", *sys.argv[1:]]
+        os.execve(sys.executable, command, {**os.environ, **RETURN_MEMORY})
+    main(chosen)

@@ -1,0 +1,130 @@
+"""Qwen-Image (Wu et al. 2025, arXiv 2508.02324)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from draftplus.config import SamplerConfig
+from draftplus.errors import UserError
+from draftplus.models.kind import Kind, Shape, multiples, shift_of
+from draftplus.models.pipeline import PipelineModel, load_pipeline
+from draftplus.types import Conditioning, Raw
+
+LONGEST = 512  # tokens that the stock pipeline keeps of a prompt
+SCALE = 4.0  # its guidance scale where none is given
+
+
+def embed(pipe: Any, prompt: str | None) -> Conditioning:
+    """The last layer of a vision-language model that is told to describe the image, without what it is told."""
+    hidden, mask = pipe.encode_prompt(prompt or "", device=pipe.text_encoder.device, max_sequence_length=LONGEST)
+    return Conditioning(hidden, mask)
+
+
+def predict(pipe: Any, network: Any, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+    """The transformer takes patches of 2 x 2, and the time in [0, 1], rounded to its precision before it is divided."""
+    height, width = latents.shape[2:]
+    raw = network(
+        hidden_states=pack(pipe, latents), timestep=timestep.expand(len(latents)).to(latents.dtype) / 1000,
+        encoder_hidden_states=conditioning.hidden, encoder_hidden_states_mask=conditioning.mask,
+        img_shapes=[[(1, height // 2, width // 2)]] * len(latents), return_dict=False,
+    )[0]  # fmt: skip
+    return unpack(pipe, raw, height, width)
+
+
+def pack(pipe: Any, latents: Tensor) -> Tensor:
+    """(b, c, h, w) to (b, h * w / 4, 4 * c)."""
+    packed: Tensor = pipe._pack_latents(latents, *latents.shape)
+    return packed
+
+
+def unpack(pipe: Any, packed: Tensor, height: int, width: int) -> Tensor:
+    """`pack` undone. height, width: of latents."""
+    latents: Tensor = pipe._unpack_latents(packed, height, width, 1)
+    return latents.squeeze(2)
+
+
+def guided(model: PipelineModel, given: Conditioning, negative: str | None, scale: float) -> Raw:
+    """Classifier-free guidance, each patch as long as in the prediction for the prompt; none without a negative prompt.
+
+    Two passes, as the prompts differ in length, and attention is faster without a mask.
+    """
+    if negative is None or scale <= 1:
+        return lambda x, timestep: model.predict(x, timestep, given)
+    against = model.encode([negative] * len(given))
+
+    def raw(x: Tensor, timestep: Tensor) -> Tensor:
+        with_prompt, without = (pack(model.pipe, model.predict(x, timestep, c)) for c in (given, against))
+        dtype = torch.promote_types(torch.float32, with_prompt.dtype)
+        with_prompt, without = with_prompt.to(dtype), without.to(dtype)
+        guided = without + scale * (with_prompt - without)
+        guided = guided * (with_prompt.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
+        return unpack(model.pipe, guided, *x.shape[2:])
+
+    return raw
+
+
+def to_vae(pipe: Any, latents: Tensor) -> Tensor:
+    """By the mean and deviation of each channel."""
+    config = pipe.vae.config
+    mean, std = (torch.tensor(v).view(-1, 1, 1).to(latents) for v in (config.latents_mean, config.latents_std))
+    return latents / (1 / std) + mean  # in half precision not latents * std, which rounds otherwise
+
+
+def decoded(pipe: Any, latents: Tensor) -> Tensor:
+    """The autoencoder is one of videos, whose memory of frames before is left out: it may be checkpointed then."""
+    vae = pipe.vae
+    images: Tensor = vae.decoder(vae.post_quant_conv(latents.unsqueeze(2)))
+    return images.squeeze(2)
+
+
+def checkpoint_blocks(vae: Any) -> None:
+    """By blocks of the decoder, which diffusers cannot."""
+    for block in (vae.decoder.mid_block, *vae.decoder.up_blocks):
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def shape(pipe: Any, height: int | None, width: int | None) -> Shape:
+    sides = multiples(2 * pipe.vae_scale_factor, height or 1024, width or 1024)
+    return pipe.transformer.config.in_channels // 4, *(side // pipe.vae_scale_factor for side in sides)
+
+
+def scheduler(pipe: Any, config: Mapping[str, Any], shape: Shape, steps: int) -> Mapping[str, Any]:
+    mu = {"mu": shift_of(pipe, (shape[1] // 2) * (shape[2] // 2))} if config.get("use_dynamic_shifting") else {}
+    return {**config, **mu, "sigmas": np.linspace(1.0, 1 / steps, steps).tolist()}
+
+
+def accepts(parts: Mapping[str, Any]) -> None:
+    transformer = parts["transformer"]
+    if transformer.in_channels != 4 * parts["vae"].z_dim or transformer.use_additional_t_cond:
+        raise ValueError("its transformer is not one of a text-to-image model of Qwen-Image")
+    if transformer.guidance_embeds:
+        raise ValueError("its transformer is told the guidance scale, which is not supported")
+
+
+def check(pipe: Any, sampler: SamplerConfig) -> None:
+    scale = sampler.guidance_scale
+    if sampler.negative_prompt is None and scale is not None and scale > 1 and scale != SCALE:
+        raise UserError(
+            f"sampler.guidance_scale is {scale:g}, but without a negative prompt Qwen-Image has no guidance, so it has "
+            "no effect; set sampler.negative_prompt=' ', or leave sampler.guidance_scale null"
+        )
+
+
+KIND = Kind(
+    label="Qwen-Image",
+    pipeline="QwenImagePipeline",
+    networks={
+        "transformer": ("QwenImageTransformer2DModel",), "vae": ("AutoencoderKLQwenImage",),
+        "text_encoder": ("Qwen2_5_VLForConditionalGeneration",),
+    },
+    embed=embed, predict=predict, guided=guided, to_vae=to_vae, decoded=decoded, shape=shape, scheduler=scheduler,
+    accepts=accepts, check=check, checkpoint=checkpoint_blocks,
+)  # fmt: skip
+load = partial(load_pipeline, KIND)
