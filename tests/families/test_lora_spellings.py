@@ -19,6 +19,7 @@ from tests.families.test_adapters import ours, theirs
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 RANK = 3
 DOWN_UP, A_B = (".lora_down.weight", ".lora_up.weight"), (".lora_A.weight", ".lora_B.weight")
+PEFT = (".lora_A.default.weight", ".lora_B.default.weight")
 
 State = dict[str, Tensor]
 Layers = dict[str, list[str]]  # a name in the file -> the layers of the stock network that it is for
@@ -126,6 +127,27 @@ def sd3_text(pipe: Any) -> State:
     return state | text(pipe.text_encoder_2, "text_encoder_2.", A_B, sign=".")
 
 
+def attention_of(blocks: str, prefix: str, sign: str, *names: str) -> Layers:
+    """Layers of the attention of some block, in the names of diffusers."""
+    targets = [f"{blocks}.{name}" for name in names]
+    return {prefix + target.replace(".", sign): [target] for target in targets}
+
+
+def qwen_image(pipe: Any, prefix: str, sign: str, parts: tuple[str, str], alpha: float | None = None) -> State:
+    names = ("attn.to_q", "attn.to_out.0", "attn.add_k_proj", "attn.to_add_out", "img_mlp.net.2", "txt_mod.1")
+    return lora(pipe.transformer, attention_of("transformer_blocks.0", prefix, sign, *names), parts, alpha)
+
+
+def z_image(
+    pipe: Any, prefix: str, sign: str, parts: tuple[str, str], alpha: float | None = None, out: str = "to_out.0"
+) -> State:
+    names, layers = ("attention.to_q", "attention.to_out.0", "feed_forward.w2"), {}
+    for blocks in ("layers.1", "noise_refiner.0", "context_refiner.0"):
+        layers |= attention_of(blocks, prefix, sign, *names)
+    spelled = {name.replace(f"to_out{sign}0", out): targets for name, targets in layers.items()}
+    return lora(pipe.transformer, spelled, parts, alpha)
+
+
 SPELLINGS: dict[str, tuple[str, Callable[[Any], State]]] = {
     "flux kohya": ("flux_dev", flux_kohya),
     "flux comfy": ("flux_dev", flux_comfy),
@@ -138,6 +160,14 @@ SPELLINGS: dict[str, tuple[str, Callable[[Any], State]]] = {
     "sdxl kohya": ("sdxl", sdxl_kohya),
     "sdxl original": ("sdxl", sdxl_original),
     "sd3 text": ("sd3", sd3_text),
+    "qwen kohya": ("qwen_image", lambda pipe: qwen_image(pipe, "lora_unet_", "_", DOWN_UP, 1.5)),
+    "qwen comfy": ("qwen_image", lambda pipe: qwen_image(pipe, "diffusion_model.", ".", A_B)),
+    "qwen lightning": ("qwen_image", lambda pipe: qwen_image(pipe, "", ".", DOWN_UP, 6.0)),
+    "qwen diffsynth": ("qwen_image", lambda pipe: qwen_image(pipe, "", ".", PEFT)),
+    "z-image kohya": ("zimage", lambda pipe: z_image(pipe, "lora_unet_", "_", DOWN_UP, 1.5, "to_out_0")),
+    "z-image comfy": ("zimage", lambda pipe: z_image(pipe, "diffusion_model.", ".", DOWN_UP, 6.0, "out")),
+    "z-image ai-toolkit": ("zimage", lambda pipe: z_image(pipe, "diffusion_model.", ".", A_B)),
+    "z-image diffsynth": ("zimage", lambda pipe: z_image(pipe, "", ".", PEFT)),
 }
 
 

@@ -70,8 +70,6 @@ def lengths(pipe: Any, prompt: str) -> dict[str, tuple[int, int]]:
 def accepts(parts: Mapping[str, Any]) -> None:
     if parts["transformer"].in_channels != 4 * parts["vae"].latent_channels:
         raise ValueError("its transformer is not one of a text-to-image model of FLUX.1")
-    if "text_encoder_2" not in parts:
-        raise ValueError("its model_index.json names no text_encoder_2")
 
 
 def check(pipe: Any, sampler: SamplerConfig) -> None:
@@ -99,7 +97,8 @@ KIND = Kind(
         "transformer": ("FluxTransformer2DModel",), "vae": ("AutoencoderKL",), "text_encoder": ("CLIPTextModel",),
         "text_encoder_2": ("T5EncoderModel",),
     },
-    embed=embed, predict=predict, guided=guided, shape=shape, scheduler=scheduler, accepts=accepts, check=check,
-    lengths=lengths, targets=(*(f"attn.{name}" for name in ATTENTION), *FEED_FORWARD),
+    embed=embed, predict=predict, guided=guided, doubles=lambda *_: False, shape=shape, scheduler=scheduler,
+    accepts=accepts, check=check, lengths=lengths,
+    targets=(*(f"attn.{name}" for name in ATTENTION), *FEED_FORWARD),
 )  # fmt: skip
 load = partial(load_pipeline, KIND)

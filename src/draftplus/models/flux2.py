@@ -38,6 +38,10 @@ def predict(pipe: Any, network: Any, latents: Tensor, timestep: Tensor, conditio
     return raw.mT.reshape(latents.shape)
 
 
+def doubles(pipe: Any, negative: str | None, scale: float) -> bool:
+    return scale > 1 and not pipe.config.is_distilled
+
+
 def guided(model: PipelineModel, given: Conditioning, negative: str | None, scale: float) -> Raw:
     """Away from the empty prompt; a distilled model has no guidance."""
     scale = 1.0 if model.pipe.config.is_distilled else scale
@@ -93,7 +97,7 @@ KIND = Kind(
         "transformer": ("Flux2Transformer2DModel",), "vae": ("AutoencoderKLFlux2",),
         "text_encoder": ("Qwen3ForCausalLM",),
     },
-    embed=embed, predict=predict, guided=guided, to_vae=to_vae, shape=shape, scheduler=scheduler, accepts=accepts,
-    check=check, lengths=lengths, targets=(*QKVO, "to_qkv_mlp_proj", "attn.to_out"),
+    embed=embed, predict=predict, guided=guided, doubles=doubles, to_vae=to_vae, shape=shape, scheduler=scheduler,
+    accepts=accepts, check=check, lengths=lengths, targets=(*QKVO, "to_qkv_mlp_proj", "attn.to_out"),
 )  # fmt: skip
 load = partial(load_pipeline, KIND)

@@ -8,26 +8,22 @@ text encoders when a prompt has to be embedded, so that the two need not lie in 
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from draftplus.config import ModelConfig, SamplerConfig
-from draftplus.models import loading
-from draftplus.models.embedding_store import EmbeddingStore, encoders_hash
+from draftplus.errors import needs_memory
+from draftplus.models import loading, stock
+from draftplus.models.embedding_store import EmbeddingStore, store_of
 from draftplus.models.embeddings import Embeddings
 from draftplus.models.kind import Kind, Shape
 from draftplus.models.tuned import Tuned, make_tuned
 from draftplus.progress import Advance
 from draftplus.types import Conditioning, Raw
-
-BESIDE = ("image_encoder", "feature_extractor", "safety_checker")  # parts that are for other tasks
-ABSENT = [None, None]  # how an index says that a part is not there; stock loads such a model only when told so
 
 
 class PipelineModel:
@@ -65,8 +61,9 @@ class PipelineModel:
     def _embed(self, prompt: str | None) -> Conditioning:
         self._open()
         for name, (tokens, limit) in self.kind.lengths(self.pipe, prompt or "").items():
-            self.encode.cut(tokens, limit, name)
-        return self.kind.embed(self.pipe, prompt)
+            self.encode.cut(tokens, limit, name.replace("tokenizer", "text_encoder"))
+        with needs_memory("the text encoders"):
+            return self.kind.embed(self.pipe, prompt)
 
     def prepare(self, prompts: Sequence[str | None], advance: Advance, share: tuple[int, int] = (0, 1)) -> None:
         if self.encode.prepare(prompts, advance, share):
@@ -95,6 +92,9 @@ class PipelineModel:
     def guided(self, given: Conditioning, negative: str | None, scale: float) -> Raw:
         return self.kind.guided(self, given, negative, scale)
 
+    def doubles(self, negative: str | None, scale: float) -> bool:
+        return self.kind.doubles(self.pipe, negative, scale)
+
     def predict(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         """The raw prediction without guidance. latents: (b, c, h, w), timestep: () or (b,). Returns (b, c, h, w)."""
         network = self.tuned.network
@@ -103,7 +103,8 @@ class PipelineModel:
 
     def decode(self, latents: Tensor) -> Tensor:
         dtype = self.vae.dtype
-        image = self.kind.decoded(self.pipe, self.kind.to_vae(self.pipe, latents.to(dtype)))
+        with needs_memory(f"decoding {len(latents)} images"):
+            image = self.kind.decoded(self.pipe, self.kind.to_vae(self.pipe, latents.to(dtype)))
         image = image + 0 * image  # an overflow becomes NaN, where clamp would make white or black of it
         return (image.to(torch.promote_types(torch.float32, dtype)) / 2 + 0.5).clamp(0, 1)
 
@@ -130,17 +131,13 @@ def load_pipeline(
     """
     frozen = dtype or getattr(torch, config.dtype)
     with loading.loading("model.path", path, kind.label):
-        directory = loading.fetched(config, path)
-        there = present(kind, directory)
-        source = loading.source(
-            config, path, directory, there, lambda *told: kind.accepts(dict(zip(there, told, strict=True)))
-        )
-        pipe = _without_weights(kind, directory, there, frozen)
+        source, there = stock.source(kind, config, path)
+        pipe = stock.without_weights(kind, source, there, frozen)
 
     def read(name: str) -> Any:
-        with loading.loading("model.path", path, kind.label):
+        with loading.loading("model.path", path, kind.label), needs_memory(f"loading its {name}"):
             network = loading.load_part(there[name], source, name, frozen)
-        network.requires_grad_(False).eval().to(device)
+            network.requires_grad_(False).eval().to(device)
         return network
 
     def tune(denoiser: Any) -> Tuned:
@@ -155,55 +152,6 @@ def load_pipeline(
     if config.gradient_checkpointing:
         kind.checkpoint(pipe.vae)
     encoders = [name for name in there if name.startswith("text_encoder")]
-    store = None
-    if kind.large_encoders:
-        folders = [*encoders, *(name for name in _index(directory) if name.startswith("tokenizer"))]
-        told = {"family": kind.label, "encoders": encoders_hash(source, path, folders), "dtype": str(frozen)}
-        store = EmbeddingStore(told, device)
-    return PipelineModel(kind, pipe, encoders, read, tune, _scheduler_config(directory), device, frozen, store)
-
-
-def present(kind: Kind, directory: Path) -> dict[str, Any]:
-    """The class of each network that a model has, by its folder: its index may say null of text encoders.
-
-    Raises ValueError for a class that the family does not have, or a part that it cannot do without.
-    """
-    import diffusers
-    import transformers
-
-    index, found = _index(directory), {}
-    for folder, names in kind.networks.items():
-        name = index.get(folder, ABSENT)[1]
-        if name is None:
-            if folder.startswith("text_encoder_"):
-                continue
-            raise ValueError(f"its model_index.json names no {folder}")
-        if name not in names:
-            raise ValueError(f"its {folder} is a {name}, which is not supported, only {' or '.join(names)}")
-        found[folder] = getattr(diffusers, name, None) or getattr(transformers, name)
-    return found
-
-
-def _without_weights(kind: Kind, directory: Path, there: Mapping[str, Any], dtype: torch.dtype) -> Any:
-    """The stock pipeline with its tokenizers and settings, its denoiser and autoencoder without weights."""
-    import diffusers
-
-    given: dict[str, Any] = dict.fromkeys(kind.networks)
-    for name in (kind.component, "vae"):
-        with torch.device("meta"):
-            given[name] = there[name].from_config(there[name].load_config(directory, subfolder=name)).to(dtype)
-    cls = getattr(diffusers, kind.pipeline)
-    given |= {name: None for name, told in _index(directory).items() if told == ABSENT}
-    given |= {name: None for name in cls._optional_components if name in BESIDE}
-    return cls.from_pretrained(directory, local_files_only=True, **given)
-
-
-def _index(directory: Path) -> dict[str, Any]:
-    return dict(json.loads((directory / "model_index.json").read_text(encoding="utf-8")))
-
-
-def _scheduler_config(directory: Path) -> Mapping[str, Any]:
-    from diffusers import DDIMScheduler
-
-    config: Mapping[str, Any] = DDIMScheduler.load_config(directory, subfolder="scheduler")
-    return config
+    store = store_of(kind.label, source, path, frozen, device) if kind.large_encoders else None
+    told = stock.scheduler_config(source.directory)
+    return PipelineModel(kind, pipe, encoders, read, tune, told, device, frozen, store)

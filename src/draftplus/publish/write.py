@@ -16,12 +16,11 @@ from safetensors.torch import load_file, save_file
 from draftplus.build import build_model, quiet_libraries
 from draftplus.config import Config
 from draftplus.errors import UserError
-from draftplus.models.families import pipeline_of
 from draftplus.models.lora_files import LORA_FILE, read_lora
 from draftplus.models.stable_diffusion import StableDiffusion, as_pipeline
 from draftplus.models.stored import stored_dtype
 from draftplus.publish.card import files_of_export, write_card
-from draftplus.publish.usage import stock_scheduler
+from draftplus.publish.usage import pipeline_of, stock_scheduler
 from draftplus.report.read import Run, read_run
 from draftplus.runs.checksums import files_hash
 from draftplus.runs.directory import is_run, saved_steps, step_name
@@ -140,11 +139,15 @@ def _kohya(what: Export, directory: Path) -> dict[str, Any]:
 
 def _merged(what: Export, directory: Path) -> dict[str, Any]:
     model = build_model(replace(what.config.model, dtype="float32"), torch.device("cpu"), trainable=False)
-    assert isinstance(model, StableDiffusion)
+    if not isinstance(model, StableDiffusion):
+        raise UserError(
+            f"the format merged is for Stable Diffusion 1.x and 2.x, and {what.config.model.path} is a "
+            f"{pipeline_of(what.config.model)}; use diffusers"
+        )
     dtype = stored_dtype(what.config.model) or getattr(torch, what.config.model.dtype)  # now its files are at hand
     model.tuned.load(what.adapter)
     model.tuned.merge()
-    scheduler = stock_scheduler(what.config.sampler, model.scheduler_config)
+    scheduler = stock_scheduler(what.config, model.scheduler_config)
     as_pipeline(model, scheduler).to(dtype=dtype).save_pretrained(directory)
     return {"dtype": str(dtype).removeprefix("torch.")}
 

@@ -22,7 +22,7 @@ from draftplus.runs.directory import saved_steps
 from draftplus.runs.origin import ORIGIN, read_origin
 
 PARTS = re.compile(r"(unet|transformer|vae|text_encoder|tokenizer|scheduler)(_\d)?")  # the folders of a model
-CONFIGS = (".json", ".txt", ".model")
+CONFIGS = (".json", ".txt", ".model", ".jinja")
 
 
 def file_keys(config: Config) -> set[str]:
