@@ -45,13 +45,14 @@ def predict(pipe: Any, network: Any, latents: Tensor, timestep: Tensor, conditio
 @contextmanager
 def _masked_when_computed_anew(network: Any, mask: Tensor) -> Iterator[None]:
     """Inside, gradient checkpointing gives single blocks the mask, which stock leaves out: another function then."""
-    if not network.is_gradient_checkpointing:
-        yield
-        return
+    from diffusers.models.transformers.transformer_chroma import ChromaSingleTransformerBlock
+
     stock = network._gradient_checkpointing_func
-    network._gradient_checkpointing_func = lambda block, *given: (
-        stock(block, *given, mask) if type(block).__name__ == "ChromaSingleTransformerBlock" else stock(block, *given)
-    )
+
+    def masked(block: Any, *given: Any) -> Any:
+        return stock(block, *given, *([mask] if isinstance(block, ChromaSingleTransformerBlock) else []))
+
+    network._gradient_checkpointing_func = masked
     try:
         yield
     finally:
