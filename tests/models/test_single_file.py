@@ -106,7 +106,10 @@ def test_a_file_that_lacks_a_part(tiny_path: Path, tensors: dict[str, Tensor], t
 
 # of each family, the tensors by which diffusers knows it
 FAMILIES = {
-    "stable-diffusion-xl-base-1.0": {"conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias": (1,)},
+    "stable-diffusion-xl-1.0-inpainting": {
+        "model.diffusion_model.input_blocks.0.0.weight": (320, 9, 3, 3),
+        "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias": (1,),
+    },
     "stable-diffusion-xl-refiner-1.0": {"conditioner.embedders.0.model.transformer.resblocks.9.mlp.c_proj.bias": (1,)},
     "stable-diffusion-3-medium": {
         "model.diffusion_model.joint_blocks.0.context_block.adaLN_modulation.1.bias": (9216,),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -12,6 +13,7 @@ from torch import Tensor
 def unet_as_ldm(state: dict[str, Tensor], layers: int = 1, levels: int = 2) -> dict[str, Tensor]:
     """A UNet's state. layers, levels: `layers_per_block`, and how many blocks go down."""
     blocks = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+              "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
               "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
               "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1",
               "mid_block.resnets.1": "middle_block.2"}  # fmt: skip
@@ -55,9 +57,8 @@ def vae_as_ldm(state: dict[str, Tensor], levels: int = 2) -> dict[str, Tensor]:
     }
 
 
-def text_as_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A text encoder's state as OpenCLIP has it, with one layer more, which Stable Diffusion 2.x leaves out."""
-    prefix = "cond_stage_model.model."
+def text_as_open_clip(state: dict[str, Tensor], prefix: str = "cond_stage_model.model.") -> dict[str, Tensor]:
+    """A text encoder's state as OpenCLIP has it; Stable Diffusion 2.x's has one layer more, which is left out."""
     whole = {
         "embeddings.token_embedding.weight": "token_embedding.weight",
         "embeddings.position_embedding.weight": "positional_embedding",
@@ -67,15 +68,17 @@ def text_as_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
               "self_attn.out_proj": "attn.out_proj"}  # fmt: skip
     bare = {name.removeprefix("text_model."): tensor for name, tensor in state.items()}
     renamed = {prefix + theirs: bare[ours] for ours, theirs in whole.items()}
+    projection = bare.get("text_projection.weight")
     layers = 1 + max(int(name.split(".")[2]) for name in bare if name.startswith("encoder.layers."))
-    for layer in range(layers + 1):
+    for layer in range(layers + (projection is None)):
         ours, theirs = f"encoder.layers.{min(layer, layers - 1)}.", f"{prefix}transformer.resblocks.{layer}."
         for end in ("weight", "bias"):
             renamed |= {f"{theirs}{new}.{end}": bare[f"{ours}{old}.{end}"] for old, new in inside.items()}
             qkv = [bare[f"{ours}self_attn.{part}_proj.{end}"] for part in "qkv"]
             renamed[f"{theirs}attn.in_proj_{end}"] = torch.cat(qkv)
     width = bare["embeddings.token_embedding.weight"].shape[1]
-    return renamed | {f"{prefix}text_projection": torch.zeros(width, width), f"{prefix}logit_scale": torch.zeros(())}
+    projection = torch.zeros(width, width) if projection is None else projection.T.contiguous()
+    return renamed | {f"{prefix}text_projection": projection, f"{prefix}logit_scale": torch.zeros(())}
 
 
 def as_single_file(directory: Path, version: int = 1) -> dict[str, Tensor]:
@@ -88,6 +91,68 @@ def as_single_file(directory: Path, version: int = 1) -> dict[str, Tensor]:
         **vae_as_ldm(load_file(directory / "vae/diffusion_pytorch_model.safetensors")),
         **(encoder if version == 1 else text_as_open_clip(text)),
     }
+
+
+def as_sdxl_file(pipe: Any, levels: int = 3, layers: int = 1) -> dict[str, Tensor]:
+    """The weights of a stock SDXL pipeline as one file of the original layout holds them.
+
+    levels, layers: of its UNet. The second text encoder is told from the first by its width.
+    """
+    first = {name.removeprefix("text_model."): tensor for name, tensor in pipe.text_encoder.state_dict().items()}
+    return {
+        **unet_as_ldm(pipe.unet.state_dict(), layers, levels),
+        **vae_as_ldm(pipe.vae.state_dict(), 4),
+        **{f"conditioner.embedders.0.transformer.text_model.{name}": tensor for name, tensor in first.items()},
+        **text_as_open_clip(pipe.text_encoder_2.state_dict(), "conditioner.embedders.1.model."),
+    }
+
+
+def sd3_as_original(state: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
+    """A transformer of Stable Diffusion 3 as its authors' code names it."""
+
+    def swapped(tensor: Tensor) -> Tensor:
+        return torch.cat(tensor.chunk(2)[::-1])
+
+    def joined(block: str, *parts: str) -> dict[str, Tensor]:
+        return {end: torch.cat([state[f"{block}.{part}.{end}"] for part in parts]) for end in ("weight", "bias")}
+
+    whole = {
+        "pos_embed.proj": "x_embedder.proj",
+        "context_embedder": "context_embedder",
+        "proj_out": "final_layer.linear",
+    }
+    for name, other in (("timestep", "t"), ("text", "y")):
+        whole |= {f"time_text_embed.{name}_embedder.linear_{i + 1}": f"{other}_embedder.mlp.{2 * i}" for i in range(2)}
+    found = {"pos_embed": state["pos_embed.pos_embed"]}
+    for end in ("weight", "bias"):
+        found |= {f"{theirs}.{end}": state[f"{ours}.{end}"] for ours, theirs in whole.items()}
+        found[f"final_layer.adaLN_modulation.1.{end}"] = swapped(state[f"norm_out.linear.{end}"])
+    for i in range(layers):
+        ours, last = f"transformer_blocks.{i}", i == layers - 1
+        x, context = f"joint_blocks.{i}.x_block", f"joint_blocks.{i}.context_block"
+        blocks = {f"{x}.attn.qkv": joined(f"{ours}.attn", "to_q", "to_k", "to_v"),
+                  f"{context}.attn.qkv": joined(f"{ours}.attn", "add_q_proj", "add_k_proj", "add_v_proj")}  # fmt: skip
+        names = {"attn.to_out.0": f"{x}.attn.proj", "norm1.linear": f"{x}.adaLN_modulation.1",
+                 "ff.net.0.proj": f"{x}.mlp.fc1", "ff.net.2": f"{x}.mlp.fc2",
+                 "norm1_context.linear": f"{context}.adaLN_modulation.1"}  # fmt: skip
+        if not last:
+            names |= {"attn.to_add_out": f"{context}.attn.proj", "ff_context.net.0.proj": f"{context}.mlp.fc1",
+                      "ff_context.net.2": f"{context}.mlp.fc2"}  # fmt: skip
+        norms = {"attn.norm_q": f"{x}.attn.ln_q", "attn.norm_k": f"{x}.attn.ln_k",
+                 "attn.norm_added_q": f"{context}.attn.ln_q", "attn.norm_added_k": f"{context}.attn.ln_k"}  # fmt: skip
+        if f"{ours}.attn2.to_q.weight" in state:
+            blocks[f"{x}.attn2.qkv"] = joined(f"{ours}.attn2", "to_q", "to_k", "to_v")
+            names["attn2.to_out.0"] = f"{x}.attn2.proj"
+            norms |= {"attn2.norm_q": f"{x}.attn2.ln_q", "attn2.norm_k": f"{x}.attn2.ln_k"}
+        for theirs, tensors in blocks.items():
+            found |= {f"{theirs}.{end}": tensor for end, tensor in tensors.items()}
+        for end in ("weight", "bias"):
+            found |= {f"{theirs}.{end}": state[f"{ours}.{name}.{end}"] for name, theirs in names.items()}
+        found |= {f"{theirs}.weight": state[f"{ours}.{name}.weight"] for name, theirs in norms.items()}
+        if last:
+            for end in ("weight", "bias"):
+                found[f"{context}.adaLN_modulation.1.{end}"] = swapped(found[f"{context}.adaLN_modulation.1.{end}"])
+    return found
 
 
 def _renamed(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 
+from draftplus.errors import WHERE, is_out_of_memory
+
 # what a system may deny to a correct program
 _DENIED = {
     getattr(errno, name)
@@ -12,27 +14,20 @@ _DENIED = {
         "EMFILE", "ENFILE", "ESTALE", "ETXTBSY",
     )
 }  # fmt: skip
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "STATUS_ALLOC_FAILED")
 
 
 def in_one_line(error: BaseException) -> str | None:
     """The line that says it all of such a failure; None for any other, whose traceback is needed."""
-    if _is_memory(error):
+    if is_out_of_memory(error):
+        notes = [note.removeprefix(WHERE) for note in getattr(error, "__notes__", ()) if note.startswith(WHERE)]
+        where = f" in {', '.join(dict.fromkeys(notes))}" if notes else ""
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return (
-            f"out of memory ({reason[:160].rstrip('. ')}); lower train.micro_batch_size (images of a backward pass), "
-            "train.sampling_batch_size (images of a pass without gradient) or sampler.height and sampler.width, or set "
-            "model.gradient_checkpointing=true or model.dtype=bfloat16"
+            f"out of memory{where} ({reason[:160].rstrip('. ')}); lower train.micro_batch_size (images of a backward "
+            "pass), train.sampling_batch_size (images of a pass without gradient) or sampler.height and sampler.width, "
+            "or set model.gradient_checkpointing=true or model.dtype=bfloat16"
         )
     if isinstance(error, OSError) and error.errno in _DENIED:
         paths = [str(path) for path in (error.filename, error.filename2) if path is not None]
         return f"{' and '.join(paths) or 'writing failed'}: {error.strerror}"
     return None
-
-
-def _is_memory(error: BaseException) -> bool:
-    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
-        return True
-    # torch says it in its own exception on a GPU, in a RuntimeError on a CPU; importing it here would take a second
-    told = str(error).lower()
-    return isinstance(error, RuntimeError) and any(words.lower() in told for words in _OUT_OF_MEMORY)

@@ -13,6 +13,7 @@ from draftplus.diffusion.guidance import Denoise, denoiser
 from draftplus.diffusion.schedule import Denoised, Schedule
 from draftplus.diffusion.solvers import Solver, StepNoise
 from draftplus.diffusion.window import NO_GRADIENT, Window
+from draftplus.errors import needs_memory
 from draftplus.types import Conditioning, Model, Raw
 
 
@@ -137,4 +138,10 @@ class Sampler:
         return sample(denoise, start, self.schedule, self.solver, window, begin, end, noise, keep)
 
     def _guided(self, conditioning: Conditioning) -> Raw:
-        return self.model.guided(conditioning, self.negative_prompt, self.guidance_scale)
+        raw = self.model.guided(conditioning, self.negative_prompt, self.guidance_scale)
+
+        def told(x: Tensor, timestep: Tensor) -> Tensor:
+            with needs_memory(f"a pass of the denoiser over {len(x)} images"):
+                return raw(x, timestep)
+
+        return told

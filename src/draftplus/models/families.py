@@ -14,6 +14,7 @@ from typing import Any
 from draftplus.config import Config, ModelConfig, nearest
 from draftplus.errors import UserError
 from draftplus.hub import why_offline
+from draftplus.models import single_file
 from draftplus.models.loading import directory_of, is_single_file, looks_local
 from draftplus.models.weights import first_line
 
@@ -74,7 +75,6 @@ FAMILIES = {
         "draftplus.models.z_image:load", {"steps": 50, "guidance_scale": 5.0}, "ZImageTransformer2DModel"
     ),
 }
-SINGLE_FILE_FAMILY = "StableDiffusionPipeline"  # of single files, which name none
 
 
 def model_path(config: ModelConfig) -> str:
@@ -94,6 +94,7 @@ def family_of(config: ModelConfig) -> Family:
 
     Raises UserError if it is missing, or draftplus has no such family.
     """
+<<<<<<< HEAD
     return FAMILIES[index_of(config)["_class_name"]]
 
 
@@ -102,13 +103,26 @@ def index_of(config: ModelConfig) -> Mapping[str, Any]:
     path, revision = os.path.expanduser(model_path(config)), config.revision
     if is_single_file(path):
         return {"_class_name": SINGLE_FILE_FAMILY}
+=======
+    path = os.path.expanduser(model_path(config))
+    if is_single_file(path):
+        return FAMILIES[single_file.pipeline_class(config, path)]
+    return FAMILIES[_pipeline_class(path, config.revision)]
+
+
+def _pipeline_class(path: str, revision: str | None) -> str:
+>>>>>>> sources
     if looks_local(path) or Path(path).is_dir():
         index = Path(directory_of(path)) / "model_index.json"
     else:
         found = hub_index(path, revision)
         if not isinstance(found, Path):
             if _is_cached(path, "unet/config.json", revision):  # by version 0.1, which never fetched the index
+<<<<<<< HEAD
                 return {"_class_name": SINGLE_FILE_FAMILY}
+=======
+                return "StableDiffusionPipeline"
+>>>>>>> sources
             raise UserError(found)
         index = found
     try:

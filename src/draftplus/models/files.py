@@ -108,10 +108,12 @@ def loaded_from(folder: Path, of_diffusers: bool, variant: str | None) -> list[P
 
 
 def check(folder: Path, stored: Stored) -> None:
-    """UserError if a file that will be loaded was not fetched, or is a pickle that contains more than tensors."""
+    """UserError if a file that will be loaded is not there, or is a pickle that contains more than tensors."""
     for file in files_of(folder, stored):
+        if not file.is_file():
+            raise UserError(f"{file}: it is missing, but {stored.file} names it; download or copy the model once more")
         refuse_pointer(file)
-        if not stored.safetensors and file.is_file():
+        if not stored.safetensors:
             read_state_dict(file)
 
 

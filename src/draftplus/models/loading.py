@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from draftplus.config import ModelConfig
-from draftplus.errors import UserError
-from draftplus.models import files
+from draftplus.errors import UserError, is_out_of_memory
+from draftplus.models import files, fitting
 from draftplus.models.files import Stored
 from draftplus.models.weights import first_line, read_state_dict
 
 SINGLE_FILE = (".safetensors", ".ckpt")
-LDM_UNET = "model.diffusion_model."  # how the names of a UNet's weights begin in the original layout
+LDM_UNET = "model.diffusion_model."  # how the names of a denoiser's weights begin in the original layout
+LDM_VAE = ("first_stage_model.", "vae.")  # those of an autoencoder, in a file of a whole model
 REPLACED = {"unet": "denoiser", "transformer": "denoiser", "vae": "vae"}  # part -> the key of `model` that replaces it
 
 
@@ -41,6 +42,23 @@ class Source:
     def replacement(self, name: str) -> str | None:
         """What the configuration gives instead of a part's weights."""
         return getattr(self.config, REPLACED[name]) if name in REPLACED else None
+
+    def replaced(self, name: str) -> Path | None:
+        """The file or directory that this is. Raises UserError for one that is not there, or cannot be tuned."""
+        given = self.replacement(name)
+        if given is None:
+            return None
+        path, where = Path(given).expanduser(), f"model.{REPLACED[name]} '{given}'"
+        if not path.exists():
+            raise UserError(f"{where}: no such file or directory")
+        if path.suffix == ".gguf":
+            raise UserError(f"{where}: quantised weights are not supported; give those it was made of, in .safetensors")
+        return path
+
+    def folder(self, name: str) -> Path:
+        """Where a part's configuration is; a single file that replaces it has none of its own."""
+        replaced = self.replaced(name)
+        return replaced if replaced is not None and replaced.is_dir() else self.directory / name
 
 
 def is_single_file(path: str) -> bool:
@@ -80,20 +98,19 @@ def fetched(config: ModelConfig, path: str) -> Path:
 
 def source(
     config: ModelConfig, path: str, directory: Path, networks: Mapping[str, Any],
-    accepts: Callable[..., None] | None = None,
+    accepts: Callable[[Mapping[str, Any]], None],
 ) -> Source:  # fmt: skip
     """A directory or hub id, its weights chosen by `model.variant`, fetched, and free of code.
 
-    directory: that was `fetched`. networks: the class of each folder with weights. accepts: called with the networks'
-    configurations, before any weights are fetched or read, to refuse what the family does not support.
+    directory: that was `fetched`. networks: the class of each folder with weights. accepts: called with the
+    configurations of these, before any weights are fetched or read, to refuse what the family does not support.
 
     Raises UserError for a model that is not accepted, or weights that would run code, and whatever the libraries raise;
     `loading` makes one error of them.
     """
     where, local = f"model.path '{path}'", Path(directory_of(path)).is_dir()
-    if accepts is not None:
-        accepts(*(configuration(cls, directory, name) for name, cls in networks.items()))
     made = Source(config, directory, {})
+    accepts(configurations(networks, made))
     own = {name: cls for name, cls in networks.items() if made.replacement(name) is None}
     on_hub = {} if local else files.names_on_hub(path, directory)
     names = {name: files.names_in(directory / name) if local else on_hub.get(name, []) for name in own}
@@ -111,19 +128,30 @@ def source(
     return Source(config, directory, stored)
 
 
-def configuration(cls: Any, directory: Path, name: str) -> Any:
-    """The settings of a part, with its class's defaults, as attributes; before any weights are read.
+def configurations(networks: Mapping[str, Any], source: Source) -> dict[str, Any]:
+    """The settings of each part, with its class's defaults, as attributes; before any weights are read.
 
-    Raises FileNotFoundError where there are none, ValueError for a part of another class, and whatever the libraries
-    raise.
+    Raises UserError for a replacement that is missing, FileNotFoundError where there are no settings, ValueError for a
+    part of another class, and whatever the libraries raise.
     """
-    if not (directory / name / "config.json").is_file():  # transformers takes the defaults then
-        raise FileNotFoundError(f"it has no {name}/config.json")
+    found = {}
+    for name, cls in networks.items():
+        if source.folder(name) == source.directory / name:
+            found[name] = _configuration(cls, source.directory / name, f"its {name}", f"{name}/config.json")
+        else:
+            with loading(f"model.{REPLACED[name]}", str(source.replacement(name))):
+                found[name] = _configuration(cls, source.folder(name), "it", "config.json")
+    return found
+
+
+def _configuration(cls: Any, folder: Path, called: str, file: str) -> Any:
+    if not (folder / "config.json").is_file():  # transformers takes the defaults then
+        raise FileNotFoundError(f"it has no {file}")
     if not _of_diffusers(cls):
-        return cls.config_class.from_pretrained(directory, subfolder=name)
-    given = cls.load_config(directory, subfolder=name)
+        return cls.config_class.from_pretrained(folder)
+    given = cls.load_config(folder)
     if given.get("_class_name", cls.__name__) != cls.__name__:
-        raise ValueError(f"its {name} is a {given['_class_name']}, which is not supported, only {cls.__name__}")
+        raise ValueError(f"{called} is a {given['_class_name']}, which is not supported, only {cls.__name__}")
     defaults = {key: parameter.default for key, parameter in inspect.signature(cls.__init__).parameters.items()}
     return SimpleNamespace(**{**defaults, **given})
 
@@ -131,60 +159,104 @@ def configuration(cls: Any, directory: Path, name: str) -> Any:
 def load_part(cls: Any, source: Source, name: str, dtype: torch.dtype) -> Any:
     """A network of a pipeline; `name` is its folder.
 
-    Raises UserError if replacement weights are missing or would run code, ValueError where weights are incomplete, and
+    Raises UserError if replacement weights are missing or would run code, ValueError for weights that do not fit, and
     whatever the libraries raise; `loading` makes one error of them.
     """
-    replacement = source.replacement(name)
-    if replacement is not None:
-        return _replacement(cls, source, name, dtype, replacement)
-    if source.state is not None:
-        return _from_tensors(cls, source.state, source.directory, name, dtype)
-    return _from_folder(cls, source.directory, name, dtype, source.stored[name])
+    replaced = source.replaced(name)
+    if replaced is not None:
+        return _replacement(cls, source, name, dtype, replaced)
+    if source.state is None:
+        return _from_folder(cls, source.directory, name, dtype, source.stored[name])
+    if not _of_diffusers(cls):
+        return _text_encoder(cls, source.state, source.directory, name, dtype)
+    return _from_tensors(cls, _only(name, source.state), source.directory, name, dtype)
 
 
-def _replacement(cls: Any, source: Source, name: str, dtype: torch.dtype, replacement: str) -> Any:
-    key, given = f"model.{REPLACED[name]}", Path(replacement).expanduser()
-    if not given.exists():
-        raise UserError(f"{key} '{replacement}': no such file or directory")
+def _replacement(cls: Any, source: Source, name: str, dtype: torch.dtype, given: Path) -> Any:
+    key, replacement = f"model.{REPLACED[name]}", str(source.replacement(name))
     if given.is_dir():
         where = f"{key} '{replacement}'"
         stored = files.choose(files.forms(files.names_in(given), _of_diffusers(cls)), source.config.variant, where)
         if stored is not None:
             files.check(given, stored)
         with loading(key, replacement):
-            configuration(cls, given, "")
             return _from_folder(cls, given, "", dtype, stored)
     state = read_state_dict(given)
     with loading(key, replacement):
-        return _from_tensors(cls, _known_names(cls, state, source.directory, name), source.directory, name, dtype)
+        return _from_tensors(cls, _only(name, state) or state, source.directory, name, dtype)
 
 
 def _from_folder(cls: Any, directory: Path, name: str, dtype: torch.dtype, stored: Stored | None) -> Any:
-    given = {"torch_dtype" if _of_diffusers(cls) else "dtype": dtype, **(stored.arguments if stored else {})}
-    return whole(*cls.from_pretrained(directory, subfolder=name, output_loading_info=True, **given))
+    if stored is None:  # of which the libraries say more than an error
+        raise FileNotFoundError(f"there are no weights in its folder {name}" if name else "there are no weights in it")
+    given = {"torch_dtype" if _of_diffusers(cls) else "dtype": dtype, **stored.arguments}
+    part, info = cls.from_pretrained(
+        directory, subfolder=name, output_loading_info=True, ignore_mismatched_sizes=True, **given
+    )
+    fitting.refuse_misfit(fitting.reported(info, _of_diffusers(cls)))
+    return part
+
+
+def _only(name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a denoiser or an autoencoder in a file of a whole model."""
+    prefixes = LDM_VAE if name == "vae" else (LDM_UNET,)
+    return {key: tensor for key, tensor in state.items() if key.startswith(prefixes)}
 
 
 def _from_tensors(cls: Any, state: dict[str, Tensor], directory: Path, name: str, dtype: torch.dtype) -> Any:
+    with torch.device("meta"):
+        like = cls.from_config(cls.load_config(directory, subfolder=name))
+    state = _known_names(like, state)
+    fitting.refuse_misfit(fitting.compared(like, state), _taken_for(state))
+    if not fitting.reads_single_files(cls):
+        part = cls.from_config(like.config).to(dtype)
+        part.load_state_dict(state)
+        return part.eval()
+    # its converters empty what they are given, which another part may need
     given = {"config": str(directory), "subfolder": name, "torch_dtype": dtype, "local_files_only": True}
-    if _of_diffusers(cls):
-        part = cls.from_single_file(state, **given)
-    else:
-        from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
-
-        part = create_diffusers_clip_model_from_ldm(cls, state, **given)
-    return whole(part, {"missing_keys": [key for key, p in part.named_parameters() if p.is_meta]})
+    return cls.from_single_file(dict(state), **given)
 
 
-def _known_names(cls: Any, state: dict[str, Tensor], directory: Path, name: str) -> dict[str, Tensor]:
-    """The tensors under names that diffusers' converter knows: it misses two common spellings."""
-    if any(key.startswith("input_blocks.") for key in state):
+def _text_encoder(cls: Any, state: dict[str, Tensor], directory: Path, name: str, dtype: torch.dtype) -> Any:
+    """Out of a file of a whole model, which may hold layers that are not used, as those of Stable Diffusion 2.x do."""
+    from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
+
+    given = {"config": str(directory), "subfolder": name, "torch_dtype": dtype, "local_files_only": True}
+    part = create_diffusers_clip_model_from_ldm(cls, state, **given)
+    fitting.refuse_misfit(fitting.Misfit([key for key, p in part.named_parameters() if p.is_meta], (), ()))
+    return part
+
+
+def _known_names(like: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under names that diffusers' converters know: they miss some common spellings.
+
+    like: the network.
+    """
+    if type(like).__name__ != "UNet2DConditionModel":  # whose converter wants what the others do without
+        state = {key.removeprefix(LDM_UNET): tensor for key, tensor in state.items()}
+    elif any(key.startswith("input_blocks.") for key in state):
         return {LDM_UNET + key: tensor for key, tensor in state.items()}
     if any(".resnets." in key for key in state):  # diffusers' own layout, whose attention had other names before 0.17
-        with torch.device("meta"):
-            like = cls.from_config(cls.load_config(directory, subfolder=name))
-        renamed: dict[str, Tensor] = like._fix_state_dict_keys_on_load(dict(state))
-        return renamed
+        state = like._fix_state_dict_keys_on_load(dict(state))
     return state
+
+
+def _taken_for(state: Mapping[str, Tensor]) -> str:
+    """What a file of weights is that does not fit, as far as its names tell."""
+    if any("lora" in key.lower() for key in state):
+        return ", which are an adapter's (LoRA)"
+    kind = model_like(state)
+    return f", which are like those of {kind}" if kind is not None else ""
+
+
+def model_like(state: Mapping[str, Tensor]) -> str | None:
+    """The model that tensors are like, by diffusers' own inference from names and shapes; None if it cannot tell."""
+    from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS, infer_diffusers_model_type
+
+    kind = infer_diffusers_model_type(state)
+    if kind == "v1" and not any("input_blocks." in key for key in state):  # it says so of whatever it does not know
+        return None
+    return str(DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"])
 
 
 def decodes_in_float32(vae: Any) -> bool:
@@ -194,14 +266,6 @@ def decodes_in_float32(vae: Any) -> bool:
     """
     told = vae.config.get("force_upcast") and "force_upcast" not in vae.config.get("_use_default_values", ())
     return bool(told and vae.dtype == torch.float16)
-
-
-def whole(part: Any, info: Mapping[str, Any]) -> Any:
-    """The part. info: what its loader reports. Raises ValueError if weights are missing."""
-    # the loaders fill missing weights with random numbers, or leave them empty
-    if info["missing_keys"]:
-        raise ValueError(f"its weights are incomplete: '{min(info['missing_keys'])}' is missing")
-    return part
 
 
 def _of_diffusers(cls: Any) -> bool:
@@ -216,6 +280,8 @@ def loading(key: str, value: str, family: str = "") -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # those of four libraries have no base class in common
+        if is_out_of_memory(error):
+            raise
         hint = ""
         if isinstance(error, OSError) and not Path(value).expanduser().exists():
             hint = (

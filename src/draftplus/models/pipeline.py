@@ -8,26 +8,27 @@ text encoders when a prompt has to be embedded, so that the two need not lie in 
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from draftplus.config import ModelConfig, SamplerConfig
+<<<<<<< HEAD
 from draftplus.models import loading
 from draftplus.models.embedding_store import EmbeddingStore, store_of
+=======
+from draftplus.errors import needs_memory
+from draftplus.models import loading, stock
+from draftplus.models.embedding_store import EmbeddingStore, encoders_hash
+>>>>>>> sources
 from draftplus.models.embeddings import Embeddings
 from draftplus.models.kind import Kind, Shape
 from draftplus.models.tuned import Tuned, make_tuned
 from draftplus.progress import Advance
 from draftplus.types import Conditioning, Raw
-
-BESIDE = ("image_encoder", "feature_extractor", "safety_checker")  # parts that are for other tasks
-ABSENT = [None, None]  # how an index says that a part is not there; stock loads such a model only when told so
 
 
 class PipelineModel:
@@ -65,8 +66,14 @@ class PipelineModel:
     def _embed(self, prompt: str | None) -> Conditioning:
         self._open()
         for name, (tokens, limit) in self.kind.lengths(self.pipe, prompt or "").items():
+<<<<<<< HEAD
             self.encode.cut(tokens, limit, name.replace("tokenizer", "text_encoder"))
         return self.kind.embed(self.pipe, prompt)
+=======
+            self.encode.cut(tokens, limit, name)
+        with needs_memory("the text encoders"):
+            return self.kind.embed(self.pipe, prompt)
+>>>>>>> sources
 
     def prepare(self, prompts: Sequence[str | None], advance: Advance, share: tuple[int, int] = (0, 1)) -> None:
         if self.encode.prepare(prompts, advance, share):
@@ -106,7 +113,8 @@ class PipelineModel:
 
     def decode(self, latents: Tensor) -> Tensor:
         dtype = self.vae.dtype
-        image = self.kind.decoded(self.pipe, self.kind.to_vae(self.pipe, latents.to(dtype)))
+        with needs_memory(f"decoding {len(latents)} images"):
+            image = self.kind.decoded(self.pipe, self.kind.to_vae(self.pipe, latents.to(dtype)))
         image = image + 0 * image  # an overflow becomes NaN, where clamp would make white or black of it
         return (image.to(torch.promote_types(torch.float32, dtype)) / 2 + 0.5).clamp(0, 1)
 
@@ -133,17 +141,13 @@ def load_pipeline(
     """
     frozen = dtype or getattr(torch, config.dtype)
     with loading.loading("model.path", path, kind.label):
-        directory = loading.fetched(config, path)
-        there = present(kind, directory)
-        source = loading.source(
-            config, path, directory, there, lambda *told: kind.accepts(dict(zip(there, told, strict=True)))
-        )
-        pipe = _without_weights(kind, directory, there, frozen)
+        source, there = stock.source(kind, config, path)
+        pipe = stock.without_weights(kind, source, there, frozen)
 
     def read(name: str) -> Any:
-        with loading.loading("model.path", path, kind.label):
+        with loading.loading("model.path", path, kind.label), needs_memory(f"loading its {name}"):
             network = loading.load_part(there[name], source, name, frozen)
-        network.requires_grad_(False).eval().to(device)
+            network.requires_grad_(False).eval().to(device)
         return network
 
     def tune(denoiser: Any) -> Tuned:
@@ -158,6 +162,7 @@ def load_pipeline(
     if config.gradient_checkpointing:
         kind.checkpoint(pipe.vae)
     encoders = [name for name in there if name.startswith("text_encoder")]
+<<<<<<< HEAD
     store = store_of(kind.label, source, path, frozen, device) if kind.large_encoders else None
     return PipelineModel(kind, pipe, encoders, read, tune, _scheduler_config(directory), device, frozen, store)
 
@@ -206,3 +211,13 @@ def _scheduler_config(directory: Path) -> Mapping[str, Any]:
 
     config: Mapping[str, Any] = DDIMScheduler.load_config(directory, subfolder="scheduler")
     return config
+=======
+    store = None
+    if kind.large_encoders:
+        folders = [*encoders, *(name for name in stock.index_of(source.directory) if name.startswith("tokenizer"))]
+        told = {"family": kind.label, "encoders": encoders_hash(source, path, folders), "dtype": str(frozen)}
+        store = EmbeddingStore(told, device)
+    return PipelineModel(
+        kind, pipe, encoders, read, tune, stock.scheduler_config(source.directory), device, frozen, store
+    )
+>>>>>>> sources

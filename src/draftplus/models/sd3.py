@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from draftplus.errors import UserError
-from draftplus.models.kind import Kind, Shape, shift_of, token_counts
+from draftplus.models.kind import Kind, Shape, latent_shape, shift_of, token_counts
 from draftplus.models.pipeline import load_pipeline
 from draftplus.types import Conditioning
 
@@ -34,6 +34,19 @@ def predict(pipe: Any, network: Any, latents: Tensor, timestep: Tensor, conditio
     return raw
 
 
+def shape(pipe: Any, height: int | None, width: int | None) -> Shape:
+    found = latent_shape(pipe, height, width)
+    config = pipe.transformer.config
+    most = config.pos_embed_max_size * config.patch_size  # beyond it the transformer has no position embeddings
+    for key, side in (("height", found[1]), ("width", found[2])):
+        if side > most:
+            factor = pipe.vae_scale_factor
+            raise UserError(
+                f"sampler.{key} is {side * factor}; this model makes images of at most {most * factor} pixels"
+            )
+    return found
+
+
 def scheduler(pipe: Any, config: Mapping[str, Any], shape: Shape, steps: int) -> Mapping[str, Any]:
     if not config.get("use_dynamic_shifting"):
         return config
@@ -54,7 +67,8 @@ KIND = Kind(
         "text_encoder": ("CLIPTextModelWithProjection",), "text_encoder_2": ("CLIPTextModelWithProjection",),
         "text_encoder_3": ("T5EncoderModel",),
     },
-    embed=embed, predict=predict, scheduler=scheduler, accepts=accepts, targets=(*ADDED, *OWN),
+    embed=embed, predict=predict, shape=shape, scheduler=scheduler, accepts=accepts, targets=(*ADDED, *OWN),
+    optional=("text_encoder_3",),
     lengths=partial(token_counts, limits={"tokenizer_3": 256}),
 )  # fmt: skip
 load = partial(load_pipeline, KIND)

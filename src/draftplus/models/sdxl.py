@@ -48,7 +48,9 @@ def to_vae(pipe: Any, latents: Tensor) -> Tensor:
 
 def accepts(parts: Mapping[str, Any]) -> None:
     unet = parts["unet"]
-    if unet.addition_embed_type != "text_time" or unet.in_channels != parts["vae"].latent_channels:
+    first, second = parts["text_encoder"], parts["text_encoder_2"]
+    plain = unet.addition_embed_type == "text_time" and unet.in_channels == parts["vae"].latent_channels
+    if not plain or unet.cross_attention_dim != first.hidden_size + second.hidden_size:
         raise UserError("its UNet is not one of a text-to-image model of Stable Diffusion XL")
     if unet.time_cond_proj_dim is not None:
         raise UserError("its UNet is told the guidance scale (a latent consistency model), which is not supported")

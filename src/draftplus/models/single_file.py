@@ -1,4 +1,4 @@
-"""Single files in the original layout of Stable Diffusion, with the configurations that they lack."""
+"""Single files in the original layout of Stable Diffusion and SDXL, with the configurations that they lack."""
 
 from __future__ import annotations
 
@@ -14,11 +14,16 @@ from torch import Tensor
 
 from draftplus.config import ModelConfig
 from draftplus.errors import UserError, notice
-from draftplus.models.loading import LDM_UNET, Source
+from draftplus.models.loading import LDM_UNET, Source, model_like
 from draftplus.models.weights import read_header, read_state_dict
 
+CLIP_G = "conditioner.embedders.1.model."  # how the names of SDXL's second text encoder begin
 CONFIGS = Path(str(files("draftplus"))) / "assets" / "configs"
-PACKAGED = ("sd1", "sd2", "sd2-base")
+PACKAGED = ("sd1", "sd2", "sd2-base", "sdxl")
+# what a whole model's file is by diffusers' inference -> the class of its pipeline
+PIPELINES = {
+    "v1": "StableDiffusionPipeline", "v2": "StableDiffusionPipeline", "xl_base": "StableDiffusionXLPipeline"
+}  # fmt: skip
 # what a file's header may say of its architecture (the ModelSpec of stability.ai, which trainers write)
 ARCHITECTURES = {"stable-diffusion-v2-512": "sd2-base", "stable-diffusion-v2-768-v": "sd2"}
 
@@ -34,45 +39,87 @@ def source(config: ModelConfig, path: str) -> Source:
     file = Path(path).expanduser()
     if not file.is_file():
         raise UserError(f"model.path '{path}': no such file")
-    if file.suffix != ".safetensors":
-        state = read_state_dict(file)
-        return Source(config, _configurations(config, path, _kind(path, state), {}), {}, state)
-    header, says = read_header(file)  # enough to refuse another family, whose file may be large
-    directory = _configurations(config, path, _kind(path, header), says)
-    return Source(config, directory, {}, read_state_dict(file))
+    header, says = _header(file)  # enough to refuse another family, whose file may be large
+    directory = _configurations(config, path, _kind(path, header), header, says)
+    return Source(config, directory, {}, read_state_dict(file) if file.suffix == ".safetensors" else header)
+
+
+def pipeline_class(config: ModelConfig, path: str) -> str:
+    """The class of the pipeline of a single file: that of `model.config`, where it tells, or by what is in the file.
+
+    Raises UserError for a file that is damaged or would run code, and one of another family.
+    """
+    if config.config is not None:
+        index = _directory(config.config) / "model_index.json"
+        name = json.loads(index.read_text(encoding="utf-8")).get("_class_name") if index.is_file() else None
+        if name in PIPELINES.values():
+            return str(name)
+    file = Path(path).expanduser()
+    if not file.is_file():  # which is said where it is loaded
+        return PIPELINES["v1"]
+    state = file.stat()
+    return _class_of(file, path, state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=16)
+def _class_of(file: Path, path: str, size: int, changed: int) -> str:
+    return PIPELINES[_kind(path, _header(file)[0])]
+
+
+def _header(file: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+    return read_header(file) if file.suffix == ".safetensors" else (read_state_dict(file), {})
 
 
 def _kind(path: str, state: Mapping[str, Tensor]) -> str:
-    """v1 or v2, by diffusers' own inference from names and shapes."""
-    from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS, infer_diffusers_model_type
+    """One of PIPELINES, by diffusers' own inference from names and shapes."""
+    from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 
     kind: str = infer_diffusers_model_type(state)
-    if kind not in ("v1", "v2"):
-        like = DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
-        raise UserError(
-            f"model.path '{path}' is a model like {like}, which is not supported; supported are text-to-image models "
-            "of Stable Diffusion 1.x and 2.x"
+    if kind not in PIPELINES:
+        denoiser = not kind.startswith(("xl_", "inpaint", "instruct", "controlnet", "upscale", "playground"))
+        what = (
+            "; a file of its transformer, alone or with other parts, goes to model.denoiser, with a directory or hub "
+            "id of the whole model in the diffusers layout as model.path"
         )
-    if f"{LDM_UNET}label_emb.0.0.weight" in state:
+        raise UserError(
+            f"model.path '{path}' is a model like {model_like(state)}, which is not supported; supported as single "
+            "files are text-to-image models of Stable Diffusion 1.x, 2.x and SDXL" + what * denoiser
+        )
+    if (
+        kind != "xl_base"
+        and f"{LDM_UNET}label_emb.0.0.weight" in state
+        and f"{CLIP_G}positional_embedding" not in state
+    ):
         raise UserError(f"model.path '{path}' is a model with image conditioning (unCLIP), which is not supported")
     if not any(name.startswith(LDM_UNET) for name in state):
         raise UserError(
             f"model.path '{path}': cannot be loaded: it has no UNet in the original layout, whose names begin with "
-            f"{LDM_UNET}; weights of one part go to model.denoiser or model.vae"
+            f"{LDM_UNET}; weights of one part go to model.denoiser or model.vae, with the whole model as model.path"
         )
     return kind
 
 
-def _configurations(config: ModelConfig, path: str, kind: str, says: Mapping[str, str]) -> Path:
-    if config.config is not None and config.config not in PACKAGED:
-        directory = Path(config.config).expanduser()
+def _directory(given: str) -> Path:
+    return CONFIGS / given if given in PACKAGED else Path(given).expanduser()
+
+
+def _configurations(
+    config: ModelConfig, path: str, kind: str, state: Mapping[str, Tensor], says: Mapping[str, str]
+) -> Path:  # fmt: skip
+    if config.config is not None:
+        directory = _directory(config.config)
         if not (directory / "unet" / "config.json").is_file():
             raise UserError(
                 f"model.config '{config.config}': no unet/config.json in it; give the directory of a model in the "
                 f"diffusers layout, or one of {', '.join(PACKAGED)}"
             )
         return directory
-    name = config.config or ("sd1" if kind == "v1" else ARCHITECTURES.get(says.get("modelspec.architecture", "")))
+    if kind == "xl_base" and ("v_pred" in state or says.get("modelspec.prediction_type") == "v"):
+        raise UserError(
+            f"model.path '{path}' says that it predicts v, which SDXL's configuration does not; set model.config to a "
+            "directory in the diffusers layout whose scheduler_config.json has this model's prediction_type"
+        )
+    name = {"v1": "sd1", "xl_base": "sdxl"}.get(kind) or ARCHITECTURES.get(says.get("modelspec.architecture", ""))
     if name is None:
         name = "sd2"
         notice(
@@ -82,13 +129,20 @@ def _configurations(config: ModelConfig, path: str, kind: str, says: Mapping[str
     return CONFIGS / name
 
 
-def tokenizer(directory: Path) -> Any:
-    """The tokenizer that goes with the configurations of `source`."""
+def tokenizers(directory: Path) -> dict[str, Any]:
+    """The tokenizers that go with configurations in the package, by folder; none of any other directory."""
+    if directory.parent != CONFIGS:
+        return {}
+    return {folder.name: tokenizer(directory, folder.name) for folder in sorted(directory.glob("tokenizer*"))}
+
+
+def tokenizer(directory: Path, name: str = "tokenizer") -> Any:
+    """One that goes with the configurations of `source`."""
     from transformers import CLIPTokenizer
 
     if directory.parent != CONFIGS:
-        return CLIPTokenizer.from_pretrained(directory, subfolder="tokenizer")
-    settings = json.loads((directory / "tokenizer" / "tokenizer_config.json").read_text(encoding="utf-8"))
+        return CLIPTokenizer.from_pretrained(directory, subfolder=name)
+    settings = json.loads((directory / name / "tokenizer_config.json").read_text(encoding="utf-8"))
     vocabulary, merges = _clip()
     return CLIPTokenizer(vocab=dict(vocabulary), merges=list(merges), **settings)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from draftplus.config import ModelConfig, SamplerConfig
 from draftplus.diffusion.guidance import classifier_free
 from draftplus.diffusion.levels import saved
-from draftplus.errors import UserError, notice
+from draftplus.errors import UserError, needs_memory, notice
 from draftplus.models import loading, single_file
 from draftplus.models.embeddings import Embeddings
 from draftplus.models.tuned import Tuned, make_tuned
@@ -56,7 +55,8 @@ class StableDiffusion:
             [text], padding="max_length", max_length=longest, truncation=True, return_tensors="pt"
         ).to(self.device)  # fmt: skip
         mask = tokens.attention_mask if getattr(self.text_encoder.config, "use_attention_mask", False) else None
-        return Conditioning(self.text_encoder(tokens.input_ids, attention_mask=mask)[0])  # (1, n, d)
+        with needs_memory("the text encoder"):
+            return Conditioning(self.text_encoder(tokens.input_ids, attention_mask=mask)[0])  # (1, n, d)
 
     def prepare(self, prompts: Sequence[str | None], advance: Advance, share: tuple[int, int] = (0, 1)) -> None:
         """Nothing: the one small encoder stays, and embeds each prompt when it is needed."""
@@ -112,7 +112,8 @@ class StableDiffusion:
     def decode(self, latents: Tensor) -> Tensor:
         config, dtype = self.vae.config, self.vae.dtype
         latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
-        image = self.vae.decode(latents.to(dtype), return_dict=False)[0]
+        with needs_memory(f"decoding {len(latents)} images"):
+            image = self.vae.decode(latents.to(dtype), return_dict=False)[0]
         image = image + 0 * image  # an overflow becomes NaN, where clamp would make white or black of it
         return (image.to(torch.promote_types(torch.float32, dtype)) / 2 + 0.5).clamp(0, 1)
 
@@ -206,7 +207,8 @@ def _components(config: ModelConfig, path: str, dtype: torch.dtype) -> tuple[Any
             tokenizer = single_file.tokenizer(source.directory)
         else:
             directory = loading.fetched(config, path)
-            source = loading.source(config, path, directory, networks, partial(_refuse_other_families, path))
+            accepts = lambda parts: _refuse_other_families(path, *parts.values())  # noqa: E731
+            source = loading.source(config, path, directory, networks, accepts)
             tokenizer = CLIPTokenizer.from_pretrained(source.directory, subfolder="tokenizer")
         if tokenizer.vocab_size <= len(tokenizer.all_special_ids):  # transformers does not miss the files
             raise ValueError("its tokenizer has no vocabulary")

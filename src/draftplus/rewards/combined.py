@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from draftplus.errors import UserError
+from draftplus.errors import UserError, needs_memory
 from draftplus.types import Reward, Scores
 
 
@@ -38,7 +38,8 @@ class Combined:
             return Scores(lost, dict.fromkeys(self.rewards, lost.detach()))
         parts = {}
         for name, (reward, weight) in self.rewards.items():
-            scores = _checked(name, reward(images, prompts), images)
+            with needs_memory(f"reward '{name}' of {len(images)} images"):
+                scores = _checked(name, reward(images, prompts), images)
             if reward.differentiable and torch.is_grad_enabled() and images.requires_grad:
                 _require_gradient(name, scores, images)
             total = total + weight * scores

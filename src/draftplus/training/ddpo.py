@@ -24,7 +24,7 @@ from draftplus.diffusion.regularisers import REGULARISERS
 from draftplus.evaluation.chunks import chunks
 from draftplus.runs.rows import reward_key
 from draftplus.training.state import State, whole_or_not
-from draftplus.training.step import Metrics, Setup, precisely, saturated
+from draftplus.training.step import Metrics, Setup, backward, precisely, saturated
 from draftplus.training.task import Abandonable
 from draftplus.training.update import skip, update
 from draftplus.types import Conditioning
@@ -160,7 +160,7 @@ def accumulate_update(setup: Setup, made: Experience, planned: StepPlan, part: s
         for index in steps:
             with setup.placement.micro_batch(last=rows.stop == len(mine) and index == steps[-1]):
                 loss = step_loss(problem, planned, trajectory.rows(rows), index, conditioning.rows(rows), mine[rows])
-                (loss.value * (share * setup.loss_scale)).backward()
+                backward(loss.value * (share * setup.loss_scale), rows)
             new = _metrics(loss, problem.objective.ddpo.clip) * share
             metrics = new if metrics is None else metrics + new
     assert metrics is not None

@@ -15,7 +15,7 @@ from draftplus.diffusion.overflow import Overflow
 from draftplus.diffusion.problem import Problem
 from draftplus.diffusion.schedule import make_schedule
 from draftplus.distributed import World
-from draftplus.errors import UserError, notice
+from draftplus.errors import UserError, needs_memory, notice
 from draftplus.evaluation.embedding import embed_prompts
 from draftplus.evaluation.held_out import EvaluationSet, evaluate_held_out, evaluation_set, same_images
 from draftplus.evaluation.scores import Rewards
@@ -60,7 +60,8 @@ class FineTuning:
     def step(self, state: State, abandonable: Abandonable) -> dict[str, float]:
         differentiates = METHODS[self.setup.config.objective.method].differentiates
         try:
-            return (gradient_step if differentiates else ddpo_step)(self.setup, state, abandonable)
+            with needs_memory(f"step {state.step + 1}, whose micro-batches have {self.setup.micro} images"):
+                return (gradient_step if differentiates else ddpo_step)(self.setup, state, abandonable)
         except Overflow as error:
             raise UserError(f"at step {state.step + 1}: {what_overflowed(self.setup, state.step) or error}") from None
 

@@ -18,7 +18,7 @@ from draftplus.diffusion.overflow import Watch, check_decoded
 from draftplus.diffusion.problem import Noise, Problem, StepPlan
 from draftplus.diffusion.sampler import Rollout, sample
 from draftplus.distributed import World
-from draftplus.errors import UserError
+from draftplus.errors import UserError, needs_memory
 from draftplus.evaluation.chunks import SAMPLING_BATCH, chunks
 from draftplus.runs.rows import reward_key
 from draftplus.training.placement import Placement
@@ -163,16 +163,21 @@ def _tail(
         with setup.placement.micro_batch(last=rows.stop == len(share)):
             with rng.samples(seed, step, share.indices[rows]):  # whose dropout is drawn
                 part = loss(problem, start.rows(rows), planned, conditioning.rows(rows), share.prompts[rows], noise)
-            (part.value * (part_of_step * setup.loss_scale)).backward()
+            backward(part.value * (part_of_step * setup.loss_scale), rows)
             new = _metrics(part)
             for at in part.kept:
                 more = kept_loss(problem, planned, part, at, conditioning.rows(rows))
-                (more.value * (part_of_step * setup.loss_scale)).backward()
+                backward(more.value * (part_of_step * setup.loss_scale), rows)
                 new = new.plus({"loss": more.value.detach(), **more.penalties})
         new = new * part_of_step
         metrics = new if metrics is None else metrics + new
     assert metrics is not None
     return metrics
+
+
+def backward(loss: Tensor, rows: slice) -> None:
+    with needs_memory(f"the backward pass of {rows.stop - rows.start} images"):
+        loss.backward()
 
 
 @torch.no_grad()

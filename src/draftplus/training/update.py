@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from draftplus.config.schema import OptimConfig
 from draftplus.diffusion.overflow import Overflow
-from draftplus.errors import UserError
+from draftplus.errors import UserError, needs_memory
 from draftplus.runs.rows import reward_names
 from draftplus.training.optim import learning_rate, parameter_norm
 from draftplus.training.placement import Placement
@@ -37,7 +37,8 @@ def update(
         with state.changing():
             for group in state.optimizer.param_groups:
                 group["lr"] = learning_rate(config, state.step)
-            state.optimizer.step()
+            with needs_memory("the optimizer's update"):
+                state.optimizer.step()
             if state.ema is not None:
                 state.ema.update(state.parameters)
             state.skipped_in_a_row = 0
