@@ -101,7 +101,7 @@ def tiny_model(
         kept = load(config, str(directory), CPU, trainable=trainable, dtype=dtype)
         _LOADED.append((key, kept))
     # a copy takes a tenth of the time of loading once more
-    tuned = Tuned(copy.deepcopy(kept.unet), "unet", copy.deepcopy(kept.tuned.frozen))
+    tuned = Tuned(copy.deepcopy(kept.unet), kept.tuned.pipeline, copy.deepcopy(kept.tuned.frozen))
     return StableDiffusion(
         tuned, copy.deepcopy(kept.vae), copy.deepcopy(kept.text_encoder), kept.tokenizer, kept.scheduler_config
     )

@@ -187,6 +187,10 @@ class Model(Protocol):
         `encode`."""
         ...
 
+    def doubles(self, negative: str | None, scale: float) -> bool:
+        """Whether `guided` takes two passes of the denoiser for an image, and not one."""
+        ...
+
     def decode(self, latents: Tensor) -> Tensor:
         """Images (b, 3, H, W) float32 (float64 stays float64), clamped to [0, 1], with gradient where enabled.
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from draftplus.config import Config, LoraConfig, ObjectiveConfig
@@ -54,7 +55,9 @@ def wide(tiny_path: Path) -> StableDiffusion:
         )  # fmt: skip
     unet.to(torch.bfloat16).float()
     made = tiny_model(tiny_path, dtype=torch.float32)
-    made.tuned = make_tuned(unet.requires_grad_(False).eval(), "unet", LoraConfig(4, 4.0), 0, True, ATTENTION)
+    made.tuned = make_tuned(
+        unet.requires_grad_(False).eval(), StableDiffusionPipeline, LoraConfig(4, 4.0), 0, True, ATTENTION
+    )
     return made
 
 

@@ -28,12 +28,14 @@ class Case:
     """A tiny pipeline of `tests.support.pipelines`.
 
     guided, plain: guidance scales with guidance on and off, or two that differ. negative: whether there are negative
-    prompts. scale: how stock calls the guidance scale. sizes: (height, width). arguments: further ones of every call.
+    prompts. needs: one without which there is no guidance. scale: how stock calls the guidance scale. sizes: (height,
+    width). arguments: further ones of every call.
     """
 
     guided: float = 4.0
     plain: float = 1.0
     negative: bool = True
+    needs: str | None = None
     scale: str = "guidance_scale"
     sizes: tuple[tuple[int, int], ...] = SIZES
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -54,6 +56,11 @@ CASES = {
     "sdxl": Case(),
     "sd3": Case(),
     "sd3_without_t5": Case(),
+    "flux_dev": Case(negative=False),
+    "chroma": Case(),
+    "flux2_klein_base": Case(negative=False),
+    "qwen_image": Case(needs="a red dog", scale="true_cfg_scale"),
+    "zimage": Case(plain=0.0),
 }
 
 
@@ -82,7 +89,7 @@ def drawing(pipe: Any, noise: Tensor) -> Iterator[None]:
 def stock_picture(pipe: Any, prompt: str, seed: int, **arguments: Any) -> Tensor:
     """The stock pipeline's picture, (1, 3, H, W) in [0, 1]."""
     generator = torch.Generator("cpu").manual_seed(seed)
-    return pipe(prompt, generator=generator, output_type="pt", **arguments).images.float()
+    return pipe(prompt=prompt, generator=generator, output_type="pt", **arguments).images.float()
 
 
 def stock_pipe(directory: Path, dtype: torch.dtype = torch.float32) -> Any:

@@ -62,8 +62,9 @@ def test_a_file_of_the_stock_scripts_loads_here(case: Case, directory: Path, tmp
     pipe = stock_pipe(directory)
     component = "unet" if hasattr(pipe, "unet") else "transformer"
     denoiser = getattr(pipe, component)
-    model = load_model(directory, torch.float32)
-    peft = PeftConfig(r=4, lora_alpha=2, target_modules=list(model.kind.targets), init_lora_weights="gaussian")
+    names = load_model(directory, torch.float32).tuned.state()
+    targets = sorted({name.removeprefix(f"{component}.").partition(".lora_")[0] for name in names})
+    peft = PeftConfig(r=4, lora_alpha=2, target_modules=targets, init_lora_weights="gaussian")
     denoiser.add_adapter(peft)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in denoiser.named_parameters():

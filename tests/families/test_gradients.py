@@ -36,7 +36,7 @@ def through_stock(pipe: Any, prompt: str, noise: Tensor, first: int, **arguments
 
     call = type(pipe).__call__.__wrapped__  # without torch.no_grad()
     with drawing(pipe, noise):
-        images = call(pipe, prompt, output_type="pt", callback_on_step_end=cut, **arguments).images
+        images = call(pipe, prompt=prompt, output_type="pt", callback_on_step_end=cut, **arguments).images
     return images, after
 
 
@@ -50,7 +50,7 @@ def led_along(pipe: Any, prompt: str, noise: Tensor, path: list[Tensor], **argum
         return {"latents": path[step].detach()}
 
     with drawing(pipe, noise):
-        pipe(prompt, output_type="latent", callback_on_step_end=lead, **arguments)
+        pipe(prompt=prompt, output_type="latent", callback_on_step_end=lead, **arguments)
     return after
 
 
@@ -59,7 +59,7 @@ def by_stock(case: Case, directory: Path, tuned: Any, prompt: str, noise: Tensor
     pipe, untouched = stock_pipe(directory, torch.float64), stock_pipe(directory, torch.float64)
     component = "unet" if hasattr(pipe, "unet") else "transformer"
     setattr(pipe, component, tuned)
-    arguments = case.call(case.sizes[SIZE], STEPS, case.guided)
+    arguments = case.call(case.sizes[SIZE], STEPS, case.guided, case.needs)
     images, after = through_stock(pipe, prompt, noise, first, **arguments)
     theirs = led_along(untouched, prompt, noise, after, **arguments)
     sigmas = pipe.scheduler.sigmas.double()
@@ -82,7 +82,9 @@ def test_draft_plus(case: Case, directory: Path, full: bool, k: int) -> None:
     model = load_model(directory, **({"lora": None} if full else {}))
     randomize(model, size=0.05 if full else 0.2)
     prompts, size = PROMPTS[:2], case.sizes[SIZE]
-    sampling = SamplerConfig(steps=STEPS, guidance_scale=case.guided, height=size[0], width=size[1])
+    sampling = SamplerConfig(
+        steps=STEPS, guidance_scale=case.guided, height=size[0], width=size[1], negative_prompt=case.needs
+    )  # fmt: skip
     problem = Problem(build_sampler(model, sampling), TinyScorer(), ObjectiveConfig("draft", k, kl_coeff=PENALTY))
     noise = normal(2, *model.latent_shape(*size), seed=3).float().double()
     planned = plan(problem.objective, problem.sampler.schedule, 0, 0)
@@ -115,11 +117,11 @@ def test_the_reference_is_the_untouched_model(case: Case, directory: Path) -> No
     x = normal(1, *untouched.latent_shape(*size), seed=4)
     given = untouched.encode(PROMPTS[:1])
     with torch.no_grad():
-        expected = untouched.guided(given, None, case.guided)(x, torch.tensor(500.0))
+        expected = untouched.guided(given, case.needs, case.guided)(x, torch.tensor(500.0))
         for settings in ({}, {"lora": None}):
             model = load_model(directory, **settings)
             randomize(model)
-            moved = model.guided(given, None, case.guided)
+            moved = model.guided(given, case.needs, case.guided)
             assert not torch.equal(moved(x, torch.tensor(500.0)), expected)
             with model.tuned.reference():
                 assert torch.equal(moved(x, torch.tensor(500.0)), expected)
@@ -131,7 +133,7 @@ def test_folding_leaves_the_weights(case: Case, directory: Path) -> None:
     size = case.sizes[SIZE]
     x, given = normal(1, *model.latent_shape(*size), seed=4), model.encode(PROMPTS[:1])
     before = {name: tensor.clone() for name, tensor in model.tuned.denoiser.state_dict().items()}
-    raw = model.guided(given, None, case.guided)
+    raw = model.guided(given, case.needs, case.guided)
     with torch.no_grad():
         unfolded = raw(x, torch.tensor(500.0))
         with model.tuned.folded():
@@ -146,7 +148,7 @@ def test_gradient_checkpointing_changes_nothing(case: Case, directory: Path) -> 
         randomize(model)
         model.tuned.denoiser.train()
         x = normal(1, *model.latent_shape(*size), seed=4)
-        images = model.decode(model.guided(model.encode(PROMPTS[:1]), None, case.guided)(x, torch.tensor(500.0)))
+        images = model.decode(model.guided(model.encode(PROMPTS[:1]), case.needs, case.guided)(x, torch.tensor(500.0)))
         found.append(gradients(model.tuned.trainable(), images.square().sum()))
     assert all(torch.allclose(found[0][name], found[1][name], rtol=1e-9, atol=1e-12) for name in found[0])
     assert any(tensor.abs().max() > 0 for tensor in found[0].values())

@@ -23,7 +23,7 @@ class Encoder:
     def __init__(self, directory: Path | None, limit: int | None = None) -> None:
         self.made: list[str | None] = []
         self.state: str | None = None
-        store = EmbeddingStore({"encoder": "letters"}, CPU, directory, limit) if directory else None
+        store = EmbeddingStore(lambda: {"encoder": "letters"}, CPU, directory, limit) if directory else None
         self.encode = Embeddings(self.embed, lambda: self.state, store)
 
     def embed(self, prompt: str | None) -> Conditioning:
@@ -144,7 +144,9 @@ def test_damage_found_late_is_mended(tmp_path: Path) -> None:
     again = Encoder(tmp_path)
     assert again.prepare(["cat"]) == (True, [1]), "the header is whole"
     assert again.encode(["cat"]).hidden.equal(made.encode(["cat"]).hidden)
-    assert again.made == ["cat"] and file.read_bytes() == whole
+    assert again.made == ["cat"]
+    last = Encoder(tmp_path)
+    assert last.encode(["cat"]).hidden.equal(made.encode(["cat"]).hidden) and last.made == []
 
 
 LONG = ["a cat", "a spotted cat", "a dog", "a wolf", None]

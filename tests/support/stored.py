@@ -30,8 +30,13 @@ class Stored(StableDiffusion):
     def __init__(self, *parts: Any) -> None:
         super().__init__(*parts)
         self._kept, self.text_encoder = self.text_encoder, None
-        store = EmbeddingStore({"encoder": "tiny"}, self.device)
+        store = EmbeddingStore(lambda: {"encoder": "tiny"}, self.device)
         self.encode = Embeddings(self._counted, self.tuned.encoders_state, store)
+
+    @property
+    def noise_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self._kept.dtype
+        return dtype
 
     def _counted(self, prompt: str | None) -> Conditioning:
         EMBEDDED.append(prompt)

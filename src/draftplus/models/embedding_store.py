@@ -10,6 +10,7 @@ import uuid
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -19,8 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save_file
 from torch import Tensor
 
+from draftplus import __version__
 from draftplus.errors import UserError, notice
-from draftplus.models.files import file_hash, files_of
+from draftplus.models.files import SMALL, file_hash, files_of
 from draftplus.models.loading import Source
 from draftplus.models.truncation import Cuts
 from draftplus.models.weights import first_line
@@ -32,7 +34,8 @@ FORMAT = 1  # of the files
 CACHE, SIZE = "DRAFTPLUS_CACHE", "DRAFTPLUS_CACHE_GB"
 DEFAULT_GB = 20.0
 SLACK = 0.01  # of the limit is kept free, so that not every new file has the directory looked through
-CONFIGS = (".json", ".txt", ".model", ".jinja")  # what shapes an embedding besides weights
+ENCODING = ("text_encoder", "tokenizer")  # how the folders begin that decide an embedding
+CONFIGS = tuple(pattern.removeprefix("*") for pattern in SMALL)  # what shapes an embedding besides weights
 
 
 class Found(NamedTuple):
@@ -45,26 +48,30 @@ class Found(NamedTuple):
 class EmbeddingStore:
     """A bounded directory of embeddings, one safetensors file each, which several processes may share.
 
-    decided_by: all that decides an embedding besides the prompt, in terms of JSON: the encoders (see `encoders_hash`),
-    their precision, how many tokens they read. device: where embeddings go, and where they were made: another kind of
-    device rounds in another way. directory, limit: of the files, in bytes; None: as the environment says.
+    decided_by: gives all that decides an embedding besides the prompt, in terms of JSON; called once it is needed.
+    device: where embeddings go, and where they were made: another kind of device rounds in another way. directory,
+    limit: of the files, in bytes; None: as the environment says.
 
     Raises UserError for a limit in the environment that is not a size.
     """
 
     def __init__(
-        self, decided_by: Mapping[str, object], device: torch.device, directory: Path | None = None,
+        self, decided_by: Callable[[], Mapping[str, object]], device: torch.device, directory: Path | None = None,
         limit: int | None = None,
     ) -> None:  # fmt: skip
-        # another version of the libraries may embed in another way
-        libraries = {name: version(name) for name in ("diffusers", "transformers", "torch")}
-        self._told = json.dumps([FORMAT, dict(decided_by), libraries, device.type], sort_keys=True)
-        self._device, self.directory = device, directory or cache_directory() / "embeddings"
+        self._decided_by, self._device = decided_by, device
+        self.directory = directory or cache_directory() / "embeddings"
         self._limit = _limit() if limit is None else limit
         self._own: frozenset[str] = frozenset()
         self._unseen: float = math.inf  # bytes written since the directory was last looked through
         self._said = False
         self.writable = True
+
+    @cached_property
+    def _told(self) -> str:
+        # another version of a library, or of ours, may embed in another way
+        libraries = {name: version(name) for name in ("diffusers", "transformers", "torch")} | {"ours": __version__}
+        return json.dumps([FORMAT, dict(self._decided_by()), libraries, self._device.type], sort_keys=True)
 
     def name(self, prompt: str | None) -> str:
         """The name of a prompt's file; None is a prompt too, and not the empty one."""
@@ -171,24 +178,34 @@ def cache_directory() -> Path:
         return Path(os.devnull)  # nobody's home, where nothing can be kept
 
 
-def encoders_hash(source: Source, path: str, folders: Sequence[str]) -> str:
-    """What identifies the text encoders and tokenizers in these folders of a model: the SHA-256 of their files, or of a
-    hub model its id and commit.
+def store_of(label: str, source: Source, path: str, dtype: torch.dtype, device: torch.device) -> EmbeddingStore:
+    """The store of a model's embeddings. label: of its family. path: that of the model. dtype: of its encoders.
+
+    Raises UserError as `EmbeddingStore` does.
+    """
+
+    def decided_by() -> Mapping[str, object]:
+        return {"family": label, "encoders": encoders_hash(source, path), "dtype": str(dtype)}
+
+    return EmbeddingStore(decided_by, device)
+
+
+def encoders_hash(source: Source, path: str) -> str:
+    """What identifies how a model embeds: the SHA-256 of its text encoders and tokenizers, and of the other parts'
+    configurations, by which a family may tell its models apart; of a hub model, its id and commit.
 
     Raises UserError for an index of weights that cannot be read.
     """
-    chosen = {name: source.stored.get(name) for name in folders}
-    if source.state is not None:  # a single file, and the configurations that go with it
-        files = {"": Path(path).expanduser()}
-    elif not Path(path).expanduser().is_dir():
-        return f"{path}@{source.directory.name} {[one.file if one else None for one in chosen.values()]}"
-    else:
-        files = {}
-    for name, stored in chosen.items():
-        folder = source.directory / name
-        inside = [file for file in folder.iterdir() if file.suffix in CONFIGS] if folder.is_dir() else []
-        weights = files_of(folder, stored) if stored else []
-        files |= {f"{name}/{file.name}": file for file in [*inside, *weights]}
+    stored = {name: one for name, one in source.stored.items() if name.startswith(ENCODING)}
+    if not Path(path).expanduser().exists():
+        return f"{path}@{source.directory.name} {sorted(one.file for one in stored.values() if one)}"
+    files = {"": Path(path).expanduser() if source.state is not None else source.directory / "model_index.json"}
+    for folder in (one for one in source.directory.iterdir() if one.is_dir()):
+        names = CONFIGS if folder.name.startswith(ENCODING) else ("/config.json",)
+        weights = stored.get(folder.name)
+        inside = [file for file in folder.iterdir() if f"/{file.name}".endswith(names)]
+        inside += files_of(folder, weights) if weights else []
+        files |= {f"{folder.name}/{file.name}": file for file in inside}
     told = sorted((name, file_hash(file)) for name, file in files.items())
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 

@@ -26,11 +26,19 @@ class Family:
     """A family of models.
 
     load: where its loader is, as module:function. It takes (model configuration, path, device, seed, trainable), the
-    first three by position. sampler: what its stock pipeline does where a key of `sampler` is null.
+    first three by position. sampler: what its stock pipeline does where a key of `sampler` is null. denoiser: its class
+    in diffusers. scale: what the stock pipeline calls `sampler.guidance_scale`.
     """
 
     load: str
     sampler: Mapping[str, Any]
+    denoiser: str = "UNet2DConditionModel"
+    scale: str = "guidance_scale"
+
+    @property
+    def component(self) -> str:
+        """The denoiser's name in the stock pipeline."""
+        return "unet" if self.denoiser.startswith("UNet") else "transformer"
 
 
 # built-in name -> directory
@@ -45,11 +53,27 @@ FAMILIES = {
         "draftplus.models.stable_diffusion:load", {"steps": 50, "guidance_scale": 7.5, "negative_prompt": ""}
     ),
     "StableDiffusionXLPipeline": Family("draftplus.models.sdxl:load", {"steps": 50, "guidance_scale": 5.0}),
-    "StableDiffusion3Pipeline": Family("draftplus.models.sd3:load", {"steps": 28, "guidance_scale": 7.0}),
-    "FluxPipeline": Family("draftplus.models.flux:load", {"steps": 28, "guidance_scale": 3.5}),
-    "Flux2KleinPipeline": Family("draftplus.models.flux2:load", {"steps": 50, "guidance_scale": 4.0}),
-    "QwenImagePipeline": Family("draftplus.models.qwen_image:load", {"steps": 50, "guidance_scale": 4.0}),
-    "ZImagePipeline": Family("draftplus.models.z_image:load", {"steps": 50, "guidance_scale": 5.0}),
+    "StableDiffusion3Pipeline": Family(
+        "draftplus.models.sd3:load", {"steps": 28, "guidance_scale": 7.0}, "SD3Transformer2DModel"
+    ),
+    "FluxPipeline": Family(
+        "draftplus.models.flux:load", {"steps": 28, "guidance_scale": 3.5}, "FluxTransformer2DModel"
+    ),
+    "ChromaPipeline": Family(
+        "draftplus.models.chroma:load", {"steps": 35, "guidance_scale": 5.0}, "ChromaTransformer2DModel"
+    ),
+    "Flux2KleinPipeline": Family(
+        "draftplus.models.flux2:load", {"steps": 50, "guidance_scale": 4.0}, "Flux2Transformer2DModel"
+    ),
+    "QwenImagePipeline": Family(
+        "draftplus.models.qwen_image:load",
+        {"steps": 50, "guidance_scale": 4.0},
+        "QwenImageTransformer2DModel",
+        scale="true_cfg_scale",
+    ),
+    "ZImagePipeline": Family(
+        "draftplus.models.z_image:load", {"steps": 50, "guidance_scale": 5.0}, "ZImageTransformer2DModel"
+    ),
 }
 
 
@@ -70,6 +94,16 @@ def family_of(config: ModelConfig) -> Family:
 
     Raises UserError if it is missing, or draftplus has no such family.
     """
+<<<<<<< HEAD
+    return FAMILIES[index_of(config)["_class_name"]]
+
+
+def index_of(config: ModelConfig) -> Mapping[str, Any]:
+    """A model's model_index.json; of a single file its `_class_name` alone. Raises UserError as `family_of` does."""
+    path, revision = os.path.expanduser(model_path(config)), config.revision
+    if is_single_file(path):
+        return {"_class_name": SINGLE_FILE_FAMILY}
+=======
     path = os.path.expanduser(model_path(config))
     if is_single_file(path):
         return FAMILIES[single_file.pipeline_class(config, path)]
@@ -77,22 +111,28 @@ def family_of(config: ModelConfig) -> Family:
 
 
 def _pipeline_class(path: str, revision: str | None) -> str:
+>>>>>>> sources
     if looks_local(path) or Path(path).is_dir():
         index = Path(directory_of(path)) / "model_index.json"
     else:
         found = hub_index(path, revision)
         if not isinstance(found, Path):
             if _is_cached(path, "unet/config.json", revision):  # by version 0.1, which never fetched the index
+<<<<<<< HEAD
+                return {"_class_name": SINGLE_FILE_FAMILY}
+=======
                 return "StableDiffusionPipeline"
+>>>>>>> sources
             raise UserError(found)
         index = found
     try:
-        name = str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
+        told: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))
+        name = str(told["_class_name"])
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{index}: not a diffusers model index") from None
     if name not in FAMILIES:
         raise UserError(f"model.path '{path}' is a {name}, which is not supported; supported: {', '.join(FAMILIES)}")
-    return name
+    return told
 
 
 @lru_cache

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from draftplus.config import SamplerConfig
+from draftplus.diffusion.levels import linear
 from draftplus.errors import UserError
-from draftplus.models.kind import Kind, Shape, evenly_spaced, multiples, shift_of
+from draftplus.models.kind import Kind, Shape, multiples, shift_of, token_counts
 from draftplus.models.pipeline import PipelineModel, load_pipeline
 from draftplus.types import Conditioning, Raw
 
 SCALE = 3.5  # the stock pipeline's default
+LONGEST = 512  # tokens, likewise
 ATTENTION = ("to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
 
@@ -57,7 +59,12 @@ def shape(pipe: Any, height: int | None, width: int | None) -> Shape:
 
 
 def scheduler(pipe: Any, config: Mapping[str, Any], shape: Shape, steps: int) -> Mapping[str, Any]:
-    return {**config, "mu": shift_of(pipe, (shape[1] // 2) * (shape[2] // 2)), "sigmas": evenly_spaced(steps)}
+    return {**config, "mu": shift_of(pipe, (shape[1] // 2) * (shape[2] // 2)), "sigmas": linear(steps)}
+
+
+def lengths(pipe: Any, prompt: str) -> dict[str, tuple[int, int]]:
+    """T5's alone, which reads on where CLIP ends."""
+    return {"tokenizer_2": token_counts(pipe, prompt, {"tokenizer_2": LONGEST})["tokenizer_2"]}
 
 
 def accepts(parts: Mapping[str, Any]) -> None:
@@ -90,7 +97,8 @@ KIND = Kind(
         "transformer": ("FluxTransformer2DModel",), "vae": ("AutoencoderKL",), "text_encoder": ("CLIPTextModel",),
         "text_encoder_2": ("T5EncoderModel",),
     },
-    embed=embed, predict=predict, guided=guided, shape=shape, scheduler=scheduler, accepts=accepts, check=check,
+    embed=embed, predict=predict, guided=guided, doubles=lambda *_: False, shape=shape, scheduler=scheduler,
+    accepts=accepts, check=check, lengths=lengths,
     targets=(*(f"attn.{name}" for name in ATTENTION), *FEED_FORWARD),
 )  # fmt: skip
 load = partial(load_pipeline, KIND)

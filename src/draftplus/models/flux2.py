@@ -10,13 +10,15 @@ from torch import Tensor
 
 from draftplus.config import SamplerConfig
 from draftplus.diffusion.guidance import classifier_free
+from draftplus.diffusion.levels import linear
 from draftplus.errors import UserError
 from draftplus.models.flux import refuse_scale
-from draftplus.models.kind import QKVO, Kind, Shape, evenly_spaced, multiples
+from draftplus.models.kind import QKVO, Kind, Shape, multiples
 from draftplus.models.pipeline import PipelineModel, load_pipeline
 from draftplus.types import Conditioning, Raw
 
 SCALE = 4.0  # the stock pipeline's default
+LONGEST = 512  # tokens, likewise
 
 
 def embed(pipe: Any, prompt: str | None) -> Conditioning:
@@ -34,6 +36,10 @@ def predict(pipe: Any, network: Any, latents: Tensor, timestep: Tensor, conditio
         img_ids=pipe._prepare_latent_ids(latents).to(latents.device), return_dict=False,
     )[0]  # fmt: skip
     return raw.mT.reshape(latents.shape)
+
+
+def doubles(pipe: Any, negative: str | None, scale: float) -> bool:
+    return scale > 1 and not pipe.config.is_distilled
 
 
 def guided(model: PipelineModel, given: Conditioning, negative: str | None, scale: float) -> Raw:
@@ -60,7 +66,14 @@ def shape(pipe: Any, height: int | None, width: int | None) -> Shape:
 def scheduler(pipe: Any, config: Mapping[str, Any], shape: Shape, steps: int) -> Mapping[str, Any]:
     from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
-    return {**config, "mu": compute_empirical_mu(shape[1] * shape[2], steps), "sigmas": evenly_spaced(steps)}
+    return {**config, "mu": compute_empirical_mu(shape[1] * shape[2], steps), "sigmas": linear(steps)}
+
+
+def lengths(pipe: Any, prompt: str) -> dict[str, tuple[int, int]]:
+    """With those of the chat template around it."""
+    told = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+    text = pipe.tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **told)
+    return {"tokenizer": (len(pipe.tokenizer(text).input_ids), LONGEST)}
 
 
 def accepts(parts: Mapping[str, Any]) -> None:
@@ -84,7 +97,7 @@ KIND = Kind(
         "transformer": ("Flux2Transformer2DModel",), "vae": ("AutoencoderKLFlux2",),
         "text_encoder": ("Qwen3ForCausalLM",),
     },
-    embed=embed, predict=predict, guided=guided, to_vae=to_vae, shape=shape, scheduler=scheduler, accepts=accepts,
-    check=check, targets=(*QKVO, "to_qkv_mlp_proj", "attn.to_out"),
+    embed=embed, predict=predict, guided=guided, doubles=doubles, to_vae=to_vae, shape=shape, scheduler=scheduler,
+    accepts=accepts, check=check, lengths=lengths, targets=(*QKVO, "to_qkv_mlp_proj", "attn.to_out"),
 )  # fmt: skip
 load = partial(load_pipeline, KIND)

@@ -48,8 +48,10 @@ def shift_of(pipe: Any, tokens: int) -> float:
     """mu, by which dynamic shifting follows the size of the image. tokens: of the denoiser."""
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-    names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-    return float(calculate_shift(tokens, *(pipe.scheduler.config[name] for name in names)))
+    names = {"base_seq_len": "base_image_seq_len", "max_seq_len": "max_image_seq_len"}
+    names |= {"base_shift": "base_shift", "max_shift": "max_shift"}
+    config = pipe.scheduler.config
+    return float(calculate_shift(tokens, **{key: config[name] for key, name in names.items() if name in config}))
 
 
 def token_counts(pipe: Any, prompt: str, limits: Mapping[str, int] | None = None) -> dict[str, tuple[int, int]]:
@@ -62,11 +64,6 @@ def token_counts(pipe: Any, prompt: str, limits: Mapping[str, int] | None = None
         tokenizer = getattr(pipe, name)
         counts[name] = len(tokenizer(prompt).input_ids), (limits or {}).get(name, tokenizer.model_max_length)
     return counts
-
-
-def evenly_spaced(steps: int) -> list[float]:
-    """The levels that stock pipelines of flow models give where their user gives none: from 1 to 1 / steps."""
-    return torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64).tolist()
 
 
 def _own_scheduler(pipe: Any, config: Mapping[str, Any], shape: Shape, steps: int) -> Mapping[str, Any]:
@@ -86,6 +83,18 @@ class Kind:
     """What a family has of its own. In what follows, `pipe` is its stock pipeline.
 
     label: its name for people. pipeline: the class in diffusers. networks: the classes that each of its folders may
+<<<<<<< HEAD
+    hold, the usual one first. embed: (pipe, prompt) -> one row; None is the stock pipeline's negative prompt where none
+    is given. predict: (pipe, network, latents (b, c, h, w), timestep, conditioning) -> the raw prediction, of that
+    shape; all floating-point inputs in the network's precision. guided, doubles: as in `Model`, the latter of (pipe,
+    negative prompt, scale). to_vae, decoded: latents as the autoencoder takes them, and its images (b, 3, H, W) in
+    [-1, 1]. shape, scheduler, noise_dtype: as in `Model`, the last as the stock pipeline of a precision draws it.
+    targets: the layers that LoRA calls "attention". accepts: (configuration by folder) raises an error for what the
+    family does not support, before any weights are read. check: a UserError for settings of the sampler. lengths:
+    (pipe, prompt) -> by tokenizer, the number of tokens and of those that are read. large_encoders: whether prompts are
+    kept on disk, and encoders let go once all are embedded. checkpoint: makes the autoencoder compute what it decodes
+    anew in the backward pass, by blocks.
+=======
     hold, the usual one first; optional: the folders that a model may lack. embed: (pipe, prompt) -> one row; None is
     the stock pipeline's negative prompt where none is given. predict: (pipe, network, latents (b, c, h, w), timestep,
     conditioning) -> the raw prediction, of that shape; all floating-point inputs in the network's precision. guided:
@@ -96,6 +105,7 @@ class Kind:
     tokenizer, the number of tokens and of those that are read. large_encoders: whether prompts are kept on disk, and
     encoders let go once all are embedded. checkpoint: makes the autoencoder compute what it decodes anew in the
     backward pass, by blocks.
+>>>>>>> sources
     """
 
     label: str
@@ -104,6 +114,7 @@ class Kind:
     embed: Callable[[Any, str | None], Conditioning]
     predict: Callable[[Any, Any, Tensor, Tensor, Conditioning], Tensor]
     guided: Callable[[Any, Conditioning, str | None, float], Raw] = _classifier_free
+    doubles: Callable[[Any, str | None, float], bool] = lambda pipe, negative, scale: scale > 1
     to_vae: Callable[[Any, Tensor], Tensor] = scaled
     decoded: Callable[[Any, Tensor], Tensor] = lambda pipe, z: pipe.vae.decode(z, return_dict=False)[0]
     shape: Callable[[Any, int | None, int | None], Shape] = latent_shape

@@ -173,14 +173,14 @@ def attach(networks: Mapping[str, Any], adapter: LoraFile) -> None:
     for name, network in networks.items():
         _detach(network)
         try:
-            half = adapter.half(name)
+            half = adapter.half(name, network)
             if half:
                 with _silent(logging.getLogger("diffusers")):  # it prints all names of an adapter that does not fit
                     _load_as_stock(network, name, half, adapter)
         except Exception as error:  # those of three libraries have no base class in common
             raise UserError(f"{file}: the adapter does not fit this model: {first_line(error)[:200]}") from None
         if half:
-            _settle(network, half, adapter.alphas_of(name), adapter)
+            _settle(network, half, adapter.alphas_of(name, network), adapter)
 
 
 def _detach(network: Any) -> None:

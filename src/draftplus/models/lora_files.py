@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME, LORA_WEIGHT_NAME_SAFE
 from diffusers.utils import (
     convert_state_dict_to_diffusers,
@@ -24,6 +25,8 @@ LORA_FILE = LORA_WEIGHT_NAME_SAFE
 PICKLES = (".bin", ".pt", ".pth")
 NOT_LORA = ("scheduler", "optimizer", "checkpoint")  # in whose names stock diffusers looks for no adapter
 KINDS = {"dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "lokr_": "LoKr", "hada_": "LoHa"}  # by part of a name
+UP = re.compile(r"lora.*[._](B|up)\b.*weight$")  # in every spelling, what writes a layer's outputs
+PART = re.compile(r"lora.*[._](A|B|up|down)\b.*weight$|alpha$")
 # what peft can be told of an adapter besides ranks and scales, and the values that leave it a plain LoRA
 PLAIN = {
     "use_dora": (None, False), "lora_bias": (None, False), "bias": (None, "none"), "fan_in_fan_out": (None, False),
@@ -45,25 +48,27 @@ class LoraFile:
     alphas: Mapping[str, float] | None
     metadata: Mapping[str, Any] | None
 
-    def half(self, network: str) -> dict[str, Tensor]:
+    def half(self, name: str, network: Any) -> dict[str, Tensor]:
         """The tensors of one network of the pipeline, by their names in it, in the spelling of peft."""
-        return _spelled(network, {name: t for name, t in self.state.items() if name.startswith(f"{network}.")})
+        return _spelled(name, network, {key: t for key, t in self.state.items() if key.startswith(f"{name}.")})
 
-    def alphas_of(self, network: str) -> dict[str, float]:
+    def alphas_of(self, name: str, network: Any) -> dict[str, float]:
         """The alphas of one network of the pipeline, by the layer."""
-        named = {name: alpha for name, alpha in (self.alphas or {}).items() if name.startswith(f"{network}.")}
-        return {name.partition(".lora_A")[0].removesuffix(".alpha"): a for name, a in _spelled(network, named).items()}
+        named = {key: alpha for key, alpha in (self.alphas or {}).items() if key.startswith(f"{name}.")}
+        spelled = _spelled(name, network, named)
+        return {key.partition(".lora_A")[0].removesuffix(".alpha"): alpha for key, alpha in spelled.items()}
 
 
-def _spelled(network: str, named: dict[str, Any]) -> dict[str, Any]:
-    bare = {name.removeprefix(f"{network}."): value for name, value in named.items()}
-    if not bare or "lora_A" in next(iter(bare)):
-        return {name.removeprefix("text_model."): value for name, value in bare.items()}
-    if network.startswith("text_encoder"):
-        if any("lora" in name for name in bare):
+def _spelled(name: str, network: Any, named: dict[str, Any]) -> dict[str, Any]:
+    bare = {key.removeprefix(f"{name}."): value for key, value in named.items()}
+    if bare and "lora_A" not in next(iter(bare)):
+        if not name.startswith("text_encoder"):
+            return dict(convert_unet_state_dict_to_peft(bare))
+        if any("lora" in key for key in bare):
             bare = convert_state_dict_to_peft(convert_state_dict_to_diffusers(bare))
-        return {name.removeprefix("text_model."): value for name, value in bare.items()}
-    return dict(convert_unet_state_dict_to_peft(bare))
+    if hasattr(network, "text_model"):
+        return bare
+    return {key.removeprefix("text_model."): value for key, value in bare.items()}
 
 
 def lora_file(path: Path) -> Path | None:
@@ -100,8 +105,10 @@ def _holds_lora(file: Path) -> bool:
         return file.name == LORA_FILE  # which is damaged; reading it tells how
 
 
-def read_lora(file: Path) -> LoraFile:
-    """Reads a LoRA file: diffusers' spellings old and new, kohya's, safetensors, or a pickle of tensors alone.
+def read_lora(file: Path, pipeline: Any, config: Any = None) -> LoraFile:
+    """Reads a LoRA file: safetensors, or a pickle of tensors alone, in any spelling that stock diffusers converts.
+
+    pipeline: the class of the stock pipeline that it is for. config: of that one's denoiser.
 
     Raises UserError for one that is damaged or would run code, that is no LoRA, or of a kind that is more than a LoRA.
     """
@@ -115,13 +122,30 @@ def read_lora(file: Path) -> LoraFile:
         if key in PLAIN and value not in PLAIN[key]:
             raise UserError(f"{file}: its adapter has {key}={value!r}, which is more than a LoRA; it is not supported")
     try:
-        found, alphas = StableDiffusionLoraLoaderMixin.lora_state_dict(dict(state))
+        found, alphas = _as_stock(pipeline, dict(state), config)
     except Exception as error:  # of names that diffusers has no place for
         raise UserError(f"{file}: the adapter cannot be read: {first_line(error)[:200]}") from None
     stray = next((name for name in found if "lora" not in name or name.endswith(".bias")), None)
     if stray is not None:
         raise UserError(f"{file}: the adapter does not fit this model: '{stray}' is not a part of a LoRA")
+    lost = next((name for name, tensor in state.items() if not PART.search(name) and tensor.any()), None)
+    if lost is not None and lost not in found:
+        raise UserError(f"{file}: stock diffusers leaves out '{lost}', which is not a part of a LoRA")
+    if _outputs(found) < _outputs(state):
+        raise UserError(f"{file}: stock diffusers leaves out a part of the adapter, for which it has no layers")
     return LoraFile(file, found, alphas or None, metadata)
+
+
+def _as_stock(pipeline: Any, state: dict[str, Tensor], config: Any) -> tuple[dict[str, Tensor], Any]:
+    """The tensors under diffusers' names, and their alphas where these are not multiplied into them."""
+    told = {"unet_config": config} if issubclass(pipeline, StableDiffusionXLLoraLoaderMixin) else {}
+    found = pipeline.lora_state_dict(state, return_alphas=True, **told)
+    return found if isinstance(found, tuple) else (found, None)
+
+
+def _outputs(state: Mapping[str, Tensor]) -> int:
+    """How many outputs of layers an adapter writes to; no conversion changes this, not of layers that are split."""
+    return sum(len(tensor) for name, tensor in state.items() if UP.search(name) and tensor.any())
 
 
 def _metadata(file: Path) -> dict[str, Any] | None:

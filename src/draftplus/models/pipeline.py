@@ -16,9 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from draftplus.config import ModelConfig, SamplerConfig
+<<<<<<< HEAD
+from draftplus.models import loading
+from draftplus.models.embedding_store import EmbeddingStore, store_of
+=======
 from draftplus.errors import needs_memory
 from draftplus.models import loading, stock
 from draftplus.models.embedding_store import EmbeddingStore, encoders_hash
+>>>>>>> sources
 from draftplus.models.embeddings import Embeddings
 from draftplus.models.kind import Kind, Shape
 from draftplus.models.tuned import Tuned, make_tuned
@@ -61,9 +66,14 @@ class PipelineModel:
     def _embed(self, prompt: str | None) -> Conditioning:
         self._open()
         for name, (tokens, limit) in self.kind.lengths(self.pipe, prompt or "").items():
+<<<<<<< HEAD
+            self.encode.cut(tokens, limit, name.replace("tokenizer", "text_encoder"))
+        return self.kind.embed(self.pipe, prompt)
+=======
             self.encode.cut(tokens, limit, name)
         with needs_memory("the text encoders"):
             return self.kind.embed(self.pipe, prompt)
+>>>>>>> sources
 
     def prepare(self, prompts: Sequence[str | None], advance: Advance, share: tuple[int, int] = (0, 1)) -> None:
         if self.encode.prepare(prompts, advance, share):
@@ -91,6 +101,9 @@ class PipelineModel:
 
     def guided(self, given: Conditioning, negative: str | None, scale: float) -> Raw:
         return self.kind.guided(self, given, negative, scale)
+
+    def doubles(self, negative: str | None, scale: float) -> bool:
+        return self.kind.doubles(self.pipe, negative, scale)
 
     def predict(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         """The raw prediction without guidance. latents: (b, c, h, w), timestep: () or (b,). Returns (b, c, h, w)."""
@@ -138,7 +151,7 @@ def load_pipeline(
         return network
 
     def tune(denoiser: Any) -> Tuned:
-        tuned = make_tuned(denoiser, kind.component, config.lora, seed, trainable, kind.targets)
+        tuned = make_tuned(denoiser, type(pipe), config.lora, seed, trainable, kind.targets)
         if config.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
         return tuned
@@ -149,6 +162,56 @@ def load_pipeline(
     if config.gradient_checkpointing:
         kind.checkpoint(pipe.vae)
     encoders = [name for name in there if name.startswith("text_encoder")]
+<<<<<<< HEAD
+    store = store_of(kind.label, source, path, frozen, device) if kind.large_encoders else None
+    return PipelineModel(kind, pipe, encoders, read, tune, _scheduler_config(directory), device, frozen, store)
+
+
+def present(kind: Kind, directory: Path) -> dict[str, Any]:
+    """The class of each network that a model has, by its folder: its index may say null of text encoders.
+
+    Raises ValueError for a class that the family does not have, or a part that it cannot do without.
+    """
+    import diffusers
+    import transformers
+
+    index, found = _index(directory), {}
+    for folder, names in kind.networks.items():
+        name = index.get(folder, ABSENT)[1]
+        if name is None:
+            if folder.startswith("text_encoder_"):
+                continue
+            raise ValueError(f"its model_index.json names no {folder}")
+        if name not in names:
+            raise ValueError(f"its {folder} is a {name}, which is not supported, only {' or '.join(names)}")
+        found[folder] = getattr(diffusers, name, None) or getattr(transformers, name)
+    return found
+
+
+def _without_weights(kind: Kind, directory: Path, there: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """The stock pipeline with its tokenizers and settings, its denoiser and autoencoder without weights."""
+    import diffusers
+
+    given: dict[str, Any] = dict.fromkeys(kind.networks)
+    for name in (kind.component, "vae"):
+        with torch.device("meta"):
+            given[name] = there[name].from_config(there[name].load_config(directory, subfolder=name)).to(dtype)
+    cls = getattr(diffusers, kind.pipeline)
+    given |= {name: None for name, told in _index(directory).items() if told == ABSENT}
+    given |= {name: None for name in cls._optional_components if name in BESIDE}
+    return cls.from_pretrained(directory, local_files_only=True, **given)
+
+
+def _index(directory: Path) -> dict[str, Any]:
+    return dict(json.loads((directory / "model_index.json").read_text(encoding="utf-8")))
+
+
+def _scheduler_config(directory: Path) -> Mapping[str, Any]:
+    from diffusers import DDIMScheduler
+
+    config: Mapping[str, Any] = DDIMScheduler.load_config(directory, subfolder="scheduler")
+    return config
+=======
     store = None
     if kind.large_encoders:
         folders = [*encoders, *(name for name in stock.index_of(source.directory) if name.startswith("tokenizer"))]
@@ -157,3 +220,4 @@ def load_pipeline(
     return PipelineModel(
         kind, pipe, encoders, read, tune, stock.scheduler_config(source.directory), device, frozen, store
     )
+>>>>>>> sources

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from draftplus.config import SamplerConfig
 from draftplus.errors import UserError
-from draftplus.models.kind import Kind, Shape, multiples, shift_of
+from draftplus.models.flux import scheduler, shape
+from draftplus.models.kind import Kind, token_counts
 from draftplus.models.pipeline import PipelineModel, load_pipeline
 from draftplus.types import Conditioning, Raw
 
@@ -50,12 +50,16 @@ def unpack(pipe: Any, packed: Tensor, height: int, width: int) -> Tensor:
     return latents.squeeze(2)
 
 
+def doubles(pipe: Any, negative: str | None, scale: float) -> bool:
+    return negative is not None and scale > 1
+
+
 def guided(model: PipelineModel, given: Conditioning, negative: str | None, scale: float) -> Raw:
     """Classifier-free guidance, each patch as long as in the prediction for the prompt; none without a negative prompt.
 
     Two passes, as the prompts differ in length, and attention is faster without a mask.
     """
-    if negative is None or scale <= 1:
+    if not doubles(model.pipe, negative, scale):
         return lambda x, timestep: model.predict(x, timestep, given)
     against = model.encode([negative] * len(given))
 
@@ -90,16 +94,6 @@ def checkpoint_blocks(vae: Any) -> None:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def shape(pipe: Any, height: int | None, width: int | None) -> Shape:
-    sides = multiples(2 * pipe.vae_scale_factor, height or 1024, width or 1024)
-    return pipe.transformer.config.in_channels // 4, *(side // pipe.vae_scale_factor for side in sides)
-
-
-def scheduler(pipe: Any, config: Mapping[str, Any], shape: Shape, steps: int) -> Mapping[str, Any]:
-    mu = {"mu": shift_of(pipe, (shape[1] // 2) * (shape[2] // 2))} if config.get("use_dynamic_shifting") else {}
-    return {**config, **mu, "sigmas": np.linspace(1.0, 1 / steps, steps).tolist()}
-
-
 def accepts(parts: Mapping[str, Any]) -> None:
     transformer = parts["transformer"]
     if transformer.in_channels != 4 * parts["vae"].z_dim or transformer.use_additional_t_cond:
@@ -124,7 +118,8 @@ KIND = Kind(
         "transformer": ("QwenImageTransformer2DModel",), "vae": ("AutoencoderKLQwenImage",),
         "text_encoder": ("Qwen2_5_VLForConditionalGeneration",),
     },
-    embed=embed, predict=predict, guided=guided, to_vae=to_vae, decoded=decoded, shape=shape, scheduler=scheduler,
-    accepts=accepts, check=check, checkpoint=checkpoint_blocks,
+    embed=embed, predict=predict, guided=guided, doubles=doubles, to_vae=to_vae, decoded=decoded, shape=shape,
+    scheduler=scheduler, accepts=accepts, check=check, checkpoint=checkpoint_blocks,
+    lengths=partial(token_counts, limits={"tokenizer": LONGEST}),
 )  # fmt: skip
 load = partial(load_pipeline, KIND)

@@ -90,6 +90,9 @@ class StableDiffusion:
         told = replace(given, extras={"timestep_cond": self._scale_embedding(scale).expand(len(given), -1)})
         return lambda x, timestep: self.predict(x, timestep, told)
 
+    def doubles(self, negative: str | None, scale: float) -> bool:
+        return scale > 1 and self.unet.config.time_cond_proj_dim is None
+
     def _scale_embedding(self, scale: float) -> Tensor:
         from diffusers import StableDiffusionPipeline
 
@@ -129,6 +132,8 @@ def load(
 
     Raises UserError for a missing model, one of another family, or weights that would run code.
     """
+    from diffusers import StableDiffusionPipeline
+
     frozen = dtype or getattr(torch, config.dtype)
     unet, vae, text_encoder, tokenizer, scheduler_config = _components(config, path, frozen)
     _refuse_other_families(path, unet.config, vae.config, text_encoder.config)
@@ -136,7 +141,7 @@ def load(
         part.requires_grad_(False).eval().to(device)
     if loading.decodes_in_float32(vae):
         vae.to(torch.float32)
-    tuned = make_tuned(unet, "unet", config.lora, seed, trainable, ATTENTION)
+    tuned = make_tuned(unet, StableDiffusionPipeline, config.lora, seed, trainable, ATTENTION)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
         vae.enable_gradient_checkpointing()

@@ -28,13 +28,15 @@ class Tuned:
 
     denoiser: the network that is tuned. network: the one to call, which inside `reference` is the frozen model. frozen:
     the frozen copy of a fully tuned denoiser; with adapters, the frozen model is the denoiser itself with them off.
-    component: the denoiser's name in the stock pipeline, "unet" or "transformer", with which the names in a LoRA file
-    begin. encoders: the text encoders by theirs. Training leaves these as they are; a LoRA file of another hand may
-    hold adapters of them too. open_encoders: loads those that are not in memory.
+    pipeline: the class of the stock pipeline, which reads LoRA files of every spelling. component: the denoiser's name
+    in it, "unet" or "transformer", with which the names in a LoRA file begin. encoders: the text encoders by theirs.
+    Training leaves these as they are; a LoRA file of another hand may hold adapters of those that stock gives some.
+    open_encoders: loads those that are not in memory.
     """
 
-    def __init__(self, denoiser: Any, component: str, frozen: Any = None) -> None:
-        self.denoiser, self.frozen, self.component = denoiser, frozen, component
+    def __init__(self, denoiser: Any, pipeline: Any, frozen: Any = None) -> None:
+        self.denoiser, self.frozen, self.pipeline = denoiser, frozen, pipeline
+        self.component = pipeline._lora_loadable_modules[0]
         self.encoders: dict[str, Any] = {}
         self.open_encoders: Callable[[], None] = lambda: None
         self.network = denoiser
@@ -88,7 +90,9 @@ class Tuned:
         return lora.trained(self.denoiser)
 
     def _adaptable(self) -> dict[str, Any]:
-        return {self.component: self.denoiser, **self.encoders}
+        loadable = self.pipeline._lora_loadable_modules
+        encoders = {name: encoder for name, encoder in self.encoders.items() if name in loadable}
+        return {self.component: self.denoiser, **encoders}
 
     def has_adapters(self) -> bool:
         """Whether the weights are low-rank adapters, and not a whole denoiser."""
@@ -127,7 +131,7 @@ class Tuned:
         directory = path.parent if path.name.startswith("diffusion_pytorch_model") else path
         file = lora_file(directory)
         if file is not None:
-            read = read_lora(file)
+            read = read_lora(file, self.pipeline, self.denoiser.config)
             if not all(name.startswith(f"{self.component}.") for name in read.state):
                 self.open_encoders()
             lora.attach(self._adaptable(), read)
@@ -160,12 +164,12 @@ class Tuned:
 
 
 def make_tuned(
-    denoiser: Any, component: str, config: LoraConfig | None, seed: int, trainable: bool, attention: Sequence[str]
+    denoiser: Any, pipeline: Any, config: LoraConfig | None, seed: int, trainable: bool, attention: Sequence[str]
 ) -> Tuned:
     """Makes a loaded and frozen denoiser ready for training or, if not `trainable`, for sampling.
 
-    config: of the adapters; None: the whole denoiser is trained, in at least float32. attention: the layers that its
-    targets call "attention".
+    pipeline: as in `Tuned`. config: of the adapters; None: the whole denoiser is trained, in at least float32.
+    attention: the layers that its targets call "attention".
     """
     if trainable and config is not None:
         lora.add_lora(denoiser, config, seed, attention)
@@ -173,8 +177,8 @@ def make_tuned(
         denoiser.to(torch.promote_types(torch.float32, denoiser.dtype))
         frozen = copy.deepcopy(denoiser)  # in the trained precision, or the KL term would start at the rounding error
         denoiser.requires_grad_(True)
-        return Tuned(denoiser, component, frozen)
-    return Tuned(denoiser, component)
+        return Tuned(denoiser, pipeline, frozen)
+    return Tuned(denoiser, pipeline)
 
 
 def _denoiser_weights(directory: Path) -> dict[str, Tensor]:

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from draftplus.diffusion.guidance import classifier_free
-from draftplus.models.kind import Kind, Shape, multiples, shift_of
+from draftplus.diffusion.levels import linear
+from draftplus.models.kind import Kind, Shape, multiples, shift_of, token_counts
 from draftplus.models.pipeline import PipelineModel, load_pipeline
 from draftplus.types import Conditioning, Raw
+
+LONGEST = 512 - 3  # tokens that the stock pipeline reads of a prompt: all but those of its template before it
 
 
 def embed(pipe: Any, prompt: str | None) -> Conditioning:
@@ -32,6 +35,10 @@ def predict(pipe: Any, network: Any, latents: Tensor, timestep: Tensor, conditio
     return -torch.stack(raw).squeeze(2)
 
 
+def doubles(pipe: Any, negative: str | None, scale: float) -> bool:
+    return scale > 0
+
+
 def guided(model: PipelineModel, given: Conditioning, negative: str | None, scale: float) -> Raw:
     """c + scale * (c - u), which is classifier-free guidance whose scale is one more; on from 0, not from 1."""
     return classifier_free(model.predict, given, model.encode([negative]) if scale > 0 else given, scale + 1)
@@ -43,8 +50,7 @@ def shape(pipe: Any, height: int | None, width: int | None) -> Shape:
 
 
 def scheduler(pipe: Any, config: Mapping[str, Any], shape: Shape, steps: int) -> Mapping[str, Any]:
-    mu = {"mu": shift_of(pipe, (shape[1] // 2) * (shape[2] // 2))} if config.get("use_dynamic_shifting") else {}
-    return {**config, **mu, "sigmas": torch.linspace(1.0, 1 / steps, steps).tolist()}
+    return {**config, "mu": shift_of(pipe, (shape[1] // 2) * (shape[2] // 2)), "sigmas": linear(steps)}
 
 
 def accepts(parts: Mapping[str, Any]) -> None:
@@ -56,7 +62,7 @@ KIND = Kind(
     label="Z-Image",
     pipeline="ZImagePipeline",
     networks={"transformer": ("ZImageTransformer2DModel",), "vae": ("AutoencoderKL",), "text_encoder": ("Qwen3Model",)},
-    embed=embed, predict=predict, guided=guided, shape=shape, scheduler=scheduler, accepts=accepts,
-    noise_dtype=lambda dtype: torch.float32,
+    embed=embed, predict=predict, guided=guided, doubles=doubles, shape=shape, scheduler=scheduler, accepts=accepts,
+    noise_dtype=lambda dtype: torch.float32, lengths=partial(token_counts, limits={"tokenizer": LONGEST}),
 )  # fmt: skip
 load = partial(load_pipeline, KIND)

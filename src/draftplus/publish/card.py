@@ -17,7 +17,7 @@ from draftplus.config import Config, flatten, to_dict
 from draftplus.metrics.intervals import mean_over_images
 from draftplus.models.families import MODELS
 from draftplus.models.loading import is_single_file
-from draftplus.publish.usage import differs_from_stock, elsewhere, is_local, public, snippet
+from draftplus.publish.usage import differs_from_stock, elsewhere, family_of, is_local, pipeline_of, public, snippet
 from draftplus.report.read import Run
 from draftplus.report.summary import gain_between, held_out_rewards
 from draftplus.report.wording import method_in_words, setting, show, show_gain
@@ -40,16 +40,20 @@ def write_card(
     shown = _copy_pictures(run, step, directory, before, after)
     prompt = shown[0][0] if shown else "a cat"
     adapter = lora and form != "merged"
+    known = ["stable-diffusion"] if pipeline_of(config.model).startswith("StableDiffusion") else []
     facts: dict[str, Any] = {
         **_base(config),
         **({"base_model_relation": "adapter" if adapter else "finetune"} if _on_hub(config) else {}),
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
-        "tags": ["text-to-image", "stable-diffusion", "diffusers", "draftplus", *(["lora"] if adapter else [])],
+        "tags": ["text-to-image", *known, "diffusers", "draftplus", *(["lora"] if adapter else [])],
         "widget": [{"text": text, "output": {"url": url}} for text, url in shown] or None,
     }
     data = ModelCardData(**facts)
-    kind = "A LoRA adapter" if adapter else "A fully fine-tuned UNet" if form == "diffusers" else "A whole pipeline"
+    network = "UNet" if family_of(config.model).component == "unet" else "transformer"
+    kind = (
+        "A LoRA adapter" if adapter else f"A fully fine-tuned {network}" if form == "diffusers" else "A whole pipeline"
+    )
     base = config.model.path if _on_hub(config) or config.model.path in MODELS else Path(config.model.path).name
     method = _public_text(method_in_words(to_dict(config), run.last_sigma), config)
     parts = [

@@ -7,18 +7,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from draftplus.config import Config, SamplerConfig
-from draftplus.models.families import MODELS, model_path
+from draftplus.config import Config, ModelConfig, SamplerConfig
+from draftplus.diffusion.levels import LINEAR
+from draftplus.diffusion.schedule import is_flow
+from draftplus.errors import UserError
+from draftplus.models.families import FAMILIES, MODELS, Family, index_of
 from draftplus.models.loading import is_single_file, looks_local
+from draftplus.models.scheduler_file import sampled_with, scheduler_config
 from draftplus.models.single_file import PACKAGED
 from draftplus.models.stored import loaded_variant
 
-# sampler.solver -> the scheduler of stock diffusers, what it must be told, and what other programs call it
+STABLE_DIFFUSION = "StableDiffusionPipeline"  # whose constructor repairs old files, which from_config forgets
+
+# solver -> the scheduler of stock diffusers, what it must be told, and what other programs call it
 SCHEDULERS: Mapping[str, tuple[str, dict[str, Any], str]] = {
-    "ddim": ("DDIMScheduler", {"clip_sample": False, "steps_offset": 1}, "DDIM"),
-    "euler": ("EulerDiscreteScheduler", {"steps_offset": 1}, "Euler"),
-    "dpmpp_2m": ("DPMSolverMultistepScheduler", {"steps_offset": 1}, "DPM++ 2M"),
-}  # as the stock pipeline's constructor repairs old files, which from_config forgets
+    "ddim": ("DDIMScheduler", {"clip_sample": False}, "DDIM"),
+    "euler": ("EulerDiscreteScheduler", {}, "Euler"),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {}, "DPM++ 2M"),
+}
 
 
 def is_local(path: str) -> bool:
@@ -34,31 +40,52 @@ def public(value: Any) -> Any:
     return Path(value).name if local else value
 
 
-def _scheduler(sampler: SamplerConfig) -> tuple[str, dict[str, Any], str]:
-    name, changes, called = SCHEDULERS["ddim" if sampler.solver == "auto" else sampler.solver]
-    return name, changes | ({"timestep_spacing": sampler.spacing} if sampler.spacing else {}), called
+def _index(model: ModelConfig) -> Mapping[str, Any]:
+    try:
+        return index_of(model)
+    except UserError:  # it is not at hand, as of runs from before there were other families
+        return {"_class_name": STABLE_DIFFUSION}
 
 
-def stock_scheduler(sampler: SamplerConfig, config: Mapping[str, Any]) -> Any:
-    """The scheduler of stock diffusers that samples as a run does. config: the model's scheduler configuration."""
+def pipeline_of(model: ModelConfig) -> str:
+    """The class of a model's stock pipeline, as far as it is known."""
+    return str(_index(model)["_class_name"])
+
+
+def family_of(model: ModelConfig) -> Family:
+    """The family of a model, as far as it is known."""
+    return FAMILIES[pipeline_of(model)]
+
+
+def _is_flow(config: Config) -> bool:
+    file = scheduler_config(config.model)
+    return is_flow(file) if file else family_of(config.model).component != "unet"
+
+
+def _scheduler(config: Config) -> tuple[str, dict[str, Any]] | None:
+    """The scheduler class that stock diffusers needs, and what it must be told; None for the model's own as it is."""
+    file, sampler = scheduler_config(config.model), config.sampler
+    name, changes, _ = SCHEDULERS[sampled_with(config)]
+    stable, own = pipeline_of(config.model) == STABLE_DIFFUSION, name == file.get("_class_name")
+    if _is_flow(config) or (own and not stable and sampler.spacing is None):
+        return None
+    changes = changes | ({"steps_offset": 1} if stable else {})
+    return name, changes | ({"timestep_spacing": sampler.spacing} if sampler.spacing else {})
+
+
+def stock_scheduler(config: Config, file: Mapping[str, Any]) -> Any:
+    """The scheduler of stock diffusers that samples as a run does. file: the model's scheduler configuration."""
     import diffusers
 
-    name, changes, _ = _scheduler(sampler)
-    return getattr(diffusers, name).from_config(dict(config), **changes)
+    name, changes = _scheduler(config) or (file["_class_name"], {})
+    return getattr(diffusers, name).from_config(dict(file), **changes)
 
 
 def differs_from_stock(config: Config) -> bool:
     """Whether the run sampled with DDIM and linspace spacing, whose noise levels are others than in stock diffusers."""
-    from diffusers import DDIMScheduler
-
-    if _scheduler(config.sampler)[0] != "DDIMScheduler" or config.sampler.spacing not in (None, "linspace"):
+    if sampled_with(config) != "ddim":
         return False
-    told = {"subfolder": "scheduler", "revision": config.model.revision, "local_files_only": True}
-    try:
-        file = DDIMScheduler.load_config(config.model.config or model_path(config.model), **told)
-    except (OSError, ValueError):  # a single file, say, whose families are not spaced so
-        file = {}
-    return (config.sampler.spacing or file.get("timestep_spacing")) == "linspace"
+    return (config.sampler.spacing or scheduler_config(config.model).get("timestep_spacing")) == "linspace"
 
 
 def snippet(config: Config, form: str, lora: bool, file: str, dtype: str | None, prompt: str) -> str:
@@ -66,14 +93,16 @@ def snippet(config: Config, form: str, lora: bool, file: str, dtype: str | None,
 
     file: of the adapter. dtype: of merged weights.
     """
-    name, changes, _ = _scheduler(config.sampler)
-    classes = [*([] if form == "merged" else [name]), "StableDiffusionPipeline"]
+    pipeline, family, scheduler = pipeline_of(config.model), family_of(config.model), _scheduler(config)
     whole = form == "diffusers" and not lora
-    lines = [f"from diffusers import {', '.join([*classes, *(['UNet2DConditionModel'] if whole else [])])}"]
-    lines = ["import torch", *lines, "", 'here = "."  # this directory, or its name on the hub']
+    classes = [scheduler[0]] if scheduler and form != "merged" else []
+    classes += [pipeline, *([family.denoiser] if whole else [])]
+    lines = ["import numpy"] if config.sampler.spacing == LINEAR else []
+    lines += ["import torch", f"from diffusers import {', '.join(classes)}", ""]
+    lines.append('here = "."  # this directory, or its name on the hub')
     if form == "merged":
         given = f", torch_dtype=torch.{dtype}" if dtype not in (None, "float32") else ""
-        lines.append(f"pipeline = StableDiffusionPipeline.from_pretrained(here{given})")
+        lines.append(f"pipeline = {pipeline}.from_pretrained(here{given})")
     else:
         model = config.model
         if model.path in MODELS:
@@ -88,24 +117,34 @@ def snippet(config: Config, form: str, lora: bool, file: str, dtype: str | None,
         if model.config not in PACKAGED:  # which stock does not have
             told["config"] = public(model.config)
         given = "".join(f", {key}={_text(value)}" for key, value in told.items() if value)
-        unet = ", unet=UNet2DConditionModel.from_pretrained(here)" if whole else ""
-        lines.append(f"pipeline = StableDiffusionPipeline.{load}(base{given}{unet})")
-        mended = "".join(f", {key}={value!r}" for key, value in changes.items())
-        lines.append(f"pipeline.scheduler = {name}.from_config(pipeline.scheduler.config{mended})")
+        if model.dtype != "float32" and not whole:  # what was tuned as a whole is in float32, and fits no other half
+            given += f", torch_dtype=torch.{model.dtype}"
+        # which stock does without only where it is told so
+        for name, told_of in _index(model).items():
+            if told_of == [None, None] and name.startswith(("text_encoder", "tokenizer")):
+                given += f", {name}=None"
+        part = f", {family.component}={family.denoiser}.from_pretrained(here)" if whole else ""
+        lines.append(f"pipeline = {pipeline}.{load}(base{given}{part})")
+        if scheduler:
+            mended = "".join(f", {key}={value!r}" for key, value in scheduler[1].items())
+            lines.append(f"pipeline.scheduler = {scheduler[0]}.from_config(pipeline.scheduler.config{mended})")
         if lora:
             lines.append(f'pipeline.load_lora_weights(here, weight_name="{file}")')
     return "\n".join([*lines, "image = pipeline(", *(f"    {one}," for one in _call(config, prompt)), ").images[0]"])
 
 
 def _call(config: Config, prompt: str) -> list[str]:
-    sampler = config.sampler
+    sampler, family = config.sampler, family_of(config.model)
+    stocks = sampler.negative_prompt == family.sampler.get("negative_prompt")  # where none is given
     told = {
-        "num_inference_steps": sampler.steps, "guidance_scale": sampler.guidance_scale,
-        "negative_prompt": sampler.negative_prompt or None, "eta": sampler.eta or None,
-        "height": sampler.height, "width": sampler.width,
+        "num_inference_steps": sampler.steps, family.scale: sampler.guidance_scale,
+        "negative_prompt": None if stocks else sampler.negative_prompt, "eta": sampler.eta or None,
+        "height": sampler.height, "width": sampler.width, "sigmas": sampler.sigmas,
     }  # fmt: skip
     given = [f"{key}={_text(value)}" for key, value in told.items() if value is not None]
-    return [_text(prompt), *given, 'generator=torch.Generator("cpu").manual_seed(0)']
+    if sampler.spacing == LINEAR:
+        given.append(f"sigmas=numpy.linspace(1, 1 / {sampler.steps}, {sampler.steps}).tolist()")
+    return [f"prompt={_text(prompt)}", *given, 'generator=torch.Generator("cpu").manual_seed(0)']
 
 
 def _text(value: Any) -> str:
@@ -115,8 +154,13 @@ def _text(value: Any) -> str:
 
 def elsewhere(config: Config, form: str, lora: bool, file: str) -> str:
     """A paragraph about ComfyUI, AUTOMATIC1111 and programs like them."""
-    sampler, called = config.sampler, _scheduler(config.sampler)[2]
-    settings = f"Sampler {called}, {sampler.steps} steps, CFG scale {sampler.guidance_scale}"
+    sampler, called = config.sampler, "Euler" if _is_flow(config) else SCHEDULERS[sampled_with(config)][2]
+    stable = pipeline_of(config.model).startswith(STABLE_DIFFUSION.removesuffix("Pipeline")) and not _is_flow(config)
+    settings = (
+        f"Sampler {called}, {sampler.steps} steps, {'CFG scale' if stable else 'guidance'} {sampler.guidance_scale}"
+    )
+    if _is_flow(config):
+        settings += f", the model's own shift{_levels(sampler)}"
     if sampler.negative_prompt:
         settings += f", negative prompt “{sampler.negative_prompt}”"
     if form == "kohya":
@@ -127,6 +171,8 @@ def elsewhere(config: Config, form: str, lora: bool, file: str) -> str:
             f"`models/Lora` and add `<lora:{word}:1>` to the prompt. **InvokeAI** imports it in its model manager. "
             f"Use it with the base model named above. {settings}."
         )
+    if form == "merged" and not stable:
+        return f"Programs with a window want another layout than that of this directory. {settings}."
     if form == "merged":
         return (
             "**ComfyUI**: put this directory into `models/diffusers` and load it with the node *DiffusersLoader*. "
@@ -140,3 +186,11 @@ def elsewhere(config: Config, form: str, lora: bool, file: str) -> str:
         f"ComfyUI, AUTOMATIC1111 and programs like them want {wanted}: `draftplus export … --format {other}`. "
         f"{settings}."
     )
+
+
+def _levels(sampler: SamplerConfig) -> str:
+    if sampler.sigmas is not None:
+        return f" of the noise levels (sigmas) {', '.join(f'{one:g}' for one in sampler.sigmas)}, and 0 at the end"
+    if sampler.spacing == LINEAR:
+        return f" of noise levels (sigmas) that fall evenly from 1 to 1/{sampler.steps}, and 0 at the end"
+    return ""

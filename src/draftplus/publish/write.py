@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers.utils import convert_state_dict_to_kohya
 from safetensors.torch import load_file, save_file
@@ -19,12 +20,14 @@ from draftplus.models.lora_files import LORA_FILE, read_lora
 from draftplus.models.stable_diffusion import StableDiffusion, as_pipeline
 from draftplus.models.stored import stored_dtype
 from draftplus.publish.card import files_of_export, write_card
-from draftplus.publish.usage import stock_scheduler
+from draftplus.publish.usage import pipeline_of, stock_scheduler
 from draftplus.report.read import Run, read_run
 from draftplus.runs.checksums import files_hash
 from draftplus.runs.directory import is_run, saved_steps, step_name
 from draftplus.runs.files import whole_directory
 from draftplus.runs.weights import find_weights, parted
+
+KOHYA = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")  # for which diffusers has a converter
 
 
 @dataclass(frozen=True)
@@ -108,16 +111,24 @@ def _diffusers(what: Export, directory: Path) -> dict[str, Any]:
 
 
 def _kohya(what: Export, directory: Path) -> dict[str, Any]:
+    pipeline = pipeline_of(what.config.model)
+    if pipeline not in KOHYA:
+        raise UserError(
+            f"{what.label} is tuned from a {pipeline}, for which the format kohya does not exist; use diffusers"
+        )
     state = load_file(what.adapter / LORA_FILE)
     ranks = {tensor.shape[0] for name, tensor in state.items() if "lora_A" in name}
     header = {"format": "pt", "ss_network_module": "networks.lora", "ss_output_name": what.label}
     header |= {"ss_network_dim": str(max(ranks)), "ss_network_alpha": str(max(ranks))}
     widths = {tensor.shape[1] for name, tensor in state.items() if name.endswith("attn2.to_k.lora_A.weight")}
-    if widths:  # AUTOMATIC1111 and Forge list a file only beside models of its version
+    if pipeline == "StableDiffusionXLPipeline":  # AUTOMATIC1111 and Forge list a file only beside models of its version
+        header["ss_base_model_version"] = "sdxl_base_v1-0"
+    elif widths:
         header["ss_v2"] = str(widths == {1024})
     name = f"{what.label.replace('@', '-')}.safetensors"
     save_file(convert_state_dict_to_kohya(state), directory / name, metadata=header)
-    lost = state.keys() - {f"unet.{key}" for key in read_lora(directory / name).half("unet")}
+    unet = read_lora(directory / name, getattr(diffusers, pipeline)).half("unet", None)
+    lost = state.keys() - {f"unet.{key}" for key in unet}
     if lost:  # of a layer that Stable Diffusion itself does not have
         raise UserError(
             f"the adapter's layer '{min(lost).partition('.lora_')[0]}' has no name in the format kohya; "
@@ -128,11 +139,15 @@ def _kohya(what: Export, directory: Path) -> dict[str, Any]:
 
 def _merged(what: Export, directory: Path) -> dict[str, Any]:
     model = build_model(replace(what.config.model, dtype="float32"), torch.device("cpu"), trainable=False)
-    assert isinstance(model, StableDiffusion)
+    if not isinstance(model, StableDiffusion):
+        raise UserError(
+            f"the format merged is for Stable Diffusion 1.x and 2.x, and {what.config.model.path} is a "
+            f"{pipeline_of(what.config.model)}; use diffusers"
+        )
     dtype = stored_dtype(what.config.model) or getattr(torch, what.config.model.dtype)  # now its files are at hand
     model.tuned.load(what.adapter)
     model.tuned.merge()
-    scheduler = stock_scheduler(what.config.sampler, model.scheduler_config)
+    scheduler = stock_scheduler(what.config, model.scheduler_config)
     as_pipeline(model, scheduler).to(dtype=dtype).save_pretrained(directory)
     return {"dtype": str(dtype).removeprefix("torch.")}
 

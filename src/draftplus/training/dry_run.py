@@ -29,7 +29,8 @@ def describe(config: Config, run: Path) -> str:
         began = time.perf_counter()
         task.step(state, nullcontext)
         seconds = time.perf_counter() - began
-    setup, held_out = task.setup, task.held_out
+    setup, held_out, sampler = task.setup, task.held_out, task.setup.problem.sampler
+    doubled = sampler.model.doubles(sampler.negative_prompt, sampler.guidance_scale)
     plain, graded, frozen = passes(setup.problem, config.seed)
     parameters = sum(parameter.numel() for parameter in task.parameters.values())
     evaluations = 1 + -(-task.total // config.eval.every) + sum("checkpoint" not in one for one in config.eval.variants)
@@ -44,10 +45,9 @@ def describe(config: Config, run: Path) -> str:
             f"method                {METHODS[config.objective.method].label}",
             f"trained parameters    {parameters:,}",
             f"prompts               {len(setup.prompts)} to train on, {len(held_out.prompts)} held out",
-            f"last sampling step    at noise level σ = {setup.problem.sampler.schedule.last_sigma:.2g}, of "
-            "x_t = α x_0 + σ ε",
+            f"last sampling step    at noise level σ = {sampler.schedule.last_sigma:.2g}, of x_t = α x_0 + σ ε",
             f"passes per image      {plain} without gradient, {graded} with gradient, {frozen} of the frozen model"
-            + (", each doubled by guidance" if setup.problem.sampler.guidance_scale > 1 else ""),
+            + (", each doubled by guidance" if doubled else ""),
             f"expected time         {_clock(task.total * seconds + evaluating)}: {task.total} steps of "
             f"{seconds:.1f} s, {evaluations} evaluations of {images} images",
         ]

@@ -1,0 +1,78 @@
+"""Chroma (lodestones 2025): FLUX.1 without CLIP, and with classifier-free guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from draftplus.config import SamplerConfig
+from draftplus.errors import UserError
+from draftplus.models import flux
+from draftplus.models.kind import Kind, Shape, token_counts
+from draftplus.models.pipeline import load_pipeline
+from draftplus.types import Conditioning
+
+
+def embed(pipe: Any, prompt: str | None) -> Conditioning:
+    """T5's tokens, with a mask of ones for them and one token of padding; to attention, which adds it, no more."""
+    hidden, _, mask, *_ = pipe.encode_prompt(
+        prompt or "", device=pipe.text_encoder.device, do_classifier_free_guidance=False
+    )
+    return Conditioning(hidden, extras={"attention_mask": mask})
+
+
+def predict(pipe: Any, network: Any, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+    """Patches of 2 x 2 latents are the tokens. The time is rounded to the network's precision before it is divided."""
+    b, c, h, w = latents.shape
+    packed = pipe._pack_latents(latents, b, c, h, w)
+    mask = pipe._prepare_attention_mask(b, packed.shape[1], latents.dtype, conditioning.extras["attention_mask"])
+    raw = network(
+        hidden_states=packed, timestep=timestep.expand(b).to(latents.dtype) / 1000,
+        encoder_hidden_states=conditioning.hidden, attention_mask=mask,
+        txt_ids=latents.new_zeros(conditioning.hidden.shape[1], 3),
+        img_ids=pipe._prepare_latent_image_ids(b, h // 2, w // 2, latents.device, latents.dtype), return_dict=False,
+    )[0]  # fmt: skip
+    factor = pipe.vae_scale_factor
+    unpacked: Tensor = pipe._unpack_latents(raw, h * factor, w * factor, factor)
+    return unpacked
+
+
+def scheduler(pipe: Any, config: Mapping[str, Any], shape: Shape, steps: int) -> Mapping[str, Any]:
+    """Sigmas by a beta distribution, which published models have, are the stock scheduler's own."""
+    given = flux.scheduler(pipe, config, shape, steps)
+    if not config.get("use_beta_sigmas"):
+        return given
+    pipe.scheduler.set_timesteps(sigmas=given["sigmas"], mu=given["mu"])
+    final = {"sigmas": pipe.scheduler.sigmas[:-1].tolist(), "shift": 1.0, "shift_terminal": None}
+    return {**given, **final, "use_beta_sigmas": False, "use_dynamic_shifting": False}
+
+
+def check(pipe: Any, sampler: SamplerConfig) -> None:
+    for key in ("sigmas", "spacing"):
+        given = getattr(sampler, key)
+        if given is not None and pipe.scheduler.config.use_beta_sigmas:
+            raise UserError(
+                f"sampler.{key} is {given}, but this model's scheduler_config.json has use_beta_sigmas: true, which "
+                "replaces it; leave it null"
+            )
+
+
+def accepts(parts: Mapping[str, Any]) -> None:
+    if parts["transformer"].in_channels != 4 * parts["vae"].latent_channels:
+        raise ValueError("its transformer is not one of a text-to-image model of Chroma")
+
+
+KIND = Kind(
+    label="Chroma",
+    pipeline="ChromaPipeline",
+    networks={
+        "transformer": ("ChromaTransformer2DModel",), "vae": ("AutoencoderKL",), "text_encoder": ("T5EncoderModel",),
+    },
+    embed=embed, predict=predict, shape=flux.shape, scheduler=scheduler, accepts=accepts, check=check,
+    lengths=partial(token_counts, limits={"tokenizer": flux.LONGEST}),
+    targets=tuple(f"attn.{name}" for name in flux.ATTENTION),
+)  # fmt: skip
+load = partial(load_pipeline, KIND)
