@@ -94,7 +94,6 @@ def family_of(config: ModelConfig) -> Family:
 
     Raises UserError if it is missing, or draftplus has no such family.
     """
-<<<<<<< HEAD
     return FAMILIES[index_of(config)["_class_name"]]
 
 
@@ -102,27 +101,14 @@ def index_of(config: ModelConfig) -> Mapping[str, Any]:
     """A model's model_index.json; of a single file its `_class_name` alone. Raises UserError as `family_of` does."""
     path, revision = os.path.expanduser(model_path(config)), config.revision
     if is_single_file(path):
-        return {"_class_name": SINGLE_FILE_FAMILY}
-=======
-    path = os.path.expanduser(model_path(config))
-    if is_single_file(path):
-        return FAMILIES[single_file.pipeline_class(config, path)]
-    return FAMILIES[_pipeline_class(path, config.revision)]
-
-
-def _pipeline_class(path: str, revision: str | None) -> str:
->>>>>>> sources
+        return {"_class_name": single_file.pipeline_class(config, path)}
     if looks_local(path) or Path(path).is_dir():
         index = Path(directory_of(path)) / "model_index.json"
     else:
         found = hub_index(path, revision)
         if not isinstance(found, Path):
             if _is_cached(path, "unet/config.json", revision):  # by version 0.1, which never fetched the index
-<<<<<<< HEAD
-                return {"_class_name": SINGLE_FILE_FAMILY}
-=======
-                return "StableDiffusionPipeline"
->>>>>>> sources
+                return {"_class_name": "StableDiffusionPipeline"}
             raise UserError(found)
         index = found
     try:

@@ -83,29 +83,16 @@ class Kind:
     """What a family has of its own. In what follows, `pipe` is its stock pipeline.
 
     label: its name for people. pipeline: the class in diffusers. networks: the classes that each of its folders may
-<<<<<<< HEAD
-    hold, the usual one first. embed: (pipe, prompt) -> one row; None is the stock pipeline's negative prompt where none
-    is given. predict: (pipe, network, latents (b, c, h, w), timestep, conditioning) -> the raw prediction, of that
-    shape; all floating-point inputs in the network's precision. guided, doubles: as in `Model`, the latter of (pipe,
-    negative prompt, scale). to_vae, decoded: latents as the autoencoder takes them, and its images (b, 3, H, W) in
-    [-1, 1]. shape, scheduler, noise_dtype: as in `Model`, the last as the stock pipeline of a precision draws it.
-    targets: the layers that LoRA calls "attention". accepts: (configuration by folder) raises an error for what the
-    family does not support, before any weights are read. check: a UserError for settings of the sampler. lengths:
-    (pipe, prompt) -> by tokenizer, the number of tokens and of those that are read. large_encoders: whether prompts are
-    kept on disk, and encoders let go once all are embedded. checkpoint: makes the autoencoder compute what it decodes
-    anew in the backward pass, by blocks.
-=======
     hold, the usual one first; optional: the folders that a model may lack. embed: (pipe, prompt) -> one row; None is
     the stock pipeline's negative prompt where none is given. predict: (pipe, network, latents (b, c, h, w), timestep,
-    conditioning) -> the raw prediction, of that shape; all floating-point inputs in the network's precision. guided:
-    `Model.guided`. to_vae, decoded: latents as the autoencoder takes them, and its images (b, 3, H, W) in [-1, 1].
-    shape, scheduler, noise_dtype: as in `Model`, the last as the stock pipeline of a precision draws it. targets: the
-    layers that LoRA calls "attention". accepts: (configuration by folder) raises UserError for what the family does not
-    support, before any weights are read. check: the same for settings of the sampler. lengths: (pipe, prompt) -> by
-    tokenizer, the number of tokens and of those that are read. large_encoders: whether prompts are kept on disk, and
-    encoders let go once all are embedded. checkpoint: makes the autoencoder compute what it decodes anew in the
-    backward pass, by blocks.
->>>>>>> sources
+    conditioning) -> the raw prediction, of that shape; all floating-point inputs in the network's precision. guided,
+    doubles: as in `Model`, the latter of (pipe, negative prompt, scale). to_vae, decoded: latents as the autoencoder
+    takes them, and its images (b, 3, H, W) in [-1, 1]. shape, scheduler, noise_dtype: as in `Model`, the last as the
+    stock pipeline of a precision draws it. targets: the layers that LoRA calls "attention". accepts: (configuration by
+    folder) raises an error for what the family does not support, before any weights are read. check: a UserError for
+    settings of the sampler. lengths: (pipe, prompt) -> by tokenizer, the number of tokens and of those that are read.
+    large_encoders: whether prompts are kept on disk, and encoders let go once all are embedded. checkpoint: makes the
+    autoencoder compute what it decodes anew in the backward pass, by blocks.
     """
 
     label: str

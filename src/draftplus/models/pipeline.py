@@ -16,14 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from draftplus.config import ModelConfig, SamplerConfig
-<<<<<<< HEAD
-from draftplus.models import loading
-from draftplus.models.embedding_store import EmbeddingStore, store_of
-=======
 from draftplus.errors import needs_memory
 from draftplus.models import loading, stock
-from draftplus.models.embedding_store import EmbeddingStore, encoders_hash
->>>>>>> sources
+from draftplus.models.embedding_store import EmbeddingStore, store_of
 from draftplus.models.embeddings import Embeddings
 from draftplus.models.kind import Kind, Shape
 from draftplus.models.tuned import Tuned, make_tuned
@@ -66,14 +61,9 @@ class PipelineModel:
     def _embed(self, prompt: str | None) -> Conditioning:
         self._open()
         for name, (tokens, limit) in self.kind.lengths(self.pipe, prompt or "").items():
-<<<<<<< HEAD
             self.encode.cut(tokens, limit, name.replace("tokenizer", "text_encoder"))
-        return self.kind.embed(self.pipe, prompt)
-=======
-            self.encode.cut(tokens, limit, name)
         with needs_memory("the text encoders"):
             return self.kind.embed(self.pipe, prompt)
->>>>>>> sources
 
     def prepare(self, prompts: Sequence[str | None], advance: Advance, share: tuple[int, int] = (0, 1)) -> None:
         if self.encode.prepare(prompts, advance, share):
@@ -162,62 +152,6 @@ def load_pipeline(
     if config.gradient_checkpointing:
         kind.checkpoint(pipe.vae)
     encoders = [name for name in there if name.startswith("text_encoder")]
-<<<<<<< HEAD
     store = store_of(kind.label, source, path, frozen, device) if kind.large_encoders else None
-    return PipelineModel(kind, pipe, encoders, read, tune, _scheduler_config(directory), device, frozen, store)
-
-
-def present(kind: Kind, directory: Path) -> dict[str, Any]:
-    """The class of each network that a model has, by its folder: its index may say null of text encoders.
-
-    Raises ValueError for a class that the family does not have, or a part that it cannot do without.
-    """
-    import diffusers
-    import transformers
-
-    index, found = _index(directory), {}
-    for folder, names in kind.networks.items():
-        name = index.get(folder, ABSENT)[1]
-        if name is None:
-            if folder.startswith("text_encoder_"):
-                continue
-            raise ValueError(f"its model_index.json names no {folder}")
-        if name not in names:
-            raise ValueError(f"its {folder} is a {name}, which is not supported, only {' or '.join(names)}")
-        found[folder] = getattr(diffusers, name, None) or getattr(transformers, name)
-    return found
-
-
-def _without_weights(kind: Kind, directory: Path, there: Mapping[str, Any], dtype: torch.dtype) -> Any:
-    """The stock pipeline with its tokenizers and settings, its denoiser and autoencoder without weights."""
-    import diffusers
-
-    given: dict[str, Any] = dict.fromkeys(kind.networks)
-    for name in (kind.component, "vae"):
-        with torch.device("meta"):
-            given[name] = there[name].from_config(there[name].load_config(directory, subfolder=name)).to(dtype)
-    cls = getattr(diffusers, kind.pipeline)
-    given |= {name: None for name, told in _index(directory).items() if told == ABSENT}
-    given |= {name: None for name in cls._optional_components if name in BESIDE}
-    return cls.from_pretrained(directory, local_files_only=True, **given)
-
-
-def _index(directory: Path) -> dict[str, Any]:
-    return dict(json.loads((directory / "model_index.json").read_text(encoding="utf-8")))
-
-
-def _scheduler_config(directory: Path) -> Mapping[str, Any]:
-    from diffusers import DDIMScheduler
-
-    config: Mapping[str, Any] = DDIMScheduler.load_config(directory, subfolder="scheduler")
-    return config
-=======
-    store = None
-    if kind.large_encoders:
-        folders = [*encoders, *(name for name in stock.index_of(source.directory) if name.startswith("tokenizer"))]
-        told = {"family": kind.label, "encoders": encoders_hash(source, path, folders), "dtype": str(frozen)}
-        store = EmbeddingStore(told, device)
-    return PipelineModel(
-        kind, pipe, encoders, read, tune, stock.scheduler_config(source.directory), device, frozen, store
-    )
->>>>>>> sources
+    told = stock.scheduler_config(source.directory)
+    return PipelineModel(kind, pipe, encoders, read, tune, told, device, frozen, store)
