@@ -95,6 +95,8 @@ def test_the_family_follows_the_weights(sdxl: Path, tmp_path: Path) -> None:
     file = header(tmp_path, BASE)
     assert family_of(ModelConfig(path=str(file))).load == "draftplus.models.sdxl:load"
     assert single_file.source(ModelConfig(), str(file)).directory == single_file.CONFIGS / "sdxl"
+    header(tmp_path, {"model.diffusion_model.label_emb.0.0.weight": (1,)})
+    refused(lambda: family_of(ModelConfig(path=str(file))), "SDXL's UNet without the text encoders", "model.denoiser")
     header(tmp_path, {"model.diffusion_model.x": (1,)})
     assert family_of(ModelConfig(path=str(file))).load == "draftplus.models.stable_diffusion:load"
     for config in ("sdxl", str(sdxl / "model")):

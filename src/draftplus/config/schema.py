@@ -42,7 +42,7 @@ class ModelConfig:
         base_model=True, added=True,
     )  # fmt: skip
     config: str | None = _key(
-        None, "configurations of a single file: a diffusers directory, sd1, sd2, sd2-base or sdxl; null: by its weights",
+        None, "configurations of a single file: diffusers directory, sd1, sd2, sd2-base or sdxl; null: by its weights",
         base_model=True, file=True, added=True,
     )  # fmt: skip
     lora: LoraConfig | None = _key(LoraConfig, "null: full fine-tuning of the denoiser")
