@@ -59,7 +59,7 @@ def recorded(setup: Setup, state: State) -> list[Pass]:
     scorer: Any = setup.problem.scorer
     denoiser, seen = model.tuned.denoiser, []
     layer = lora.layers(denoiser)[0]
-    networks = {"denoiser": (denoiser, "forward"), "vae": (model.vae, "decode")}
+    networks = {"denoiser": (denoiser, "forward"), "vae": (model.vae.decoder, "forward")}
     ((reward, _),) = scorer.rewards.values()
     networks["reward"] = (reward.model, "get_image_features")
     with ExitStack() as stack:
@@ -71,6 +71,9 @@ def recorded(setup: Setup, state: State) -> list[Pass]:
 
             stack.enter_context(_spied(network, method, note))
         take_step(setup, state)
+    unseen = networks.keys() - {one.network for one in seen}
+    if unseen:
+        raise RuntimeError(f"the step was seen to make no pass of {', '.join(unseen)}, so that its floor would lack it")
     return seen
 
 
