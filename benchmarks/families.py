@@ -128,9 +128,7 @@ def main(options: argparse.Namespace) -> int:
         with tempfile.TemporaryDirectory() as directory:
             taken = measure(works(name, Path(directory)), options.repeats, clock)
         pairs = {"step": "floor", "generate": "stock"}
-        ratio = {
-            a: statistics.median(x / y for x, y in zip(taken[a], taken[b], strict=True)) for a, b in pairs.items()
-        }
+        ratio = {a: statistics.median(x / y for x, y in zip(taken[a], taken[b], strict=True)) for a, b in pairs.items()}
         seconds = {a: statistics.median(taken[a]) for a in pairs}
         over = [a for a in pairs if ratio[a] > TARGETS[a]]
         missed += len(over)

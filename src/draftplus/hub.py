@@ -30,6 +30,12 @@ def why_offline() -> str | None:
     return None
 
 
+def by_hand(path: str, revision: str | None = None) -> str:
+    """What to run where there is a network for a model of the hub, and what to do with it here."""
+    which = f" --revision {revision}" if revision is not None else ""
+    return f"hf download {path}{which} --local-dir DIRECTORY, on a machine that reaches it; then model.path=DIRECTORY"
+
+
 def _stay_offline() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"  # read once by what is not imported yet
     constants = sys.modules.get("huggingface_hub.constants")

@@ -107,6 +107,10 @@ class TunedWeights(Protocol):
         computed inside belong inside too."""
         ...
 
+    def merge(self) -> None:
+        """Adds adapters to the weights for good; the frozen model is no longer at hand."""
+        ...
+
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """The parameters that training updates, by a stable name."""
         ...
@@ -145,6 +149,11 @@ class Model(Protocol):
     @property
     def noise_dtype(self) -> torch.dtype:
         """The precision in which the stock pipeline of the same parts draws a seed's noise."""
+        ...
+
+    @property
+    def scheduler_config(self) -> Mapping[str, Any]:
+        """The configuration of the model's own scheduler, as the stock pipeline reads it."""
         ...
 
     @property
@@ -198,6 +207,10 @@ class Model(Protocol):
 
         What overflowed is NaN.
         """
+        ...
+
+    def as_pipeline(self, scheduler: Any = None) -> Any:
+        """The stock pipeline around the networks as they are. scheduler: of stock diffusers; None: the model's."""
         ...
 
     def blocks(self) -> Sequence[torch.nn.Module]:

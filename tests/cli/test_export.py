@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import draftplus
-from draftplus.config import LoraConfig
+from draftplus.config import Config, LoraConfig
 from draftplus.errors import UserError
 from draftplus.models import lora
 from draftplus.models.lora_files import LORA_FILE
@@ -390,7 +390,7 @@ def test_the_keys_are_those_that_other_programs_know(
     save_file(state, adapter / LORA_FILE)
     from draftplus.publish import write
 
-    what = write.Export(write.read_run(run), None, adapter, 1, "sd")  # type: ignore[arg-type]
+    what = write.Export(write.read_run(run), Config(), adapter, 1, "sd")
     write._kohya(what, tmp_path)
     with safe_open(tmp_path / "sd.safetensors", framework="pt") as opened:
         names, header = list(opened.keys()), opened.metadata()
@@ -411,7 +411,7 @@ def test_the_second_version_is_told(tmp_path: Path, run: Path) -> None:
     layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
     save_file({f"{layer}.lora_A.weight": torch.zeros(4, 1024), f"{layer}.lora_B.weight": torch.zeros(8, 4)},
               tmp_path / LORA_FILE)  # fmt: skip
-    write._kohya(write.Export(write.read_run(run), None, tmp_path, 1, "sd"), tmp_path)  # type: ignore[arg-type]
+    write._kohya(write.Export(write.read_run(run), Config(), tmp_path, 1, "sd"), tmp_path)
     with safe_open(tmp_path / "sd.safetensors", framework="pt") as opened:
         header = opened.metadata()
     assert header["ss_v2"] == "True" and header["ss_network_dim"] == "4"
@@ -427,7 +427,7 @@ def test_a_layer_without_a_name_is_not_lost(tmp_path: Path, run: Path) -> None:
     with pytest.raises(
         UserError, match=r"'unet\.add_embedding\.text_proj' has no name in the format kohya; use diffusers or merged"
     ):
-        write._kohya(write.Export(write.read_run(run), None, tmp_path, 1, "sd"), tmp_path)  # type: ignore[arg-type]
+        write._kohya(write.Export(write.read_run(run), Config(), tmp_path, 1, "sd"), tmp_path)
 
 
 def test_linspace_is_told(small: Path) -> None:

@@ -229,7 +229,8 @@ def test_a_hub_that_cannot_be_reached_is_one_line_at_once(monkeypatch: pytest.Mo
         told = hub_index("nobody/nothing-like-it", None)
         assert told == (
             "model.path 'nobody/nothing-like-it': it is neither on this disk nor in the hub's cache, and "
-            "huggingface.co cannot be reached: Name or service not known"
+            "huggingface.co cannot be reached: Name or service not known; hf download nobody/nothing-like-it "
+            "--local-dir DIRECTORY, on a machine that reaches it; then model.path=DIRECTORY"
         )
         assert huggingface_hub.constants.HF_HUB_OFFLINE and os.environ["HF_HUB_OFFLINE"] == "1"
     finally:

@@ -14,9 +14,7 @@ from transformers import CLIPTextModel
 from draftplus.training.checkpoint import saved_steps
 from tests.support import rewards
 
-WORDS = (
-    "[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: not enough memory: you tried to allocate 9 b"
-)
+WORDS = "[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: not enough memory: you tried to allocate 9 b"
 PARTS = {
     "a pass of the denoiser over 4 images": (UNet2DConditionModel, "forward"),
     "decoding 2 images": (AutoencoderKL, "decode"),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, FluxTransformer2DModel, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -17,12 +17,13 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from draftplus import api
 from draftplus.config import ModelConfig
 from draftplus.errors import UserError
+from draftplus.models import fitting, single_file, stock
 from draftplus.models import sdxl as family
-from draftplus.models import single_file, stock
 from draftplus.models.families import family_of
 from draftplus.models.loading import Source
 from tests.families.cases import CASES, load_model, stock_picture
 from tests.families.conftest import Saved
+from tests.support import original
 from tests.support.ldm import as_sdxl_file, sd3_as_original, unet_as_ldm, vae_as_ldm
 from tests.support.pipelines import PIPELINES, lively
 from tests.support.pipelines import stock as stock_of
@@ -94,6 +95,8 @@ def test_the_family_follows_the_weights(sdxl: Path, tmp_path: Path) -> None:
     file = header(tmp_path, BASE)
     assert family_of(ModelConfig(path=str(file))).load == "draftplus.models.sdxl:load"
     assert single_file.source(ModelConfig(), str(file)).directory == single_file.CONFIGS / "sdxl"
+    header(tmp_path, {"model.diffusion_model.label_emb.0.0.weight": (1,)})
+    refused(lambda: family_of(ModelConfig(path=str(file))), "SDXL's UNet without the text encoders", "model.denoiser")
     header(tmp_path, {"model.diffusion_model.x": (1,)})
     assert family_of(ModelConfig(path=str(file))).load == "draftplus.models.stable_diffusion:load"
     for config in ("sdxl", str(sdxl / "model")):
@@ -184,6 +187,31 @@ def test_replacement_parts(saved: Saved, tmp_path: Path, name: str, layout: str)
     for key, network in (("denoiser", made.tuned.denoiser), ("vae", made.vae)):
         own, expected = network.state_dict(), networks[key].state_dict()
         assert own.keys() == expected.keys() and all(torch.equal(own[one], expected[one]) for one in own)
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("name", ["flux2_klein", "zimage"])
+def test_a_denoiser_as_its_authors_name_it(saved: Saved, tmp_path: Path, name: str, prefix: str) -> None:
+    network = lively(PIPELINES[name]().transformer, 77)
+    state = {"flux2_klein": original.flux2, "zimage": original.z_image}[name](network.state_dict())
+    file = tmp_path / "m.safetensors"
+    save_file({f"{prefix}{key}": tensor.contiguous() for key, tensor in state.items()}, file)
+    made = load_model(saved(name), torch.float32, trainable=False, denoiser=str(file)).tuned.denoiser.state_dict()
+    expected = network.state_dict()
+    assert made.keys() == expected.keys() and all(torch.equal(made[key], expected[key]) for key in made)
+    save_file({f"{prefix}{key}": tensor.contiguous() for key, tensor in list(state.items())[:-1]}, file)
+    refused(lambda: load_model(saved(name), trainable=False, denoiser=str(file)).tuned, "missing: ")
+
+
+def test_flux_as_its_authors_name_it() -> None:
+    """By names and shapes: stock reads that layout for FLUX.1's true width alone."""
+    with torch.device("meta"):
+        network = FluxTransformer2DModel(num_layers=2, num_single_layers=3, guidance_embeds=True)
+        state = original.flux(network.state_dict())
+    assert not fitting.compared(network, state)
+    assert str(fitting.compared(network, {**state, "scaled_fp8": torch.ones(2)})) == "not among its own: scaled_fp8"
+    del state["single_blocks.1.linear2.weight"]
+    assert "missing" in str(fitting.compared(network, state))
 
 
 @pytest.mark.parametrize("name", list(CASES))

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.families.cases import Case
+from draftplus import api
+from tests.families.cases import Case, stock_picture, stock_pipe
 from tests.support.processes import command, commands
 from tests.support.runs import relative, rows, small_settings, train_here, update_of, weights
 from tests.training.test_resume import assert_same_run
@@ -43,6 +44,17 @@ def test_a_run(settings: list[str], method: str) -> None:
     assert made[1]["kl"] > 0
     evaluated = rows(run / "eval.jsonl")
     assert evaluated[0]["reward"] != evaluated[-1]["reward"]
+
+
+def test_a_merged_model(case: Case, settings: list[str], tmp_path: Path) -> None:
+    """In the stock pipeline, loaded from what export wrote alone, it draws what `generate` does."""
+    run = train_here(settings, "train.steps=1", "optim.lr=0.1")
+    merged = api.export(str(run), "merged", tmp_path / "merged")
+    overrides = case.overrides(case.sizes[1], 3, case.guided)
+    ours = api.generate(str(run), ["a cat"], [1], overrides)
+    theirs = stock_picture(stock_pipe(merged), "a cat", 1, **case.call(case.sizes[1], 3, case.guided))
+    assert (ours - theirs).abs().max() < 1e-3
+    assert (ours - api.generate(str(run), ["a cat"], [1], overrides, lora_scale=0)).abs().max() > 1e-2
 
 
 def test_a_run_that_is_continued(settings: list[str], tmp_path: Path) -> None:

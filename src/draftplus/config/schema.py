@@ -27,10 +27,10 @@ class ModelConfig:
     )  # fmt: skip
     revision: str | None = _key(None, "revision of a hub model", base_model=True)
     denoiser: str | None = _key(
-        None, "replacement weights for the denoiser, in diffusers or original LDM layout", base_model=True, file=True
+        None, "replacement weights for the denoiser, in diffusers or original layout", base_model=True, file=True
     )
     vae: str | None = _key(
-        None, "replacement weights for the autoencoder, in diffusers or original LDM layout", base_model=True,
+        None, "replacement weights for the autoencoder, in diffusers or original layout", base_model=True,
         file=True,
     )  # fmt: skip
     dtype: str = _key(
@@ -42,7 +42,7 @@ class ModelConfig:
         base_model=True, added=True,
     )  # fmt: skip
     config: str | None = _key(
-        None, "configurations of a single file: a diffusers directory, sd1, sd2 or sd2-base; null: by its weights",
+        None, "configurations of a single file: diffusers directory, sd1, sd2, sd2-base or sdxl; null: by its weights",
         base_model=True, file=True, added=True,
     )  # fmt: skip
     lora: LoraConfig | None = _key(LoraConfig, "null: full fine-tuning of the denoiser")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -29,15 +30,33 @@ def predict(pipe: Any, network: Any, latents: Tensor, timestep: Tensor, conditio
     b, c, h, w = latents.shape
     packed = pipe._pack_latents(latents, b, c, h, w)
     mask = pipe._prepare_attention_mask(b, packed.shape[1], latents.dtype, conditioning.extras["attention_mask"])
-    raw = network(
-        hidden_states=packed, timestep=timestep.expand(b).to(latents.dtype) / 1000,
-        encoder_hidden_states=conditioning.hidden, attention_mask=mask,
-        txt_ids=latents.new_zeros(conditioning.hidden.shape[1], 3),
-        img_ids=pipe._prepare_latent_image_ids(b, h // 2, w // 2, latents.device, latents.dtype), return_dict=False,
-    )[0]  # fmt: skip
+    with _masked_when_computed_anew(network, mask):
+        raw = network(
+            hidden_states=packed, timestep=timestep.expand(b).to(latents.dtype) / 1000,
+            encoder_hidden_states=conditioning.hidden, attention_mask=mask,
+            txt_ids=latents.new_zeros(conditioning.hidden.shape[1], 3),
+            img_ids=pipe._prepare_latent_image_ids(b, h // 2, w // 2, latents.device, latents.dtype), return_dict=False,
+        )[0]  # fmt: skip
     factor = pipe.vae_scale_factor
     unpacked: Tensor = pipe._unpack_latents(raw, h * factor, w * factor, factor)
     return unpacked
+
+
+@contextmanager
+def _masked_when_computed_anew(network: Any, mask: Tensor) -> Iterator[None]:
+    """Inside, gradient checkpointing gives single blocks the mask, which stock leaves out: another function then."""
+    from diffusers.models.transformers.transformer_chroma import ChromaSingleTransformerBlock
+
+    stock = network._gradient_checkpointing_func
+
+    def masked(block: Any, *given: Any) -> Any:
+        return stock(block, *given, *([mask] if isinstance(block, ChromaSingleTransformerBlock) else []))
+
+    network._gradient_checkpointing_func = masked
+    try:
+        yield
+    finally:
+        network._gradient_checkpointing_func = stock
 
 
 def scheduler(pipe: Any, config: Mapping[str, Any], shape: Shape, steps: int) -> Mapping[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from draftplus.config import Config, ModelConfig, nearest
 from draftplus.errors import UserError
-from draftplus.hub import why_offline
+from draftplus.hub import by_hand, why_offline
 from draftplus.models import single_file
 from draftplus.models.loading import directory_of, is_single_file, looks_local
 from draftplus.models.weights import first_line
@@ -132,7 +132,10 @@ def hub_index(path: str, revision: str | None) -> Path | str:
         return Path(hf_hub_download(path, "model_index.json", revision=revision))
     except Exception as error:  # the hub's, the network's and the disk's errors have no base class in common
         if offline is not None and isinstance(error, LocalEntryNotFoundError):
-            return f"model.path '{path}': it is neither on this disk nor in the hub's cache, and {offline}"
+            return (
+                f"model.path '{path}': it is neither on this disk nor in the hub's cache, and {offline}; "
+                f"{by_hand(path, revision)}"
+            )
         return (
             f"model.path '{path}': no model_index.json: {first_line(error)} (a model that is not on this disk is read "
             "from the hub, which needs the network or an earlier download)"

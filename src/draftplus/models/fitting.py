@@ -15,11 +15,12 @@ from torch.utils._pytree import tree_leaves
 SHOWN = 3  # names of each kind in a message
 # What may lie beside the weights of a part and says nothing about whether they fit:
 # - what stock autoencoders were trained with, and the moving average beside it;
+# - the norm in the files of Z-Image's authors that they do not use themselves;
 # - of text encoders, the heads and towers of the model that they were cut from (T5 and Qwen's language models, CLIP's
 #   images, the pooled projection of a class without it).
 # Buffers that older versions stored (position_ids, inv_freq) are left out by transformers itself.
 BESIDE = {
-    True: re.compile(r"(first_stage_model\.|vae\.)?(loss|model_ema)\."),
+    True: re.compile(r"(first_stage_model\.|vae\.)?(loss|model_ema)\.|norm_final\.weight$"),
     False: re.compile(r"(lm_head|vision_model|visual|visual_projection|text_projection|logit_scale)(\.|$)"),
 }
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from draftplus.config import ModelConfig
 from draftplus.errors import UserError, is_out_of_memory
+from draftplus.hub import by_hand
 from draftplus.models import files, fitting
 from draftplus.models.files import Stored
 from draftplus.models.weights import first_line, read_state_dict
@@ -118,6 +119,9 @@ def source(
     files.refuse_unknown_variant(forms, config.variant, where)
     stored = {name: files.choose(forms[name], config.variant, f"{where}, {name}") for name in own}
     chosen = {name: one for name, one in stored.items() if one is not None}
+    lacking = [name for name, one in stored.items() if one is None]
+    if lacking and not local:
+        raise FileNotFoundError(f"the hub or its cache has no weights of {', '.join(lacking)}")
     if not local:
         wanted = [file for name, one in chosen.items() for file in files.files_of(directory / name, one)]
         missing = [file.relative_to(directory).as_posix() for file in wanted if not file.is_file()]
@@ -286,7 +290,7 @@ def loading(key: str, value: str, family: str = "") -> Iterator[None]:
         if isinstance(error, OSError) and not Path(value).expanduser().exists():
             hint = (
                 " (a model that is not on this disk is read from the hub, which needs the network or an earlier "
-                "download)"
+                f"download: {by_hand(value)})"
             )
         wanted = f" as {family}" if family else ""
         said = first_line(error).partition(". If you want")[0]  # diffusers goes on with arguments that nobody can give

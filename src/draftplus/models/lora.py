@@ -116,11 +116,11 @@ def folded(denoiser: nn.Module) -> Iterator[None]:
 
 
 def merge(network: Any) -> None:
-    """Adds the adapters to the weights, in the precision of these; then the layers are plain ones."""
+    """Adds the adapters to the weights, in at least float32 and rounded then; afterwards the layers are plain ones."""
     with torch.no_grad():
         for layer in layers(network):
-            weight = _base(layer).weight
-            weight += layer.get_delta_weight(ADAPTER).to(weight)
+            weight, delta = _base(layer).weight, layer.get_delta_weight(ADAPTER)
+            weight.copy_(weight.to(torch.promote_types(torch.float32, weight.dtype)) + delta.to(weight.device))
     _detach(network)
 
 

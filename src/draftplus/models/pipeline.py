@@ -113,6 +113,12 @@ class PipelineModel:
         image = image + 0 * image  # an overflow becomes NaN, where clamp would make white or black of it
         return (image.to(torch.promote_types(torch.float32, dtype)) / 2 + 0.5).clamp(0, 1)
 
+    def as_pipeline(self, scheduler: Any = None) -> Any:
+        self._open()
+        parts = {**self._encoders, self.kind.component: self.tuned.denoiser}
+        self.pipe.register_modules(**parts, scheduler=scheduler or self.pipe.scheduler)  # its index names them then
+        return self.pipe
+
     def blocks(self) -> Sequence[nn.Module]:
         names = self.tuned.denoiser._no_split_modules
         return [module for module in self.tuned.denoiser.modules() if type(module).__name__ in names]

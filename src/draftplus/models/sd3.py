@@ -59,6 +59,12 @@ def accepts(parts: Mapping[str, Any]) -> None:
         raise UserError("its transformer is not one of a text-to-image model of Stable Diffusion 3")
 
 
+def lengths(pipe: Any, prompt: str) -> dict[str, tuple[int, int]]:
+    """Where there is T5, its alone, which reads on where both CLIPs end."""
+    counts = token_counts(pipe, prompt, {"tokenizer_3": 256})
+    return {"tokenizer_3": counts["tokenizer_3"]} if "tokenizer_3" in counts else counts
+
+
 KIND = Kind(
     label="Stable Diffusion 3",
     pipeline="StableDiffusion3Pipeline",
@@ -69,6 +75,6 @@ KIND = Kind(
     },
     embed=embed, predict=predict, shape=shape, scheduler=scheduler, accepts=accepts, targets=(*ADDED, *OWN),
     optional=("text_encoder_3",),
-    lengths=partial(token_counts, limits={"tokenizer_3": 256}),
+    lengths=lengths,
 )  # fmt: skip
 load = partial(load_pipeline, KIND)

@@ -90,7 +90,10 @@ def _kind(path: str, state: Mapping[str, Tensor]) -> str:
         and f"{LDM_UNET}label_emb.0.0.weight" in state
         and f"{CLIP_G}positional_embedding" not in state
     ):
-        raise UserError(f"model.path '{path}' is a model with image conditioning (unCLIP), which is not supported")
+        raise UserError(
+            f"model.path '{path}' is a model with image conditioning (unCLIP), or SDXL's UNet without the text encoders"
+            ", which is not supported; the latter goes to model.denoiser, with the whole model as model.path"
+        )
     if not any(name.startswith(LDM_UNET) for name in state):
         raise UserError(
             f"model.path '{path}': cannot be loaded: it has no UNet in the original layout, whose names begin with "

@@ -124,6 +124,15 @@ class StableDiffusion:
         image = image + 0 * image  # an overflow becomes NaN, where clamp would make white or black of it
         return (image.to(torch.promote_types(torch.float32, dtype)) / 2 + 0.5).clamp(0, 1)
 
+    def as_pipeline(self, scheduler: Any = None) -> Any:
+        """Without a safety checker. The stock pipeline's constructor mends the configuration of the UNet."""
+        from diffusers import StableDiffusionPipeline
+
+        return StableDiffusionPipeline(
+            vae=self.vae, text_encoder=self.text_encoder, tokenizer=self.tokenizer, unet=self.unet,
+            scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        )  # fmt: skip
+
     def blocks(self) -> Sequence[nn.Module]:
         return [*self.unet.down_blocks, self.unet.mid_block, *self.unet.up_blocks]
 
@@ -159,16 +168,6 @@ def load(
     return model
 
 
-def as_pipeline(model: StableDiffusion, scheduler: Any = None) -> Any:
-    """The stock pipeline of a model, without a safety checker. Its constructor mends the configuration of the UNet."""
-    from diffusers import StableDiffusionPipeline
-
-    return StableDiffusionPipeline(
-        vae=model.vae, text_encoder=model.text_encoder, tokenizer=model.tokenizer, unet=model.unet,
-        scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
-
-
 def _refuse_other_families(path: str, unet: Any, vae: Any, text: Any) -> None:
     plain = unet.addition_embed_type in (None, "text") and unet.encoder_hid_dim_type is None
     plain = plain and unet.class_embed_type is None and unet.num_class_embeds is None
@@ -181,7 +180,7 @@ def _repair(path: str, model: StableDiffusion) -> None:
     before = model.unet.config.sample_size
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # its advice to edit the file, which we give in one line
-        as_pipeline(model)
+        model.as_pipeline()
     config = model.unet.config
     if config.sample_size != before:
         notice(

@@ -11,10 +11,11 @@ from safetensors import SafetensorError, safe_open
 from draftplus.config import ModelConfig
 from draftplus.models.families import model_path
 from draftplus.models.files import choose, forms, loaded_from, names_in
+from draftplus.models.kind import DENOISERS
 from draftplus.models.weights import read_state_dict
 
 PRECISIONS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-DENOISER = ("model.diffusion_model.", "unet.", "")  # how its names begin in files of the whole model, and of it alone
+NAMES = ("model.diffusion_model.", "unet.", "")  # how its names begin in files of the whole model, and of it alone
 
 
 def stored_dtype(config: ModelConfig) -> torch.dtype | None:
@@ -37,7 +38,7 @@ def _place(config: ModelConfig) -> Path:
     if config.denoiser:
         return path
     path = path if path.exists() else _cached(config)
-    return path / "unet" if path.is_dir() else path
+    return next((path / name for name in DENOISERS if (path / name).is_dir()), path)
 
 
 def _cached(config: ModelConfig) -> Path:
@@ -59,7 +60,7 @@ def _dtype_of(file: Path) -> torch.dtype | None:
         except (SafetensorError, OSError):
             return None
         kinds = {name: PRECISIONS[kind] for name, kind in told.items() if kind in PRECISIONS}
-    for prefix in DENOISER:
+    for prefix in NAMES:
         found = next((kind for name, kind in kinds.items() if name.startswith(prefix)), None)
         if found is not None:
             return found

@@ -17,7 +17,6 @@ from draftplus.build import build_model, quiet_libraries
 from draftplus.config import Config
 from draftplus.errors import UserError
 from draftplus.models.lora_files import LORA_FILE, read_lora
-from draftplus.models.stable_diffusion import StableDiffusion, as_pipeline
 from draftplus.models.stored import stored_dtype
 from draftplus.publish.card import files_of_export, write_card
 from draftplus.publish.usage import pipeline_of, stock_scheduler
@@ -138,18 +137,17 @@ def _kohya(what: Export, directory: Path) -> dict[str, Any]:
 
 
 def _merged(what: Export, directory: Path) -> dict[str, Any]:
-    model = build_model(replace(what.config.model, dtype="float32"), torch.device("cpu"), trainable=False)
-    if not isinstance(model, StableDiffusion):
-        raise UserError(
-            f"the format merged is for Stable Diffusion 1.x and 2.x, and {what.config.model.path} is a "
-            f"{pipeline_of(what.config.model)}; use diffusers"
-        )
-    dtype = stored_dtype(what.config.model) or getattr(torch, what.config.model.dtype)  # now its files are at hand
+    base, cpu = what.config.model, torch.device("cpu")
+    model = build_model(replace(base, dtype="float32"), cpu, trainable=False)  # now its files are at hand
+    dtype = stored_dtype(base) or getattr(torch, base.dtype)
+    name = str(dtype).removeprefix("torch.")
+    if dtype != torch.float32:
+        model = build_model(replace(base, dtype=name), cpu, trainable=False)
     model.tuned.load(what.adapter)
     model.tuned.merge()
     scheduler = stock_scheduler(what.config, model.scheduler_config)
-    as_pipeline(model, scheduler).to(dtype=dtype).save_pretrained(directory)
-    return {"dtype": str(dtype).removeprefix("torch.")}
+    model.as_pipeline(scheduler).to(dtype=dtype).save_pretrained(directory)
+    return {"dtype": name}
 
 
 FORMATS: Mapping[str, Callable[[Export, Path], dict[str, Any]]] = {

@@ -16,6 +16,7 @@ from draftplus.models.families import model_path
 from draftplus.models.files import loaded_from
 from draftplus.models.loading import REPLACED
 from draftplus.models.single_file import PACKAGED
+from draftplus.models.stock import ABSENT, index_of
 from draftplus.rewards.arguments import parameters_of
 from draftplus.runs.checksums import files_hash, named_hash, text_hash
 from draftplus.runs.directory import saved_steps
@@ -84,7 +85,9 @@ def model_hashes(config: ModelConfig) -> dict[str, str]:
     path = Path(model_path(config)).expanduser()
     if path.is_dir():
         files = {"model_index.json": path / "model_index.json"}
-        for part in sorted(one for one in path.iterdir() if one.is_dir() and PARTS.fullmatch(one.name)):
+        absent = {name for name, told in index_of(path).items() if told == ABSENT}
+        folders = (one for one in path.iterdir() if one.is_dir() and PARTS.fullmatch(one.name))
+        for part in sorted(one for one in folders if one.name not in absent):
             replaced = part.name in REPLACED and getattr(config, REPLACED[part.name]) is not None
             loaded = _configurations(part) + ([] if replaced else _weights(part, part.name, config.variant))
             files |= {f"{part.name}/{file.name}": file for file in loaded}
