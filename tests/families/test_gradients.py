@@ -153,3 +153,22 @@ def test_gradient_checkpointing_changes_nothing(case: Case, directory: Path) -> 
         found.append(gradients(model.tuned.trainable(), images.square().sum()))
     assert all(torch.allclose(found[0][name], found[1][name], rtol=1e-9, atol=1e-12) for name in found[0])
     assert any(tensor.abs().max() > 0 for tensor in found[0].values())
+
+
+def test_frozen_weights_in_half_precision(case: Case, directory: Path) -> None:
+    """The adapters and their gradient are in float32, and it is nearly that of a model in float32."""
+    size, found = case.sizes[SIZE], []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = load_model(directory, dtype=dtype)
+        randomize(model)
+        trained = model.tuned.trainable()
+        assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
+        ours = {id(tensor) for tensor in trained.values()}
+        frozen = (*model.tuned.denoiser.parameters(), *model.vae.parameters())
+        assert {tensor.dtype for tensor in frozen if id(tensor) not in ours} == {dtype}
+        x = normal(1, *model.latent_shape(*size), seed=4).float()
+        images = model.decode(model.guided(model.encode(PROMPTS[:1]), case.needs, case.guided)(x, torch.tensor(500.0)))
+        made = gradients(trained, images.square().sum())
+        assert {tensor.dtype for tensor in made.values()} == {torch.float32}
+        found.append(torch.cat([tensor.flatten() for _, tensor in sorted(made.items())]))
+    assert torch.nn.functional.cosine_similarity(*found, dim=0) > 0.95
