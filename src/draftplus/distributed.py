@@ -1,4 +1,4 @@
-"""The processes of a run: `torchrun`'s, or this one alone."""
+"""The processes of a run, `torchrun`'s or this one alone, and what lies on their devices."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from draftplus.errors import UserError
+from draftplus.errors import UserError, notice
 from draftplus.launcher import end_with_launcher
 
 PATIENCE = timedelta(hours=2)  # for a process that evaluates while others wait
+MEMORY = torch.device("cpu")  # where networks lie that are not needed
 
 
 @dataclass(frozen=True)
@@ -89,3 +91,32 @@ def world(device: str = "auto") -> Iterator[World]:
     finally:
         if joins:
             dist.destroy_process_group()
+
+
+class Offload:
+    """What `model.offload` does: networks are off the device while a model denoises, and come back when they are used.
+
+    Moving is exact, so results are the same bit for bit. wanted: on a CPU without effect, which the user is told.
+    """
+
+    def __init__(self, device: torch.device, wanted: bool) -> None:
+        self.device, self.on = device, wanted and device.type != MEMORY.type
+        if wanted and not self.on:
+            notice("model.offload=true has no effect on a CPU")
+        self._here: WeakSet[nn.Module] = WeakSet()
+
+    def use(self, *networks: nn.Module) -> None:
+        """Networks that are on the device from now on, until `idle`."""
+        for network in networks if self.on else ():
+            if network not in self._here:
+                move(network, self.device)
+                self._here.add(network)
+
+    def idle(self) -> None:
+        """Sends away all that were used; not between passes with gradient and their backward pass, which uses them."""
+        while self._here:
+            move(self._here.pop(), MEMORY)
+
+
+def move(network: nn.Module, device: torch.device) -> None:
+    network.to(device)

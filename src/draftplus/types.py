@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from draftplus.config import SamplerConfig
+from draftplus.distributed import Offload
 from draftplus.progress import Advance
 
 Raw = Callable[[Tensor, Tensor], Tensor]  # (latents (b, c, h, w), timestep ()) -> the guided raw prediction
@@ -143,6 +144,7 @@ class Model(Protocol):
     """A text-to-image diffusion model: what is its family's own, and the weights that are tuned."""
 
     device: torch.device
+    offload: Offload  # of what does not denoise: its autoencoder and text encoders, and the rewards
 
     @property
     def noise_dtype(self) -> torch.dtype:

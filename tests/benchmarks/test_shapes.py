@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks import gpu, offload
 from benchmarks.floor import floor, recorded, take_step, training
 from benchmarks.shapes import CLIP_H, SHAPES, build, made, making, random_row
 from draftplus.rewards.clip import load_emoji_clip
@@ -122,3 +122,11 @@ def test_the_benchmark_runs_and_goes_on_where_memory_ends(
     assert by["sd35m"]["failed"] == "out of memory"
     assert "| SDXL | 64 | 2 |" in capsys.readouterr().out
     assert gpu.main(gpu.parser().parse_args([*command, "--minutes", "0"]))[0]["failed"] == "no time left"
+
+
+@pytest.mark.slow
+def test_what_leaving_the_device_saves() -> None:
+    """The code of the benchmark; without a GPU there is nothing to measure."""
+    found = offload.main(offload.parser().parse_args("--device cpu --tiny --size 64 --only sdxl".split()))
+    assert found["sdxl"]["differences"] == {"offload": 0.0, "again": 0.0}
+    assert len(found["sdxl"]["offload"]["rows"]) == 3 and found["sdxl"]["offload"]["step"] == 0

@@ -105,8 +105,9 @@ def test_help_begins_with_the_choices(key: str) -> None:
 
 def test_what_a_continued_run_may_change() -> None:
     assert CHANGEABLE == (
-        "name", "output_dir", "device", "model.gradient_checkpointing", "train.steps", "train.epochs",
-        "train.micro_batch_size", "train.sampling_batch_size", "eval", "checkpoint", "stop", "parallel", "log",
+        "name", "output_dir", "device", "model.gradient_checkpointing", "model.vae_slicing", "model.offload",
+        "train.steps", "train.epochs", "train.micro_batch_size", "train.sampling_batch_size", "eval", "checkpoint",
+        "stop", "parallel", "log",
     )  # fmt: skip
 
 
@@ -125,10 +126,11 @@ def test_every_key_affects_one_thing() -> None:
 def test_which_model_is_tuned() -> None:
     # the values stand in eval.json in this order, those of later versions at the end and only where they are set
     first = ("model.path", "model.revision", "model.denoiser", "model.vae", "model.dtype")
-    assert (*first, "model.variant", "model.config") == BASE_MODEL
+    assert (*first, "model.variant", "model.config", "model.vae_tiling") == BASE_MODEL
     flat = flatten(to_dict(load_config(None, ["model.path=x"])))
     assert base_model_of(flat) == ["x", None, None, None, "float32"]
     assert base_model_of({**flat, "model.variant": "fp16"}) == ["x", None, None, None, "float32", "fp16"]
+    assert base_model_of({**flat, "model.vae_tiling": True}) == ["x", None, None, None, "float32", True]
 
 
 def test_a_methods_name_tells_some_keys() -> None:

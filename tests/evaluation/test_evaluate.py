@@ -19,7 +19,8 @@ from draftplus.build import METRICS, build_metric, build_styles
 from draftplus.errors import UserError
 from draftplus.evaluation import latents as store
 from draftplus.evaluation.pictures import to_pil
-from draftplus.evaluation.targets import files_hash
+from draftplus.evaluation.generate import TUNED
+from draftplus.evaluation.targets import files_hash, find_targets
 from draftplus.metrics.lpips import lpips_per_prompt
 from draftplus.metrics.metric import NEIGHBOURS, Seen
 from draftplus.report.read import read_run
@@ -377,3 +378,14 @@ def test_other_sampler_settings_are_named(run: Path, other: Path, tmp_path: Path
     finally:
         config.write_text(before)
     assert told["sampler"]["guidance_scale"] == 3
+
+
+def test_runs_that_decode_in_tiles_are_others(run: Path, tmp_path: Path) -> None:
+    """Their pictures differ, so their images are told apart and their numbers not compared."""
+    ours, tiled = (find_targets([str(run)], more, TUNED)[1].hash for more in ([], ["model.vae_tiling=true"]))
+    assert ours != tiled
+    other = Path(shutil.copytree(run, tmp_path / "other"))
+    text = (other / "config.yaml").read_text()
+    (other / "config.yaml").write_text(text.replace("vae_tiling: false", "vae_tiling: true"))
+    with pytest.raises(UserError, match=r"different base models \(.* in float32 and .* in float32, tiled\)"):
+        find_targets([str(run), str(other)], [], TUNED)

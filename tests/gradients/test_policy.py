@@ -25,6 +25,7 @@ from draftplus.diffusion.problem import Problem
 from draftplus.diffusion.sampler import Sampler
 from draftplus.diffusion.schedule import make_schedule
 from draftplus.diffusion.solvers import ddim_deviation, make_solver, random_steps
+from draftplus.distributed import Offload
 from draftplus.models.stable_diffusion import StableDiffusion
 from draftplus.types import Conditioning, Raw
 from tests.gradients.by_hand import ByHand, Theta
@@ -200,6 +201,7 @@ class Drift:
     """A model that predicts the same noise everywhere, its only parameter, so that the expected image is known."""
 
     device = CPU
+    offload = Offload(CPU, False)
 
     def __init__(self, latents: tuple[int, ...]) -> None:
         self.eps = torch.nn.Parameter(normal(*latents, seed=8))

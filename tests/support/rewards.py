@@ -58,6 +58,17 @@ def spread(images: Tensor, prompts: Sequence[str]) -> Tensor:
 spread.compares_images = True  # type: ignore[attr-defined]
 
 
+class Shade(torch.nn.Module):
+    """How alike an image's colours are to those of its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("colour", torch.tensor([1.0, -0.5, -0.5]))
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return 100 * (images.mean((2, 3)) * self.colour).sum(1)
+
+
 class Flaky:
     """Redness that is not finite at some of its calls with gradient, counted from 0.
 

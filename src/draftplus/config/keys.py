@@ -78,7 +78,7 @@ def base_model_of(flat: Mapping[str, Any]) -> list[Any]:
 
     So files that an earlier version wrote still compare as equal.
     """
-    return [flat.get(key) for key in BASE_MODEL if key not in ADDED or flat.get(key) is not None]
+    return [flat.get(key) for key in BASE_MODEL if key not in ADDED or flat.get(key)]
 
 
 def describe_keys() -> str:

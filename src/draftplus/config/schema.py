@@ -49,6 +49,17 @@ class ModelConfig:
     gradient_checkpointing: bool = _key(
         False, "recompute activations in the backward pass, which saves memory and takes more time", affects="conduct"
     )
+    vae_slicing: bool = _key(
+        False, "decode one image at a time, as vae.enable_slicing() of diffusers", affects="conduct", added=True
+    )
+    vae_tiling: bool = _key(
+        False, "decode large images in tiles that are blended, as vae.enable_tiling() of diffusers", base_model=True,
+        added=True,
+    )  # fmt: skip
+    offload: bool = _key(
+        False, "keep autoencoder, rewards and text encoders off the device while they are not needed",
+        affects="conduct", added=True,
+    )  # fmt: skip
 
 
 @dataclass

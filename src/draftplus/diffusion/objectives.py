@@ -18,7 +18,7 @@ from draftplus.config import ObjectiveConfig
 from draftplus.diffusion.methods import METHODS
 from draftplus.diffusion.problem import Noise, Problem, StepPlan
 from draftplus.diffusion.regularisers import active, penalties, told, weighted
-from draftplus.diffusion.sampler import Rollout, Visit
+from draftplus.diffusion.sampler import Rollout, Visit, sample
 from draftplus.diffusion.schedule import Schedule
 from draftplus.diffusion.window import Window
 from draftplus.types import Conditioning, Scores
@@ -72,10 +72,13 @@ def prefix(problem: Problem, conditioning: Conditioning, noise: Noise, plan: Ste
 
     conditioning: b rows. Returns where the tail starts.
     """
+    sampler = problem.sampler
     with torch.no_grad():
-        return problem.sampler.sample(
-            conditioning, problem.sampler.start(noise("x_T", 0)), end=plan.window.first, noise=partial(noise, "solver"),
-            keep=plan.keep,
+        denoise = sampler.denoiser(conditioning)  # embeds the negative prompt
+        problem.model.offload.idle()
+        return sample(
+            denoise, sampler.start(noise("x_T", 0)), sampler.schedule, sampler.solver, end=plan.window.first,
+            noise=partial(noise, "solver"), keep=plan.keep,
         )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ clip as small as 1e-4 sensible. Steps without variance have no density and are l
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from draftplus.config.schema import DdpoConfig
 from draftplus.diffusion.problem import Noise, Problem, StepPlan
 from draftplus.diffusion.regularisers import penalties, told, weighted
-from draftplus.diffusion.sampler import Visit
+from draftplus.diffusion.sampler import Visit, sample
 from draftplus.diffusion.schedule import Denoised, Schedule
 from draftplus.diffusion.solvers import StepNoise, ddim_deviation, ddim_log_prob
 from draftplus.types import Conditioning
@@ -79,7 +79,9 @@ def rollout(problem: Problem, conditioning: Conditioning, noise: Noise) -> Traje
             log_probs.append(ddim_log_prob(schedule.steps[index], now, sampler.eta, after))
         return after
 
-    replace(sampler, solver=remembering).sample(conditioning, start, noise=fresh)
+    denoise = sampler.denoiser(conditioning)  # embeds the negative prompt
+    problem.model.offload.idle()
+    sample(denoise, start, sampler.schedule, remembering, noise=fresh)
     latents[0] = start.latents.to(latents[-1])
     return Trajectory(torch.stack(latents, 1), torch.stack(log_probs, 1))
 

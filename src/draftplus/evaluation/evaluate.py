@@ -32,6 +32,7 @@ from draftplus.metrics.intervals import Estimate, mean_over_images, paired_gain,
 from draftplus.metrics.lpips import pairwise_lpips
 from draftplus.metrics.metric import Seen
 from draftplus.progress import Advance, progress
+from draftplus.rewards.offloaded import offloaded
 from draftplus.runs.files import output_held, whole_directory, write_text
 from draftplus.runs.journal import finite
 from draftplus.runs.rows import MetricRow, TargetRow, reward_key
@@ -134,18 +135,19 @@ def _measure(
 ) -> Measured:  # fmt: skip
     if target.adapter is not None:
         model.tuned.load(target.adapter)
+    rewards = offloaded(tools.rewards, model.offload)
     latents = latents_of(
         model, which.jobs(), target.config.sampler, tools.batch_size,
         latents_directory(made, target), target.knobs, advance,
     )  # fmt: skip
-    scores: dict[str, list[Tensor]] = {name: [] for name in tools.rewards}
+    scores: dict[str, list[Tensor]] = {name: [] for name in rewards}
     seen, files, rows = [], [], []
     n = which.per_prompt
     with whole_directory(output / pictures_directory(target)) as building:
         for number, (prompt, seeds) in enumerate(zip(which.prompts, which.seeds, strict=True)):
             images = decoded(model, latents[number * n : (number + 1) * n], tools.batch_size)  # (n, 3, H, W)
-            if tools.rewards:
-                scored = score_images(tools.rewards, images, [prompt] * n, tools.device, tools.batch_size)
+            if rewards:
+                scored = score_images(rewards, images, [prompt] * n, tools.device, tools.batch_size)
                 for name, values in scored.items():
                     scores[name].append(values)
             seen.append(_see(images, prompt, tools, base.seen[number] if base else None))

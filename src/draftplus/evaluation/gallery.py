@@ -20,6 +20,7 @@ from draftplus.evaluation.generate import TUNED, Job, Knobs, generate_images, jo
 from draftplus.evaluation.pictures import save_pictures
 from draftplus.evaluation.scores import score_images
 from draftplus.progress import progress
+from draftplus.rewards.offloaded import offloaded
 from draftplus.runs.files import disk_errors, output_held, write_text
 from draftplus.runs.journal import finite
 from draftplus.runs.rows import reward_key
@@ -79,6 +80,7 @@ def make_gallery(
     scorers = {name: build_reward(name, known.get(name, RewardConfig()), device) for name in rewards}
     with progress("loading the model", None):
         model = build_model(config.model, device, trainable=False)
+    scorers = offloaded(scorers, model.offload)
     embed_prompts(model, [*prompts, config.sampler.negative_prompt], World(0, 1, device))
     chosen = intact(adapter) if adapter is not None else weights.adapter
     if chosen is None and knobs != TUNED:

@@ -128,6 +128,7 @@ def sampled_latents(
                 denoise = annealed(denoise, frozen, weights)
             noise = partial(_stock_noise, model, shape, seeds)
             start, watch = sampler.start(noise(-1)), Watch(denoise)
+            model.offload.idle()
             latents = sample(watch, start, sampler.schedule, sampler.solver, noise=noise).latents
             watch.check(latents, len(sampler.schedule), model)
             yield rows, latents

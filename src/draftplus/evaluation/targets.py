@@ -45,6 +45,7 @@ class Target:
         told = {
             "model": self.model_hash, "dtype": self.config.model.dtype, "adapter": self.adapter_hash,
             "sampler": asdict(self.config.sampler), **asdict(self.knobs), "version": __version__,
+            **({"vae_tiling": True} if self.config.model.vae_tiling else {}),
         }  # fmt: skip
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
@@ -84,7 +85,8 @@ def _find(name: str, overrides: Sequence[str], knobs: Knobs, settings: Config | 
         weights = find_weights(name, overrides)  # its own model, sampled as the others are
         config = weights.config
         if settings is not None:
-            config = replace(settings, model=replace(config.model, dtype=settings.model.dtype))
+            given = {key: getattr(settings.model, key) for key in ("dtype", "vae_tiling")}
+            config = replace(settings, model=replace(config.model, **given))
         return Target(name, weights.label, config, None, None, None, TUNED, model_hash(config.model), None)
     if _is_adapter(path):
         config = settings or find_weights(load_config(None, list(overrides)).model.path, overrides).config
@@ -129,8 +131,9 @@ def _is_adapter(path: Path) -> bool:
 
 
 def _refuse_other(target: Target, first: Target) -> None:
-    if target.model_hash != first.model_hash or target.config.model.dtype != first.config.model.dtype:
-        both = [f"{one.config.model.path} in {one.config.model.dtype}" for one in (first, target)]
+    if _base(target) != _base(first):
+        models = [one.config.model for one in (first, target)]
+        both = [f"{model.path} in {model.dtype}{', tiled' * model.vae_tiling}" for model in models]
         raise UserError(
             f"'{first.name}' and '{target.name}' have different base models ({' and '.join(both)}), so their "
             "numbers are not comparable; evaluate each one separately"
@@ -142,6 +145,11 @@ def _refuse_other(target: Target, first: Target) -> None:
                 f"'{first.name}' samples with sampler.{key}={theirs[key]}, but '{target.name}' with {mine[key]}; "
                 f"set one value for all, such as sampler.{key}={theirs[key]}"
             )
+
+
+def _base(target: Target) -> tuple[str, str, bool]:
+    model = target.config.model
+    return target.model_hash, model.dtype, model.vae_tiling
 
 
 def model_hash(config: ModelConfig) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from draftplus.config import SamplerConfig
+from draftplus.config import ModelConfig, SamplerConfig
 from draftplus.diffusion.guidance import classifier_free
 from draftplus.errors import UserError
 from draftplus.types import Conditioning, Raw
@@ -78,6 +78,24 @@ def _accept(config: Mapping[str, Any]) -> None:
     pass
 
 
+def _checkpoint(vae: Any) -> None:
+    vae.enable_gradient_checkpointing()
+
+
+def spare_memory(vae: Any, config: ModelConfig, checkpoint: Callable[[Any], None] = _checkpoint) -> None:
+    """Makes an autoencoder decode as the configuration asks for. Raises UserError where its class cannot."""
+    for way in ("slicing", "tiling"):
+        if getattr(config, f"vae_{way}"):
+            if not hasattr(vae, f"use_{way}"):
+                raise UserError(
+                    f"model.vae_{way} is true, but {type(vae).__name__} of diffusers has no {way}; set "
+                    f"model.vae_{way}=false"
+                )
+            getattr(vae, f"enable_{way}")()
+    if config.gradient_checkpointing:
+        checkpoint(vae)
+
+
 @dataclass(frozen=True)
 class Kind:
     """What a family has of its own. In what follows, `pipe` is its stock pipeline.
@@ -113,7 +131,7 @@ class Kind:
     lengths: Callable[[Any, str], Mapping[str, tuple[int, int]]] = token_counts
     optional: Sequence[str] = ()
     large_encoders: bool = True
-    checkpoint: Callable[[Any], None] = lambda vae: vae.enable_gradient_checkpointing()
+    checkpoint: Callable[[Any], None] = _checkpoint
 
     @property
     def component(self) -> str:

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from draftplus.config import ModelConfig, SamplerConfig
+from draftplus.distributed import Offload
 from draftplus.errors import needs_memory
 from draftplus.models import loading, stock
 from draftplus.models.embedding_store import EmbeddingStore, store_of
 from draftplus.models.embeddings import Embeddings
-from draftplus.models.kind import Kind, Shape
+from draftplus.models.kind import Kind, Shape, spare_memory
 from draftplus.models.tuned import Tuned, make_tuned
 from draftplus.progress import Advance
 from draftplus.types import Conditioning, Raw
@@ -36,13 +37,15 @@ class PipelineModel:
     def __init__(
         self, kind: Kind, pipe: Any, encoders: Sequence[str], read: Callable[[str], Any], tune: Callable[[Any], Tuned],
         scheduler_config: Mapping[str, Any], device: torch.device, dtype: torch.dtype,
-        store: EmbeddingStore | None = None,
+        store: EmbeddingStore | None = None, offload: Offload | None = None,
     ) -> None:  # fmt: skip
         self.kind, self.pipe, self.scheduler_config, self.device = kind, pipe, scheduler_config, device
         self.noise_dtype = kind.noise_dtype(dtype)
         self._names, self._read, self._tune = encoders, read, tune
         self._encoders: dict[str, Any] = {}  # those that are loaded
         self.encode = Embeddings(self._embed, self._encoders_state, store)
+        self.offload = offload or Offload(device, False)
+        self.offload.use(self.vae)
 
     @cached_property
     def tuned(self) -> Tuned:
@@ -79,6 +82,7 @@ class PipelineModel:
             if name not in self._encoders:
                 self._encoders[name] = self._read(name)
                 setattr(self.pipe, name, self._encoders[name])
+        self.offload.use(*self._encoders.values())
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> Shape:
         return self.kind.shape(self.pipe, height, width)
@@ -102,6 +106,7 @@ class PipelineModel:
         return self.kind.predict(self.pipe, network, latents.to(dtype), timestep, conditioning.to(dtype))
 
     def decode(self, latents: Tensor) -> Tensor:
+        self.offload.use(self.vae)
         dtype = self.vae.dtype
         with needs_memory(f"decoding {len(latents)} images"):
             image = self.kind.decoded(self.pipe, self.kind.to_vae(self.pipe, latents.to(dtype)))
@@ -155,9 +160,9 @@ def load_pipeline(
     pipe.vae = read("vae")
     if loading.decodes_in_float32(pipe.vae):
         pipe.vae.to(torch.float32)
-    if config.gradient_checkpointing:
-        kind.checkpoint(pipe.vae)
+    spare_memory(pipe.vae, config, kind.checkpoint)
+    offload = Offload(device, config.offload)
     encoders = [name for name in there if name.startswith("text_encoder")]
-    store = store_of(kind.label, source, path, frozen, device) if kind.large_encoders else None
+    store = store_of(kind.label, source, path, frozen, device) if kind.large_encoders or offload.on else None
     told = stock.scheduler_config(source.directory)
-    return PipelineModel(kind, pipe, encoders, read, tune, told, device, frozen, store)
+    return PipelineModel(kind, pipe, encoders, read, tune, told, device, frozen, store, offload)

@@ -82,16 +82,27 @@ def to_vae(pipe: Any, latents: Tensor) -> Tensor:
 
 
 def decoded(pipe: Any, latents: Tensor) -> Tensor:
-    """The autoencoder is one of videos, whose memory of frames before is left out: it may be checkpointed then."""
-    vae = pipe.vae
-    images: Tensor = vae.decoder(vae.post_quant_conv(latents.unsqueeze(2)))
+    """As `decode` of the autoencoder, one of videos, without its clamping, which would hide an overflow."""
+    vae, frames = pipe.vae, latents.unsqueeze(2)
+    if vae.use_slicing and len(latents) > 1:
+        return torch.cat([decoded(pipe, one) for one in latents.split(1)])
+    ratio = vae.spatial_compression_ratio
+    height, width = vae.tile_sample_min_height // ratio, vae.tile_sample_min_width // ratio
+    tiled = vae.use_tiling and (latents.shape[2] > height or latents.shape[3] > width)
+    images: Tensor = vae.tiled_decode(frames).sample if tiled else vae.decoder(vae.post_quant_conv(frames))
     return images.squeeze(2)
 
 
 def checkpoint_blocks(vae: Any) -> None:
     """By blocks of the decoder, which diffusers cannot."""
     for block in (vae.decoder.mid_block, *vae.decoder.up_blocks):
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        block.forward = partial(_checkpointed, block.forward)
+
+
+def _checkpointed(forward: Any, x: Tensor, *memory: Any) -> Tensor:
+    # without the memory of frames before: there are none, and a second pass would find those of the first
+    output: Tensor = checkpoint(forward, x, use_reentrant=False)
+    return output
 
 
 def accepts(parts: Mapping[str, Any]) -> None:

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from draftplus.config import ModelConfig, SamplerConfig
 from draftplus.diffusion.guidance import classifier_free
 from draftplus.diffusion.levels import saved
+from draftplus.distributed import Offload
 from draftplus.errors import UserError, needs_memory, notice
 from draftplus.models import loading, single_file
 from draftplus.models.embeddings import Embeddings
+from draftplus.models.kind import spare_memory
 from draftplus.models.tuned import Tuned, make_tuned
 from draftplus.progress import Advance
 from draftplus.types import Conditioning, Raw
@@ -28,11 +30,14 @@ class StableDiffusion:
     """The `Model` of a UNet with one CLIP text encoder and a KL autoencoder."""
 
     def __init__(
-        self, tuned: Tuned, vae: Any, text_encoder: Any, tokenizer: Any, scheduler_config: Mapping[str, Any]
-    ) -> None:
+        self, tuned: Tuned, vae: Any, text_encoder: Any, tokenizer: Any, scheduler_config: Mapping[str, Any],
+        offload: Offload | None = None,
+    ) -> None:  # fmt: skip
         self.tuned, self.vae, self.text_encoder, self.tokenizer = tuned, vae, text_encoder, tokenizer
         self.scheduler_config = scheduler_config
         self.device = next(tuned.denoiser.parameters()).device
+        self.offload = offload or Offload(self.device, False)
+        self.offload.use(vae, text_encoder)
         tuned.encoders = {"text_encoder": text_encoder}
         self.encode = Embeddings(self._embed, tuned.encoders_state)
 
@@ -55,6 +60,7 @@ class StableDiffusion:
             [text], padding="max_length", max_length=longest, truncation=True, return_tensors="pt"
         ).to(self.device)  # fmt: skip
         mask = tokens.attention_mask if getattr(self.text_encoder.config, "use_attention_mask", False) else None
+        self.offload.use(self.text_encoder)
         with needs_memory("the text encoder"):
             return Conditioning(self.text_encoder(tokens.input_ids, attention_mask=mask)[0])  # (1, n, d)
 
@@ -110,6 +116,7 @@ class StableDiffusion:
         return raw
 
     def decode(self, latents: Tensor) -> Tensor:
+        self.offload.use(self.vae)
         config, dtype = self.vae.config, self.vae.dtype
         latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
         with needs_memory(f"decoding {len(latents)} images"):
@@ -153,8 +160,9 @@ def load(
     tuned = make_tuned(unet, StableDiffusionPipeline, config.lora, seed, trainable, ATTENTION)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-        vae.enable_gradient_checkpointing()
-    model = StableDiffusion(tuned, vae, text_encoder, tokenizer, _mended(path, scheduler_config))
+    spare_memory(vae, config)
+    offload = Offload(device, config.offload)
+    model = StableDiffusion(tuned, vae, text_encoder, tokenizer, _mended(path, scheduler_config), offload)
     with loading.loading("model.path", path, NAME):
         _repair(path, model)
     return model

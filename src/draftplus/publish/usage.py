@@ -130,6 +130,8 @@ def snippet(config: Config, form: str, lora: bool, file: str, dtype: str | None,
             lines.append(f"pipeline.scheduler = {scheduler[0]}.from_config(pipeline.scheduler.config{mended})")
         if lora:
             lines.append(f'pipeline.load_lora_weights(here, weight_name="{file}")')
+    if config.model.vae_tiling:
+        lines.append("pipeline.vae.enable_tiling()")
     return "\n".join([*lines, "image = pipeline(", *(f"    {one}," for one in _call(config, prompt)), ").images[0]"])
 
 

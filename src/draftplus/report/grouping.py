@@ -13,6 +13,7 @@ from draftplus.config import (
     BASE_MODEL,
     Config,
     RewardConfig,
+    base_model_of,
     flatten,
     is_below,
     keys_that_affect,
@@ -73,9 +74,7 @@ def comparisons(runs: Sequence[Run]) -> list[Comparison]:
 
 def _world(run: Run) -> str:
     flat = flatten(run.config)
-    return json.dumps(
-        [[flat.get(key) for key in BASE_MODEL], evaluated_prompts(run), flat.get("eval.images_per_prompt")]
-    )
+    return json.dumps([base_model_of(flat), evaluated_prompts(run), flat.get("eval.images_per_prompt")])
 
 
 def evaluated_prompts(run: Run) -> list[str]:

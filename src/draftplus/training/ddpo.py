@@ -81,6 +81,7 @@ def _ddpo_step(setup: Setup, state: State, planned: StepPlan, abandonable: Aband
         return {"loss": math.nan, **dict.fromkeys(REGULARISERS, math.nan), "grad_norm": math.nan, **scores}
     mine = advantages[made.places]
     size = len(mine) // settings.updates
+    setup.problem.model.offload.idle()  # the updates need no images
     parts = [rows for _ in range(settings.inner_epochs) for rows in chunks(len(mine), size)]
     done: list[dict[str, float]] = []
     with whole_or_not(state) if len(parts) > 1 else nullcontext():

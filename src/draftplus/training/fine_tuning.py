@@ -22,6 +22,7 @@ from draftplus.evaluation.scores import Rewards
 from draftplus.evaluation.variants import add_variants, check_checkpoints
 from draftplus.metrics.lpips import SMALLEST
 from draftplus.progress import Advance, progress
+from draftplus.rewards.offloaded import offloaded
 from draftplus.runs.directory import saved_steps
 from draftplus.runs.inputs import same_inputs
 from draftplus.runs.journal import Row
@@ -141,7 +142,7 @@ def fine_tuning(config: Config, run: Path, placement: Placement, here: World, dr
     embed_prompts(model, [*trained_on, *(() if dry else held_out.prompts), config.sampler.negative_prompt], here)
     with progress("loading the rewards", None, here.is_main):
         placement.place(model)
-        rewards = build_rewards({**config.reward, **config.eval.rewards}, here.device)
+        rewards = offloaded(build_rewards({**config.reward, **config.eval.rewards}, here.device), model.offload)
     problem = build_problem(config, model, rewards)
     for key, side in (("sampler.height", config.sampler.height), ("sampler.width", config.sampler.width)):
         if side is not None and side < SMALLEST:
