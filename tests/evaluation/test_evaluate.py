@@ -18,8 +18,8 @@ from draftplus import api
 from draftplus.build import METRICS, build_metric, build_styles
 from draftplus.errors import UserError
 from draftplus.evaluation import latents as store
-from draftplus.evaluation.pictures import to_pil
 from draftplus.evaluation.generate import TUNED
+from draftplus.evaluation.pictures import to_pil
 from draftplus.evaluation.targets import files_hash, find_targets
 from draftplus.metrics.lpips import lpips_per_prompt
 from draftplus.metrics.metric import NEIGHBOURS, Seen
