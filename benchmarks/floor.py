@@ -25,8 +25,6 @@ from draftplus.training.placement import Replicated
 from draftplus.training.state import State, initial_state
 from draftplus.training.step import Setup, gradient_step, precisely
 
-PROMPTS = [f"prompt {number}" for number in range(64)]
-
 
 @dataclass(frozen=True)
 class Pass:
@@ -40,11 +38,12 @@ class Pass:
 
 
 def training(config: Config, model: Any, rewards: Mapping[str, Any]) -> tuple[Setup, State]:
-    """What training needs for its steps, on the model's device."""
+    """What training needs for its steps, on the model's device. All steps are of the same prompts, embedded once."""
     here = World(0, 1, model.device)
     problem = build_problem(config, model, rewards)
     shape = model.latent_shape(config.sampler.height, config.sampler.width)
-    setup = Setup(config, problem, PROMPTS, shape, config.train.micro_batch_size, here, Replicated(here))
+    prompts = [f"prompt {number}" for number in range(config.train.global_batch_size)]
+    setup = Setup(config, problem, prompts, shape, config.train.micro_batch_size, here, Replicated(here))
     return setup, initial_state(model.tuned.trainable(), config.optim)
 
 
@@ -60,7 +59,7 @@ def recorded(setup: Setup, state: State) -> list[Pass]:
     scorer: Any = setup.problem.scorer
     denoiser, seen = model.tuned.denoiser, []
     layer = lora.layers(denoiser)[0]
-    networks = {"denoiser": (denoiser, "forward"), "vae": (model.vae, "decode")}
+    networks = {"denoiser": (denoiser, "forward"), "vae": (model.vae.decoder, "forward")}
     ((reward, _),) = scorer.rewards.values()
     networks["reward"] = (reward.model, "get_image_features")
     with ExitStack() as stack:
@@ -72,6 +71,9 @@ def recorded(setup: Setup, state: State) -> list[Pass]:
 
             stack.enter_context(_spied(network, method, note))
         take_step(setup, state)
+    unseen = networks.keys() - {one.network for one in seen}
+    if unseen:
+        raise RuntimeError(f"the step was seen to make no pass of {', '.join(unseen)}, so that its floor would lack it")
     return seen
 
 
@@ -103,7 +105,8 @@ def floor(setup: Setup, passes: Sequence[Pass], dtype: torch.dtype | None = None
     if dtype is not None:
         passes = [_narrowed(one, dtype) if one.network == "denoiser" else one for one in passes]
     optimizer = torch.optim.AdamW(tuned.trainable().values(), lr=0.0)
-    layers = [layer.get_base_layer() for layer in lora.layers(tuned.denoiser)]
+    adapted = lora.layers(tuned.denoiser)
+    layers = [layer.get_base_layer() for layer in adapted]
     folds = any(not one.adapters for one in passes[:first])
     with tuned.folded() if folds else nullcontext():
         merged = [layer.weight.data for layer in layers]
@@ -117,7 +120,9 @@ def floor(setup: Setup, passes: Sequence[Pass], dtype: torch.dtype | None = None
     def made(one: Pass) -> list[Tensor]:
         """What carries gradient of a pass' results. The denoiser's comes from its adapters, not from its input."""
         args, keywords = one.given if one.network == "denoiser" else tree_map(_leaf, one.given)
-        with torch.set_grad_enabled(one.gradient), nullcontext() if one.adapters else tuned.reference():
+        for layer in adapted:
+            layer._disable_adapters = not one.adapters
+        with torch.set_grad_enabled(one.gradient):
             return [x for x in tree_leaves(one.call(*args, **keywords)) if isinstance(x, Tensor) and x.requires_grad]
 
     def run() -> None:
@@ -127,6 +132,8 @@ def floor(setup: Setup, passes: Sequence[Pass], dtype: torch.dtype | None = None
         put(originals)
         with nullcontext() if dtype is not None else precisely(setup, planned):
             results = [x for one in passes[first:] for x in made(one)]
+            for layer in adapted:
+                layer._disable_adapters = False
             torch.autograd.backward(results, [torch.ones_like(x) for x in results])
         optimizer.step()
         optimizer.zero_grad()

@@ -120,6 +120,7 @@ def tiny(shape: Shape) -> Shape:
 def main(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Measures and prints. Returns the rows."""
     device, began, rows = torch.device(options.device), time.monotonic(), []
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as in training
     quiet_libraries()
     chosen = [
         (name, size) for name, shape in SHAPES.items() for size in options.sizes if shape.pipeline in FAMILIES
@@ -140,7 +141,8 @@ def main(options: argparse.Namespace) -> list[dict[str, Any]]:
         try:
             if left < 0:
                 raise TimeoutError
-            config = settings(shape, size, 2 if options.tiny else images_of(shape, size), options.steps)
+            images = options.images or (2 if options.tiny else images_of(shape, size))
+            config = settings(shape, size, images, options.steps)
             if held != name:
                 model, held = None, name
                 _empty(device)
@@ -181,6 +183,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--minutes", type=float, default=8.0, help="to spend in all, about (default 8)")
     found.add_argument("--only", nargs="+", metavar="MODEL", help="such as sdxl, or sdxl-512")
     found.add_argument("--sizes", nargs="+", type=int, default=[512, 1024], help="in pixels (default 512 1024)")
+    found.add_argument("--images", type=int, help="of a micro-batch (default 4 at 512 pixels, 2 at 1024; FLUX.1 1)")
     found.add_argument("--cap", type=float, metavar="GIB", help="of a GPU's memory, as if it had no more")
     found.add_argument("--tiny", action="store_true", help="tiny models, which show that the code runs")
     found.add_argument("--json", help="also write the numbers to this file")

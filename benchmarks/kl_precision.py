@@ -17,7 +17,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
 from draftplus.config import LoraConfig, ObjectiveConfig
@@ -39,7 +39,9 @@ def tuned_unet(device: torch.device, moved: float) -> Tuned:
     torch.manual_seed(0)
     config = UNet2DConditionModel.load_config(CONFIGS / "sd1", subfolder="unet")
     unet = UNet2DConditionModel.from_config(config).to(torch.bfloat16).float()
-    tuned = make_tuned(unet.requires_grad_(False).eval(), "unet", LoraConfig(4, 4.0), 0, True, ATTENTION)
+    tuned = make_tuned(
+        unet.requires_grad_(False).eval(), StableDiffusionPipeline, LoraConfig(4, 4.0), 0, True, ATTENTION
+    )
     for name, parameter in tuned.trainable().items():
         if "lora_B" in name:
             parameter.data.normal_(std=moved)

@@ -1,13 +1,15 @@
 """What a DRaFT+ step takes in memory on the CPU, at the published sizes of models, with random weights. Linux only.
 
     python -m benchmarks.memory sd15
-    python -m benchmarks.memory sdxl --steps 2          minutes on one core, and 20 GiB of memory
-    python -m benchmarks.memory sdxl --steps 2 --kl 0
+    python -m benchmarks.memory sdxl            ten minutes on one core, and 20 GiB of memory
+    python -m benchmarks.memory sdxl --kl 0
 
 One image of 512 x 512 pixels, K = 1, LoRA of rank 8 on attention, frozen weights in bfloat16, gradient checkpointing of
 denoiser and decoder, a reward of PickScore's shape. Memory is the highest resident memory during the step (VmHWM, set
 back by /proc/self/clear_refs) less what the loaded model and reward held before. The number of sampling steps does not
-change it. glibc is told to hand every freed tensor back, else the number would be of its caches.
+change it (benchmarks/step.py measures that), so there is one. glibc is told to hand every freed tensor back, else the
+number would be of its caches. Convolutions of bfloat16 are computed in float32 and rounded, since without instructions
+for them torch takes hours; what is kept for the backward pass stays in bfloat16.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.floor import take_step, training
 from benchmarks.gpu import settings
@@ -28,6 +31,30 @@ from benchmarks.step import RETURN_MEMORY, status
 from draftplus.build import quiet_libraries
 
 GIB = 2**20  # of the kB in which Linux counts
+CONVOLUTION = torch.nn.functional.conv2d
+
+
+class Convolution(torch.autograd.Function):
+    """conv2d of bfloat16, through float32; the weights are frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.rest = rest
+        return CONVOLUTION(x.float(), weight.float(), None if bias is None else bias.float(), *rest).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        found = torch.nn.grad.conv2d_input(x.shape, weight.float(), gradients[0].float(), *ctx.rest)
+        return found.to(x.dtype), None, None, *(None for _ in ctx.rest)
+
+
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Any) -> Tensor:
+    if x.dtype != torch.bfloat16:
+        return CONVOLUTION(x, weight, bias, *rest)
+    found: Tensor = Convolution.apply(x, weight, bias, *rest)
+    return found
 
 
 def peak(model: Any, reward: Any, config: Any) -> tuple[float, float]:
@@ -41,8 +68,9 @@ def peak(model: Any, reward: Any, config: Any) -> tuple[float, float]:
 
 def main(options: argparse.Namespace) -> None:
     quiet_libraries()
+    torch.nn.functional.conv2d = conv2d
     shape = SHAPES[options.model]
-    config = settings(shape, options.size, 1, options.steps, kl=options.kl)
+    config = settings(shape, options.size, 1, steps=1, kl=options.kl)
     model = build(shape, config.model.lora, torch.device("cpu"), torch.bfloat16)
     reward = clip_h(torch.device("cpu"))
     began = time.perf_counter()
@@ -50,7 +78,7 @@ def main(options: argparse.Namespace) -> None:
     frozen = sum(p.numel() for p in model.tuned.denoiser.parameters() if p.dtype == torch.bfloat16)
     widened = f", {2 * frozen / 2**30:.2f} GiB of it frozen weights in float32 for the KL term" if options.kl else ""
     print(
-        f"{shape.label}, {options.size} pixels, {options.steps} steps, KL {'on' if options.kl else 'off'}: "
+        f"{shape.label}, {options.size} pixels, KL {'on' if options.kl else 'off'}: "
         f"{above:.2f} GiB above the loaded {loaded:.2f} GiB{widened}; {time.perf_counter() - began:.0f} s"
     )
 
@@ -59,7 +87,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=list(SHAPES))
     parser.add_argument("--size", type=int, default=512, help="in pixels (default 512)")
-    parser.add_argument("--steps", type=int, default=10, help="sampling steps (default 10)")
     parser.add_argument("--kl", type=float, default=0.1, help="coefficient of the KL term; 0: none (default 0.1)")
     chosen = parser.parse_args()
     Path("/proc/self/oom_score_adj").write_text("1000")  # where memory ends, this process does, and no other

@@ -170,13 +170,14 @@ def build(shape: Shape, lora: LoraConfig | None, device: torch.device, dtype: to
     """The `Model` of a shape, as training loads it: tuned as `lora` says, with gradient checkpointing."""
     import diffusers
 
+    stock = getattr(diffusers, shape.pipeline)
     network, vae = made(shape.denoiser, device, dtype), made(shape.vae, device, dtype)
     scheduler = getattr(diffusers, shape.scheduler[0]).from_config(shape.scheduler[1])
     settings = {"_class_name": shape.scheduler[0], **shape.scheduler[1]}
 
     def tuned(denoiser: Any, targets: Any) -> Tuned:
         denoiser.enable_gradient_checkpointing()
-        return make_tuned(denoiser, component(shape), lora, 0, True, targets)
+        return make_tuned(denoiser, stock, lora, 0, True, targets)
 
     vae.enable_gradient_checkpointing()
     model: Any
@@ -184,7 +185,6 @@ def build(shape: Shape, lora: LoraConfig | None, device: torch.device, dtype: to
         model = StableDiffusion(tuned(network, ATTENTION), vae, nn.Identity(), None, settings)
     else:
         kind = importlib.import_module(FAMILIES[shape.pipeline].load.partition(":")[0]).KIND
-        stock = getattr(diffusers, shape.pipeline)
         parts = {component(shape): network, "vae": vae, "scheduler": scheduler}
         needed = [p.name for p in inspect.signature(stock).parameters.values() if p.default is p.empty]
         pipe = stock(**{**dict.fromkeys(needed), **parts})

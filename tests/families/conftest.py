@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,7 @@ from tests.families.cases import CASES, Case
 from tests.support.pipelines import save_pipeline
 
 Saved = Callable[[str], Path]
+Below = Callable[[str, Any, float], None]
 
 
 @pytest.fixture(scope="session")
@@ -41,3 +43,14 @@ def case(name: str) -> Case:
 def directory(name: str, saved: Saved) -> Path:
     """That of a family's tiny pipeline; read only."""
     return saved(name)
+
+
+@pytest.fixture
+def below(name: str, record_property: Callable[[str, object], None]) -> Below:
+    """Asserts that an error is below a bound, and keeps it, by what was looked at, for `tests/families/table.py`."""
+
+    def check(what: str, error: Any, bound: float) -> None:
+        record_property("error", (name, what, float(error)))
+        assert error < bound
+
+    return check

@@ -6,12 +6,17 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
 from draftplus.config import Config
 from draftplus.distributed import world
 from draftplus.runs.directory import locked
 from draftplus.training.drive import drive
 from draftplus.training.fine_tuning import fine_tuning
 from draftplus.training.placement import make_placement
+
+# without that of cuDNN, whose gradient is NaN under gradient checkpointing (FLUX.1 in bfloat16, torch 2.11, H200)
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def train(config: Config, run: Path, told: Callable[[Path], None] | None = None) -> Path:
@@ -24,7 +29,7 @@ def train(config: Config, run: Path, told: Callable[[Path], None] | None = None)
     """
     with world(config.device) as here:
         placement = make_placement(config.parallel.mode, here)
-        with locked(run) if here.is_main else nullcontext():
+        with locked(run) if here.is_main else nullcontext(), sdpa_kernel(ATTENTION):
             task = fine_tuning(config, run, placement, here)
             drive(task, config, run, placement, here, told)
     return run
