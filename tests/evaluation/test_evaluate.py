@@ -16,10 +16,11 @@ from torch import Tensor
 
 from draftplus import api
 from draftplus.build import METRICS, build_metric, build_styles
+from draftplus.config import trusting
 from draftplus.errors import UserError
 from draftplus.evaluation import latents as store
-from draftplus.evaluation.pictures import to_pil
 from draftplus.evaluation.generate import TUNED
+from draftplus.evaluation.pictures import to_pil
 from draftplus.evaluation.targets import files_hash, find_targets
 from draftplus.metrics.lpips import lpips_per_prompt
 from draftplus.metrics.metric import NEIGHBOURS, Seen
@@ -387,5 +388,5 @@ def test_runs_that_decode_in_tiles_are_others(run: Path, tmp_path: Path) -> None
     other = Path(shutil.copytree(run, tmp_path / "other"))
     text = (other / "config.yaml").read_text()
     (other / "config.yaml").write_text(text.replace("vae_tiling: false", "vae_tiling: true"))
-    with pytest.raises(UserError, match=r"different base models \(.* in float32 and .* in float32, tiled\)"):
+    with trusting(True), pytest.raises(UserError, match=r"different base models \(.* and .* in float32, tiled\)"):
         find_targets([str(run), str(other)], [], TUNED)

@@ -81,7 +81,7 @@ def test_what_is_refused(
     other = shutil.copytree(directory, tmp_path / "other")
     file = other / part / "config.json" if part else other / "model_index.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
-    with pytest.raises(UserError, match=f"as Qwen-Image: {re.escape(message)}"):
+    with pytest.raises(UserError, match=rf"model.path '{other}'.*: {re.escape(message)}"):
         load_model(other)
 
 

@@ -26,7 +26,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 SMALL = ["device=cpu", "sampler.height=64", "sampler.width=64", "sampler.guidance_scale=3"]
 SAMPLED = {
     "sd": [[], ["sampler.spacing=trailing", "sampler.solver=euler"]],
-    "sdxl": [[], ["sampler.solver=ddim", "sampler.negative_prompt="], ["sampler.spacing=trailing"]],
+    "sdxl": [
+        [],
+        ["sampler.solver=ddim", "sampler.negative_prompt="],
+        ["sampler.spacing=trailing"],
+        ["model.vae_tiling=true", "sampler.height=96"],
+    ],
     "sd3": [["sampler.spacing=linear"], ["sampler.sigmas=[0.9,0.55,0.2]"], ["sampler.negative_prompt=grey"]],
     "sd3_without_t5": [[]],
     "flux_dev": [["sampler.sigmas=[0.9,0.55,0.2]"]],
