@@ -70,7 +70,7 @@ class SamplerConfig:
     )  # fmt: skip
     steps: int | None = _key(None, "number of denoising steps; null: the model's default", above=0, of_model=True)
     guidance_scale: float | None = _key(
-        None, "classifier-free guidance scale; 1 or less: no guidance; null: the model's default", of_model=True
+        None, "guidance scale, which means what it does in the model's stock pipeline; null: its default", of_model=True
     )
     eta: float = _key(0.0, "DDIM noise, from 0 (deterministic) to 1", at_least=0, at_most=1)
     spacing: str | None = _key(
