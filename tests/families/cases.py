@@ -63,6 +63,8 @@ CASES = {
     "zimage": Case(plain=0.0),
 }
 
+ONCE = [name for name in CASES if name != "sd3_without_t5"]  # what training does is the same without T5
+
 
 def load_model(
     directory: Path, dtype: torch.dtype = torch.float64, trainable: bool = True, **settings: Any

@@ -17,7 +17,7 @@ from draftplus.build import build_sampler
 from draftplus.config import ObjectiveConfig, SamplerConfig
 from draftplus.diffusion.objectives import loss, plan, prefix
 from draftplus.diffusion.problem import Problem
-from tests.families.cases import PROMPTS, Case, drawing, load_model, stock_pipe
+from tests.families.cases import ONCE, PROMPTS, Case, drawing, load_model, stock_pipe
 from tests.families.conftest import Below
 from tests.tiny import TinyScorer, gradients, normal, randomize
 
@@ -74,6 +74,11 @@ def by_stock(case: Case, directory: Path, tuned: Any, prompt: str, noise: Tensor
         difference = (ours - frozen) / (sigmas[step + 1] - sigmas[step])
         distances.append(((1 - sigmas[step]) * difference if flow else difference).square().mean())
     return -TinyScorer().scores(images, [prompt]).mean() + kl * torch.stack(distances).mean()
+
+
+@pytest.fixture(params=ONCE)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])

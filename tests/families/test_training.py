@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from draftplus import api
-from tests.families.cases import Case, stock_picture, stock_pipe
+from tests.families.cases import ONCE, Case, stock_picture, stock_pipe
 from tests.families.conftest import Below
 from tests.support.processes import command, commands
 from tests.support.runs import relative, rows, small_settings, train_here, update_of, weights
@@ -23,6 +23,11 @@ METHODS = {
     "full": ["model.lora=null", "objective.kl_coeff=0.5", "optim.lr=1e-4"],
     "checkpointed": ["model.gradient_checkpointing=true", "model.dtype=bfloat16", "objective.kl_coeff=0.5"],
 }
+
+
+@pytest.fixture(params=ONCE)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 @pytest.fixture
