@@ -128,8 +128,8 @@ def noises(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[bytes]]:
     def of_training(shape: Sequence[int], seed: int, stream: str, *rest: Any) -> Tensor:
         return note(stream, normal(shape, seed, stream, *rest))
 
-    def of_evaluation(shape: Sequence[int], seeds: Iterable[int]) -> Tensor:
-        return note("evaluation", stock(shape, seeds))
+    def of_evaluation(shape: Sequence[int], seeds: Iterable[int], *rest: Any) -> Tensor:
+        return note("evaluation", stock(shape, seeds, *rest))
 
     monkeypatch.setattr(rng, "normal", of_training)
     monkeypatch.setattr(rng, "stock_noise", of_evaluation)

@@ -35,7 +35,7 @@ def test_the_stock_pipeline_loads_the_adapter(
     case: Case, directory: Path, tmp_path: Path, targets: str, below: Below
 ) -> None:
     model = load_model(directory, torch.float32, lora=LoraConfig(rank=3, alpha=6.0, targets=targets))
-    randomize(model, size=0.3)
+    randomize(model, size=0.2)
     model.tuned.save(tmp_path)
     pipe = stock_pipe(directory)
     pipe.load_lora_weights(tmp_path)

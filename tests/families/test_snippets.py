@@ -12,10 +12,8 @@ import torch
 
 from draftplus import api
 from draftplus.config import LoraConfig
-from draftplus.errors import UserError
 from draftplus.models.families import FAMILIES
 from draftplus.models.lora_files import LORA_FILE
-from draftplus.publish import write
 from draftplus.publish.usage import elsewhere, snippet
 from draftplus.runs.weights import find_weights
 from tests.families.cases import PROMPTS, load_model
@@ -84,14 +82,6 @@ def test_half_precision_and_full_tuning(saved: Saved, tmp_path: Path, monkeypatc
     half = find_weights(str(directory), [*overrides, "model.dtype=bfloat16"]).config
     assert "(base, torch_dtype=torch.bfloat16)" in snippet(half, "diffusers", True, LORA_FILE, None, "x")
     assert "torch_dtype" not in snippet(half, "diffusers", False, LORA_FILE, None, "x")
-
-
-def test_only_stable_diffusion_is_merged(saved: Saved, tmp_path: Path) -> None:
-    config = find_weights(str(saved("sd3_without_t5")), SMALL).config
-    with pytest.raises(
-        UserError, match=r"merged is for Stable Diffusion 1\.x and 2\.x, .* is a StableDiffusion3Pipeline"
-    ):
-        write._merged(write.Export(None, config, tmp_path, 1, "x"), tmp_path)  # type: ignore[arg-type]
 
 
 def test_in_words_for_other_programs(saved: Saved) -> None:

@@ -262,7 +262,7 @@ def test_which_encoder_it_is(tiny_path: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_path, path)
 
     def hashed() -> str:
-        source = loading.source(ModelConfig(path=str(path)), str(path), path, {"text_encoder": CLIPTextModel})
+        source = loading.source(ModelConfig(path=str(path)), str(path), path, {"text_encoder": CLIPTextModel}, dict)
         return encoders_hash(source, str(path))
 
     seen = {hashed()}
