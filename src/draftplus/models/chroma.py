@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -26,20 +27,13 @@ def embed(pipe: Any, prompt: str | None) -> Conditioning:
 
 
 def predict(pipe: Any, network: Any, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
-    """Patches of 2 x 2 latents are the tokens. The time is rounded to the network's precision before it is divided."""
-    b, c, h, w = latents.shape
-    packed = pipe._pack_latents(latents, b, c, h, w)
-    mask = pipe._prepare_attention_mask(b, packed.shape[1], latents.dtype, conditioning.extras["attention_mask"])
+    """As FLUX.1, with the mask of the prompt's tokens and, all of them there, the image's."""
+    b, _, h, w = latents.shape
+    given = conditioning.extras["attention_mask"]
+    mask = pipe._prepare_attention_mask(b, (h // 2) * (w // 2), latents.dtype, given)
+    masked = replace(conditioning, extras={"attention_mask": mask})
     with _masked_when_computed_anew(network, mask):
-        raw = network(
-            hidden_states=packed, timestep=timestep.expand(b).to(latents.dtype) / 1000,
-            encoder_hidden_states=conditioning.hidden, attention_mask=mask,
-            txt_ids=latents.new_zeros(conditioning.hidden.shape[1], 3),
-            img_ids=pipe._prepare_latent_image_ids(b, h // 2, w // 2, latents.device, latents.dtype), return_dict=False,
-        )[0]  # fmt: skip
-    factor = pipe.vae_scale_factor
-    unpacked: Tensor = pipe._unpack_latents(raw, h * factor, w * factor, factor)
-    return unpacked
+        return flux.predict(pipe, network, latents, timestep, masked)
 
 
 @contextmanager
