@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from draftplus.config.check import check, refuse_bad_name
-from draftplus.config.keys import CHANGEABLE, flatten, is_below, keys_where, nearest, to_dict
+from draftplus.config.keys import CHANGEABLE, flatten, is_below, nearest, to_dict, values
 from draftplus.config.reading import read_text, read_value, read_yaml
 from draftplus.config.schema import Config
 from draftplus.config.trust import refuse_untrusted
@@ -185,8 +185,8 @@ def run_name(config: Config, recipe: str, compares_images: bool) -> str:
         return config.name
     # by the former names, so that the same command still finds a run of an earlier version
     former = {new: old for old, new in RENAMED.items()}
-    added, default = keys_where(lambda facts: facts.added), flatten(to_dict(Config()))
-    shaping = shaping_keys(config, compares_images).items()
-    named = {former.get(k, k): v for k, v in shaping if not (is_below(k, added) and default.get(k, v) == v)}
+    added, default = {key for key, facts, _ in values(config) if facts.added}, flatten(to_dict(Config()))
+    shaping = shaping_keys(config, compares_images).items()  # of a reward that is no default, what is added is null
+    named = {former.get(k, k): v for k, v in shaping if not (is_below(k, added) and default.get(k) == v)}
     text = json.dumps(named, sort_keys=True)
     return f"{recipe}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
