@@ -16,6 +16,7 @@ _FUNCTIONS = {
     "load_model": "draftplus.api",
     "load_reward": "draftplus.api",
     "pairwise_lpips": "draftplus.metrics.lpips",
+    "score": "draftplus.api",
     "sweep": "draftplus.api",
     "train": "draftplus.api",
     "write_images": "draftplus.api",
