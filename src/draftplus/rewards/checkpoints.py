@@ -28,6 +28,11 @@ def locate(path: str | Path) -> str:
     local = Path(path).expanduser()
     if local.is_dir():
         return str(local)
+    if local.suffix == ".nemo":
+        raise UserError(
+            f"reward weights '{path}': a .nemo file is converted first; "
+            f"run: draftplus reward convert {path} -o DIRECTORY, then give the directory."
+        )
     if local.exists():
         raise UserError(
             f"reward weights '{path}': this is a file; give the directory that contains it and its config.json."
