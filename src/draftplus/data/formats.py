@@ -19,6 +19,8 @@ from draftplus.errors import UserError
 FIELDS = ("prompt", "text", "caption")
 SPLITS = ("train", "held_out")
 TARS = (".tar", ".tar.gz", ".tgz")
+# what reading an archive that is cut short or damaged raises
+DAMAGED_TAR = (tarfile.TarError, EOFError, ValueError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
 MOST_LINES = 50  # of a caption: what is longer than any text encoder reads is a list of prompts
 _EXAMPLE = '{"prompt": "a cat"}'
 
@@ -37,16 +39,16 @@ def kind_of(path: Path) -> str | None:
 
 
 def _text(path: Path, column: str | None) -> Iterator[Row]:
-    for number, line in _lines(path):
+    for number, line in lines_of(path):
         if line.strip():
             yield Row(line.strip(), None, f"line {number}")
 
 
 def _jsonl(path: Path, column: str | None) -> Iterator[Row]:
-    for number, line in _lines(path):
+    for number, line in lines_of(path):
         if line.strip():
             place = f"line {number}"
-            value = _parsed(line, f"{path}, {place}", f"; each line must be an object such as {_EXAMPLE}")
+            value = parsed(line, f"{path}, {place}", f"; each line must be an object such as {_EXAMPLE}")
             if not isinstance(value, dict):
                 said = f"{line.strip()[:40]} is not an object; each line must be an object such as {_EXAMPLE}"
                 raise UserError(f"{path}, {place}: {said}")
@@ -55,12 +57,12 @@ def _jsonl(path: Path, column: str | None) -> Iterator[Row]:
 
 def _json(path: Path, column: str | None) -> Iterator[Row]:
     wanted = f"a list of strings or of objects such as {_EXAMPLE}"
-    entries = _parsed(_decoded(path.read_bytes(), str(path)), str(path), f"; it must be {wanted}")
+    entries = parsed(decoded(path.read_bytes(), str(path)), str(path), f"; it must be {wanted}")
     if not isinstance(entries, list):
-        raise UserError(f"{path} holds {_short(entries)}; it must be {wanted}.")
+        raise UserError(f"{path} holds {short(entries)}; it must be {wanted}.")
     for number, entry in enumerate(entries, 1):
         if not isinstance(entry, dict) and column is not None:
-            raise UserError(f"{path}, entry {number}: {_short(entry)} has no fields, but data.column is '{column}'.")
+            raise UserError(f"{path}, entry {number}: {short(entry)} has no fields, but data.column is '{column}'.")
         yield _row(entry if isinstance(entry, dict) else {"prompt": entry}, column, path, f"entry {number}")
 
 
@@ -120,7 +122,7 @@ def _tar(path: Path, column: str | None) -> Iterator[Row]:
     seen: set[str] = set()
     others = False
     try:
-        for member, read in _members(path):
+        for member, read in members(path):
             key, _, suffix = member.name.rpartition(".")
             if member.name.rpartition("/")[2].startswith("._"):  # what macOS adds beside each file
                 continue
@@ -134,16 +136,16 @@ def _tar(path: Path, column: str | None) -> Iterator[Row]:
                 raise UserError(f"'{path}', member {member.name} is a link: pack the file that it stands for.")
             if key not in chosen or kinds.index(suffix.lower()) < kinds.index(chosen[key][0].lower()):
                 chosen[key] = (suffix, read())
-    except (tarfile.TarError, EOFError, ValueError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
+    except DAMAGED_TAR as error:
         reason = str(error).partition("\n")[0].rstrip(":") or type(error).__name__
         raise UserError(f"'{path}' is truncated or not a tar file ({reason}): download or create it again.") from error
     for key, (suffix, data) in chosen.items():
         place = f"member {key}.{suffix}"
-        text = _decoded(data, f"{path}, {place}")
+        text = decoded(data, f"{path}, {place}")
         if suffix.lower() == "json":
-            value = _parsed(text, f"{path}, {place}", "")
+            value = parsed(text, f"{path}, {place}", "")
             if not isinstance(value, dict):
-                raise UserError(f"{path}, {place}: {_short(value)} is not an object such as {_EXAMPLE}.")
+                raise UserError(f"{path}, {place}: {short(value)} is not an object such as {_EXAMPLE}.")
             yield _row(value, column, path, place)
         elif text.strip():
             lines = sum(bool(line.strip()) for line in io.StringIO(text, newline=None))
@@ -156,7 +158,7 @@ def _tar(path: Path, column: str | None) -> Iterator[Row]:
             yield Row(text.strip(), None, place)
 
 
-def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, Callable[[], bytes]]]:
+def members(path: Path) -> Iterator[tuple[tarfile.TarInfo, Callable[[], bytes]]]:
     """The members of an archive, compressed or not, that are no directories, each with what reads it.
 
     Raises TarError and others where it is cut short or damaged.
@@ -167,7 +169,7 @@ def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, Callable[[], bytes]]
             tar.members.clear()  # type: ignore[attr-defined]  # else a million of them stay in memory
             end = member.offset_data + math.ceil(member.size / tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
             if not member.isdir():
-                yield member, lambda member=member: _content(tar, member)  # type: ignore[misc]
+                yield member, lambda member=member: content(tar, member)  # type: ignore[misc]
         # tarfile takes a cut between two members, or a header that makes no sense, for the end of the archive: only
         # the block of zeros in the place of the next header shows that nothing is missing
         stream: Any = tar.fileobj
@@ -176,7 +178,7 @@ def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, Callable[[], bytes]]
             raise tarfile.ReadError(f"neither a member nor the end mark at byte {end}")
 
 
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+def content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     opened = tar.extractfile(member)
     assert opened is not None
     return opened.read()
@@ -188,7 +190,7 @@ def _row(fields: Mapping[str, Any], column: str | None, path: Path, place: str) 
     field = _field(list(fields), column, where)
     prompt, split = fields[field], fields.get("split")
     if not isinstance(prompt, str) or not prompt.strip():
-        raise UserError(f"{where}: {field} is {_short(prompt)}; it must be a string that is not empty.")
+        raise UserError(f"{where}: {field} is {short(prompt)}; it must be a string that is not empty.")
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
@@ -197,7 +199,7 @@ def _row(fields: Mapping[str, Any], column: str | None, path: Path, place: str) 
             f"{where}: {field} contains {half}, one half of a character without the other; write the whole character."
         ) from None
     if split is not None and split not in SPLITS:
-        raise UserError(f"{where}: split is {_short(split)}; it must be {' or '.join(SPLITS)}.")
+        raise UserError(f"{where}: split is {short(split)}; it must be {' or '.join(SPLITS)}.")
     return Row(prompt.strip(), split, place)
 
 
@@ -217,7 +219,7 @@ def _field(names: Sequence[str], column: str | None, where: str) -> str:
     return field
 
 
-def _parsed(text: str, where: str, wanted: str) -> Any:
+def parsed(text: str, where: str, wanted: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
@@ -226,14 +228,14 @@ def _parsed(text: str, where: str, wanted: str) -> Any:
         raise UserError(f"{where}: not valid as prompts, lists within lists too deep to be read{wanted}") from None
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
     try:
         return json.dumps(value)[:40]
     except (TypeError, ValueError, RecursionError):
         return f"of type {type(value).__name__}"
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def lines_of(path: Path) -> Iterator[tuple[int, str]]:
     # opened as text, a line ends at \n, \r\n and \r and nowhere else; str.splitlines would also cut at U+2028
     try:
         with path.open(encoding="utf-8-sig") as file:
@@ -242,7 +244,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise _not_utf8(path) from None
 
 
-def _decoded(data: bytes, where: str) -> str:
+def decoded(data: bytes, where: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -252,7 +254,7 @@ def _decoded(data: bytes, where: str) -> str:
 
 def _not_utf8(path: Path) -> UserError:
     try:
-        _decoded(path.read_bytes(), str(path))
+        decoded(path.read_bytes(), str(path))
     except UserError as error:
         return error
     return UserError(f"{path} is not UTF-8 text: save it as UTF-8.")

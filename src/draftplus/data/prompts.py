@@ -110,7 +110,7 @@ def prompt_files(source: str | Path) -> list[Path]:
         return shards
     if path.exists():
         return [path]
-    files = [one for name in _expanded(str(path)) for one in _matching(name)]
+    files = [one for name in expanded(str(path)) for one in matching(name)]
     absent = [one for one in files if not one.exists()]
     if files and not absent:
         return files
@@ -122,20 +122,20 @@ def prompt_files(source: str | Path) -> list[Path]:
     raise UserError(f"no prompt set '{source}': did you mean the built-in set '{near[0]}'? Otherwise give {_KNOWN}.")
 
 
-def _expanded(text: str) -> list[str]:
+def expanded(text: str) -> list[str]:
     import braceexpand
 
     # braceexpand makes every name before it gives the first
     sizes = (abs(int(end) - int(begin)) + 1 for begin, end in re.findall(r"{(-?\d+)\.\.(-?\d+)", text))
     if math.prod(sizes) > MOST_FILES:
-        raise UserError(f"prompts '{text}' names more than {MOST_FILES:,} files; give fewer.")
+        raise UserError(f"'{text}' names more than {MOST_FILES:,} files; give fewer.")
     try:
         return list(braceexpand.braceexpand(text, escape=False))
     except ValueError:  # braces that do not match
         return [text]
 
 
-def _matching(name: str) -> list[Path]:
+def matching(name: str) -> list[Path]:
     return [Path(one) for one in sorted(glob.glob(name, recursive=True))] if glob.has_magic(name) else [Path(name)]
 
 
