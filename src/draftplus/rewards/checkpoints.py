@@ -30,8 +30,8 @@ def locate(path: str | Path) -> str:
         return str(local)
     if local.suffix == ".nemo":
         raise UserError(
-            f"reward weights '{path}' are NeMo's; run: draftplus reward convert {path} -o DIRECTORY\n"
-            "Then give the directory as reward.clip.path."
+            f"reward weights '{path}': a .nemo file is converted first; "
+            f"run: draftplus reward convert {path} -o DIRECTORY, then give the directory."
         )
     if local.exists():
         raise UserError(
