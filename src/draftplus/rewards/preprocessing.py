@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,9 @@ class Preprocessing:
     """What a checkpoint does to an image before its network. None: this step is left out.
 
     resize: the shorter side's length, or (height, width). crop: (height, width) around the centre, zeros where the
-    image is smaller. scale: factor on pixels in [0, 1]. mean, std: per channel, after the scaling.
+    image is smaller. scale: factor on pixels in [0, 1]. mean, std: per channel, after the scaling. centre: where the
+    crop lies if an odd number of rows or columns goes: "cut", as transformers has it, leaves the smaller half above,
+    and "even", as torchvision has it, the half that is an even number.
     """
 
     resize: int | tuple[int, int] | None
@@ -38,6 +40,7 @@ class Preprocessing:
     scale: float
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
+    centre: Literal["cut", "even"] = "cut"
 
 
 def has_preprocessing(directory: str | Path) -> bool:
@@ -98,7 +101,8 @@ def preprocess(images: Tensor, spec: Preprocessing) -> Tensor:
         # antialias also chooses PIL's cubic kernel (a = -0.5) when enlarging; PIL cuts overshoots off, so must we
         images = F.interpolate(images, target, mode=spec.filter, antialias=True, align_corners=False).clamp(0, 1)
     if spec.crop is not None and spec.crop != target:
-        top, left = (target[0] - spec.crop[0]) // 2, (target[1] - spec.crop[1]) // 2
+        surplus = [whole - kept for whole, kept in zip(target, spec.crop, strict=True)]
+        top, left = [round(one / 2) if spec.centre == "even" else one // 2 for one in surplus]
         bottom, right = target[0] - spec.crop[0] - top, target[1] - spec.crop[1] - left
         images = F.pad(images, (-left, -right, -top, -bottom))  # negative padding crops
     if spec.scale != 1:
