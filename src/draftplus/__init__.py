@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 _FUNCTIONS = {
     "Config": "draftplus.config",
     "UserError": "draftplus.errors",
+    "convert_reward": "draftplus.api",
     "describe": "draftplus.api",
     "evaluate": "draftplus.api",
     "export": "draftplus.api",

@@ -100,7 +100,8 @@ def evaluation_prompts(config: Config, prompts: PromptSet) -> list[str]:
             )
     else:
         chosen = list(dict.fromkeys(read_prompts(config.eval.prompts, config.data.column)))
-        trained = {normalized(prompt) for prompt in prompts.train}
+        keys = {normalized(prompt) for prompt in chosen}
+        trained = keys.intersection(map(normalized, prompts.train))  # which may be a million
         for prompt in chosen:
             if normalized(prompt) in trained:
                 raise UserError(
@@ -109,8 +110,8 @@ def evaluation_prompts(config: Config, prompts: PromptSet) -> list[str]:
                 )
     most = config.eval.max_prompts or len(chosen)
     if len(chosen) > most:
-        chosen = [chosen[i * len(chosen) // most] for i in range(most)]
-    return chosen
+        return [chosen[i * len(chosen) // most] for i in range(most)]
+    return list(chosen)
 
 
 def evaluate_held_out(

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from draftplus.data.formats import DAMAGED_TAR, TARS, decoded, members
+from draftplus.data.formats import DAMAGED_TAR, TARS, members
 from draftplus.data.pictures import MOST_BYTES, SUFFIXES, Undecodable, decode
+from draftplus.data.text import decoded
 from draftplus.errors import UserError
 
 LONGEST_CAPTION = 100_000  # bytes
