@@ -18,6 +18,7 @@ _FUNCTIONS = {
     "load_reward": "draftplus.api",
     "pairwise_lpips": "draftplus.metrics.lpips",
     "score": "draftplus.api",
+    "score_pairs": "draftplus.api",
     "sweep": "draftplus.api",
     "train": "draftplus.api",
     "write_images": "draftplus.api",

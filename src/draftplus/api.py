@@ -17,6 +17,7 @@ from draftplus.evaluation.evaluate import compare
 from draftplus.evaluation.gallery import make_gallery, write_gallery
 from draftplus.evaluation.generate import Knobs
 from draftplus.evaluation.score import score as _score
+from draftplus.evaluation.score_pairs import score_pairs as _score_pairs
 from draftplus.publish import export_run
 from draftplus.report import write_report
 from draftplus.rewards.nemo import convert_nemo
@@ -196,6 +197,28 @@ def score(
     wanted = [targets] if isinstance(targets, (str, Path)) else list(targets)
     file = None if output is None else Path(output)
     return _score(wanted, _listed(rewards), _listed(overrides), prompts, prompt, skip, file)
+
+
+def score_pairs(
+    pairs: str | Path,
+    rewards: str | Sequence[str] = (),
+    overrides: str | Sequence[str] = (),
+    skip: int = 10,
+    output: str | Path | None = None,
+) -> dict[str, Any]:
+    """Says which of two pictures each reward prefers, and how often the label agrees, where there is one.
+
+    pairs: files that `data.pairs.read_pairs` reads. skip: how many pairs with a picture that cannot be read are left
+    out before that is an error. rewards, overrides, output: as for `score`.
+
+    Returns {"rewards": {name: settings, first_wins, second_wins, ties, accuracy over the `labelled` pairs that are no
+    ties, its standard_error, and the pairs with a score that is "not_finite"}, "pairs": [{pair, caption, label,
+    reward/<name>: both scores}], "skipped": [{file, reason}]}. label: how much the first is preferred, null where that
+    is not known.
+
+    Raises UserError for a user's mistake.
+    """
+    return _score_pairs(pairs, _listed(rewards), _listed(overrides), skip, None if output is None else Path(output))
 
 
 def _listed(texts: str | Sequence[str]) -> list[str]:
