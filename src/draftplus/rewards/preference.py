@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -128,7 +129,9 @@ def load_preference(
     if checkpointing:
         for layer in (*model.vision_model.encoder.layers, *model.text_model.encoder.layers):
             layer.self_attn.dropout = 0.0  # the only noise of a CLIP in training mode, without which none is recomputed
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        with warnings.catch_warnings():  # the next version of transformers calls it by another name
+            warnings.simplefilter("ignore", FutureWarning)
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
     return ClipPreference(reward, _processor(processor or start, None if processor else revision), chosen)
 

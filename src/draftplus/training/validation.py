@@ -109,5 +109,5 @@ def worst(judged: Judged, count: int) -> list[int]:
 def gathered(parts: Sequence[Sequence[tuple[int, float, list[float]]]]) -> tuple[list[int], Judged]:
     """All processes' pairs, (index, label, scores), in the order of the index."""
     rows: list[Any] = sorted(row for part in parts for row in part)
-    labels = torch.tensor([label for _, label, _ in rows]).double()
+    labels = torch.tensor([label for _, label, _ in rows], dtype=torch.float64)
     return [index for index, _, _ in rows], Judged(labels, torch.tensor([scores for *_, scores in rows]).double())
