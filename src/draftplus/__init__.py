@@ -9,6 +9,7 @@ _FUNCTIONS = {
     "Config": "draftplus.config",
     "RewardTrainConfig": "draftplus.config",
     "UserError": "draftplus.errors",
+    "convert_reward": "draftplus.api",
     "describe": "draftplus.api",
     "evaluate": "draftplus.api",
     "export": "draftplus.api",

@@ -19,6 +19,7 @@ from draftplus.evaluation.generate import Knobs
 from draftplus.evaluation.score import score as _score
 from draftplus.publish import export_run
 from draftplus.report import write_report
+from draftplus.rewards.nemo import convert_nemo
 from draftplus.runs.plan import plan_reward_run, plan_run
 from draftplus.sweeps.grid import written_grid
 from draftplus.sweeps.launch import run_sweep
@@ -224,6 +225,18 @@ def score(
 
 def _listed(texts: str | Sequence[str]) -> list[str]:
     return [texts] if isinstance(texts, str) else list(texts)
+
+
+def convert_reward(file: str | Path, output: str | Path, processor: str | None = None) -> Path:
+    """Writes a reward of NeMo-Aligner, a CLIP in a .nemo file, as a `CLIPModel` directory with all that scoring needs,
+    and returns it: `load_reward("pickscore", path=...)` loads it.
+
+    processor: directory or hub id of the tokenizer; None: the one that the file names, else CLIP ViT-H/14's.
+
+    Raises UserError for a user's mistake.
+    """
+    quiet_libraries()
+    return convert_nemo(file, output, processor)
 
 
 def export(target: str, format: str = "diffusers", output: str | Path | None = None) -> Path:

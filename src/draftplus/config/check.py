@@ -61,6 +61,10 @@ def check(config: Config) -> None:
             raise UserError(
                 f"eval.rewards.{name}.weight is {one.weight}, but held-out rewards are not summed; leave it at 1"
             )
+        if one.normalise is not None:
+            raise UserError(
+                f"eval.rewards.{name}.normalise is {one.normalise}, but held-out rewards are not summed; remove it"
+            )
         if one.args.get("dropout"):
             raise UserError(
                 f"eval.rewards.{name}.args.dropout is {one.args['dropout']}, but dropout has no effect on a held-out "

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from draftplus.config.check import check, check_values, refuse_bad_name
-from draftplus.config.keys import changeable_keys, flatten, is_below, keys_where, nearest, to_dict
+from draftplus.config.keys import changeable_keys, flatten, is_below, nearest, to_dict, values
 from draftplus.config.reading import read_text, read_value, read_yaml
 from draftplus.config.rewards import COMMANDS, REWARD, AnyConfig, RewardTrainConfig
 from draftplus.config.schema import Config
@@ -242,9 +242,8 @@ def run_name(config: AnyConfig, recipe: str, compares_images: bool = False) -> s
         return config.name
     # by the former names, so that the same command still finds a run of an earlier version
     former = {new: old for old, new in RENAMED.items()}
-    schema = type(config)
-    added, default = keys_where(lambda facts: facts.added, schema), flatten(to_dict(schema()))
-    shaping = shaping_keys(config, compares_images).items()
-    named = {former.get(k, k): v for k, v in shaping if not (is_below(k, added) and default.get(k, v) == v)}
+    added, default = {key for key, facts, _ in values(config) if facts.added}, flatten(to_dict(type(config)()))
+    shaping = shaping_keys(config, compares_images).items()  # of a reward that is no default, what is added is null
+    named = {former.get(k, k): v for k, v in shaping if not (is_below(k, added) and default.get(k) == v)}
     text = json.dumps(named, sort_keys=True)
     return f"{recipe}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 
-from draftplus.data.formats import DAMAGED_TAR, TARS, decoded, lines_of, members, parsed, short
+from draftplus.data.formats import DAMAGED_TAR, TARS, members, parsed, short
+from draftplus.data.text import decoded, lines
 from draftplus.errors import UserError
 
 COLUMNS = ("jpg_0", "jpg_1", "label_0", "label_1", "caption")  # as in Pick-a-Pic
@@ -69,7 +70,7 @@ def _copied(data: bytes, copy: IO[bytes]) -> Place:
 
 
 def _jsonl(path: Path, copy: IO[bytes]) -> Iterator[Found]:
-    for number, line in lines_of(path):
+    for number, line in lines(path):
         if line.strip():
             where = f"{path}, line {number}"
             row = _object(parsed(line, where, f"; each line must be an object such as {_EXAMPLE}"), where)

@@ -15,7 +15,8 @@ from draftplus.runs import journal
 from draftplus.runs.files import clean, file_mode, remove, remove_made, write_text
 from draftplus.runs.origin import ORIGIN, absolute_paths
 
-BEGUN = {".lock", "config.yaml", ORIGIN, "samples", "tensorboard"}  # what a run has before its first result
+SCALES = "reward_scales.json"  # what rewards are normalised by
+BEGUN = {".lock", "config.yaml", ORIGIN, SCALES, "samples", "tensorboard"}  # what a run has before its first result
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from draftplus.models.loading import REPLACED
 from draftplus.models.single_file import PACKAGED
 from draftplus.models.stock import ABSENT, index_of
 from draftplus.rewards.arguments import parameters_of
-from draftplus.runs.checksums import files_hash, named_hash, text_hash
+from draftplus.runs.checksums import files_hash, named_hash, text_hash, texts_hash
 from draftplus.runs.directory import saved_steps
 from draftplus.runs.origin import ORIGIN, REWARD_MODELS, read_origin
 
@@ -55,7 +55,7 @@ def same_inputs(config: Config, run: Path, prompts: Sequence[str], here: World) 
     """
 
     def hashes() -> dict[str, str]:
-        now = {"data.prompts": text_hash(list(prompts)), **model_hashes(config.model)}
+        now = {"data.prompts": texts_hash(prompts), **model_hashes(config.model)}
         for name, reward in config.reward.items():
             now |= _reward(name, reward)
         return now

@@ -119,7 +119,9 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tu
     changed = {key for key in then.keys() & now.keys() if then[key] != now[key]}
     gone = {key for key in then.keys() - now.keys() if is_below(key, OPEN) and then[key] != {}}
     new = {key for key in now.keys() - then.keys() if is_below(key, OPEN[:2]) and now[key] != {}}
-    new = {key for key in new if key.endswith(".weight") or ".args." in key}  # every reward has one; they are its own
+    # every reward has a weight, args are its own, and what earlier versions lack is null
+    told = {key for key in new if key.endswith(".normalise") and now[key] is not None}
+    new = told | {key for key in new if key.endswith(".weight") or ".args." in key}
     return {key: (then.get(key), _at(now, key)) for key in [*sorted(changed | gone), *sorted(new)]}
 
 
