@@ -7,12 +7,14 @@ __version__ = "0.1.0"
 
 _FUNCTIONS = {
     "Config": "draftplus.config",
+    "RewardTrainConfig": "draftplus.config",
     "UserError": "draftplus.errors",
     "convert_reward": "draftplus.api",
     "describe": "draftplus.api",
     "evaluate": "draftplus.api",
     "export": "draftplus.api",
     "generate": "draftplus.api",
+    "describe_reward": "draftplus.api",
     "load_config": "draftplus.config",
     "load_model": "draftplus.api",
     "load_reward": "draftplus.api",
@@ -21,6 +23,7 @@ _FUNCTIONS = {
     "score_pairs": "draftplus.api",
     "sweep": "draftplus.api",
     "train": "draftplus.api",
+    "train_reward": "draftplus.api",
     "write_images": "draftplus.api",
     "write_report": "draftplus.report",
 }
