@@ -17,11 +17,13 @@ from torch import Tensor
 from draftplus.errors import UserError
 
 POINTER = b"version https://git-lfs"  # how the small file begins that stands for one which was not fetched
-TRAINERS = ("pytorch_lightning.", "lightning.", "lightning_fabric.")  # whose checkpoints name some of their classes
+# whose classes checkpoints name: trainers', and the configurations beside the weights, with what these are made of
+TRAINERS = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.")
+PLAIN = ("typing.Any", "collections.defaultdict", "builtins.dict", "builtins.list", "builtins.int")
 
 
 class _ReadPast:
-    """What stands for a trainer's class: nothing of that class is imported or run, and what it held is dropped."""
+    """What stands for such a class: nothing of it is imported or run, and what it held is dropped."""
 
     def __new__(cls, *args: object) -> OrderedDict[str, object]:  # type: ignore[misc]
         return OrderedDict()  # which the unpickler fills, whether the class kept attributes or was a dictionary
@@ -89,7 +91,7 @@ def _classes_of_trainers(path: Path) -> list[str]:
     if not zipfile.is_zipfile(path):  # older than Lightning's habit
         return []
     named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    return [name for name in named if name.startswith(TRAINERS)]
+    return [name for name in named if name.startswith(TRAINERS) or name in PLAIN]
 
 
 def first_line(error: Exception) -> str:

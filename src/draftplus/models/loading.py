@@ -19,6 +19,7 @@ from draftplus.errors import UserError, is_out_of_memory
 from draftplus.hub import by_hand
 from draftplus.models import files, fitting
 from draftplus.models.files import Stored
+from draftplus.models.nemo import as_original
 from draftplus.weights import first_line, read_state_dict
 
 SINGLE_FILE = (".safetensors", ".ckpt")
@@ -185,7 +186,7 @@ def _replacement(cls: Any, source: Source, name: str, dtype: torch.dtype, given:
             files.check(given, stored)
         with loading(key, replacement):
             return _from_folder(cls, given, "", dtype, stored)
-    state = read_state_dict(given)
+    state = as_original(read_state_dict(given))
     with loading(key, replacement):
         return _from_tensors(cls, _only(name, state) or state, source.directory, name, dtype)
 
