@@ -8,7 +8,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from draftplus.data.formats import READERS, TARS, kind_of
+from draftplus.data.formats import TARS, kind_of
+from draftplus.data.prompts import read_rows
 from draftplus.errors import UserError
 from draftplus.evaluation.stored import Stored
 
@@ -51,7 +52,7 @@ def captioned(
     if not path.is_file() or kind is None or kind in TARS:
         raise UserError(f"--prompts '{prompts}': no such .txt, .jsonl, .json, .csv, .tsv or .parquet file")
     field = _field_of_names(path, kind)
-    texts = [row.prompt for row in READERS[kind](path, column if kind != ".txt" else None)]
+    texts = [row.prompt for row in read_rows(path, column)]
     if field is None:
         if len(texts) != len(pictures):
             raise UserError(
@@ -59,7 +60,7 @@ def captioned(
                 f"their order, or a .jsonl or .csv file whose field {NAMES[0]} names the picture"
             )
         return Captioned(list(pictures), texts, [])
-    return _by_name(pictures, [row.prompt for row in READERS[kind](path, field)], texts, str(prompts))
+    return _by_name(pictures, [row.prompt for row in read_rows(path, field)], texts, str(prompts))
 
 
 def _by_name(pictures: Sequence[Stored], names: Sequence[str], texts: Sequence[str], source: str) -> Captioned:

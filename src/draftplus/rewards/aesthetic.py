@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -80,5 +80,8 @@ def load_aesthetic(
             f"reward 'aesthetic': the features of '{clip}' have length {width}, but its head takes {WIDTH}; set "
             f"args.clip to {CLIP_L} or a copy of it."
         )
+    network.preprocessing = replace(
+        network.preprocessing, torchvision=True
+    )  # as OpenAI's package, which it was made with
     del network.model.text_model, network.model.text_projection  # a quarter of the network, of no use here
     return Aesthetic(network.image_features, head)

@@ -151,7 +151,7 @@ def load_clip_reward(
     model = load_frozen(CLIPModel, weights, "clip", revision, device, dtype)
     size = model.config.vision_config.image_size
     given = preprocessing.crop or preprocessing.resize
-    if given != (size, size):
+    if given not in (None, size, (size, size)):
         verb = "crops" if preprocessing.crop else "resizes"
         raise UserError(
             f"'{source}' {verb} images to {given}, but the network in '{weights}' takes {(size, size)}; "

@@ -30,7 +30,8 @@ class Preprocessing:
 
     resize: the shorter side's length, or (height, width). crop: (height, width) around the centre, zeros where the
     image is smaller. scale: factor on pixels in [0, 1]. mean, std: per channel, after the scaling. longest: the longer
-    side's length, in place of resize and crop; what is missing to a square is black.
+    side's length, in place of resize and crop; what is missing to a square is black. torchvision: where the crop's
+    remainder is odd, its centre is that of torchvision, up to a pixel from transformers'.
     """
 
     resize: int | tuple[int, int] | None
@@ -40,6 +41,7 @@ class Preprocessing:
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
     longest: int | None = None
+    torchvision: bool = False
 
 
 def has_preprocessing(directory: str | Path) -> bool:
@@ -108,7 +110,10 @@ def _cropped(images: Tensor, spec: Preprocessing) -> Tensor:
     # PIL cuts overshoots off, so must we
     images = _resized(images, target, spec.filter).clamp(0, 1) if target != (height, width) else images
     if spec.crop is not None and spec.crop != target:
-        top, left = (target[0] - spec.crop[0]) // 2, (target[1] - spec.crop[1]) // 2
+        top, left = (
+            round((side - kept) / 2) if spec.torchvision else (side - kept) // 2
+            for side, kept in zip(target, spec.crop, strict=True)
+        )
         bottom, right = target[0] - spec.crop[0] - top, target[1] - spec.crop[1] - left
         images = F.pad(images, (-left, -right, -top, -bottom))  # negative padding crops
     return images
