@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from draftplus.data.formats import MOST_LINES, Row
-from draftplus.data.near import LEAST, bands_of, folded, near_duplicates
-from draftplus.data.prompts import BUILT_IN, load_prompts, rows_of
+from draftplus.data.formats import MOST_LINES, Row, rows_in
+from draftplus.data.near import LEAST, folded, near_duplicates
+from draftplus.data.prompts import BUILT_IN, load_prompts, prompt_files, rows_of
 from draftplus.data.remote import is_remote, remote_rows
 from draftplus.data.shards import SUMMARY, refuse_target, shard_names, write_shards
 from draftplus.errors import UserError, printable
@@ -134,14 +134,23 @@ def all_rows(source: str | Path, column: str | None) -> Iterator[Row]:
         yield from remote_rows(str(source), column) if is_remote(source) else rows_of(source, column)
 
 
+def expected(sources: Sequence[str | Path]) -> int | None:
+    """About how many rows there are, by which to tell the time; None where that would take as long as reading them."""
+    if any(is_remote(source) for source in sources):
+        return None
+    files = [file for source in sources if str(source) not in BUILT_IN for file in prompt_files(source)]
+    return sum(map(rows_in, files)) or None
+
+
 def _read(sources: Sequence[str | Path], column: str | None, rules: Rules, dropped: Dropped) -> tuple[int, Kept]:
     read, prompts, held_out = 0, list[str](), list[bool]()
-    with progress("reading prompts", None) as advance:
+    total = expected(sources)
+    with progress("reading prompts", total, unit="prompts") as advance:
         for source in sources:
             for row in all_rows(source, column):
                 read += 1
                 if read % OFTEN == 0:
-                    advance(read, f"{read:,} read")
+                    advance(min(read, total or read), f"{read:,} read" * (not total))
                 fault = _fault(row, rules)
                 if fault is None:
                     prompts.append(row.prompt)
@@ -192,7 +201,7 @@ def _without_repeats(kept: Kept, rules: Rules, dropped: Dropped) -> Kept:
     kept = Kept([kept.prompts[i] for i in stays], [kept.held_out[i] for i in stays])
     if rules.near is None or not kept.prompts:
         return kept
-    with progress("finding near duplicates", bands_of(rules.near)[0], unit="bands") as advance:
+    with progress("finding near duplicates", len(kept.prompts), unit="prompts") as advance:
         repeats = near_duplicates(kept.prompts, rules.near, advance).tolist()
     for number, before in enumerate(repeats):
         if before >= 0:
