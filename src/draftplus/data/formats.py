@@ -234,7 +234,7 @@ def _field(names: Sequence[str], column: str | None, where: str) -> str:
     if field is None:
         raise UserError(
             f"{where}: none of the fields {', '.join(FIELDS)}, but only {present}: "
-            "rename the field that holds the prompt, or name it with data.column."
+            "rename the field that holds the prompt, or name it with data.column (of draftplus data: --column)."
         )
     if names.count(field) > 1:
         raise UserError(f"{where}: two columns are named '{field}'; rename one of them.")
