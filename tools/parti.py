@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from draftplus.data.pack import Rules, pack_prompts
+from draftplus.data.pack import PackRules, pack_prompts
 from draftplus.data.prompts import load_prompts
 
 PROMPTS = Path(__file__).parents[1] / "src" / "draftplus" / "assets" / "prompts"
@@ -23,7 +23,7 @@ def main(table: Path) -> None:
     with tempfile.TemporaryDirectory() as directory:
         text, packed = Path(directory) / "parti.txt", Path(directory) / "packed"
         text.write_text("".join(line.split("\t")[0].strip() + "\n" for line in lines), encoding="utf-8")
-        told = pack_prompts([text], packed, rules=Rules(held_out=0.1))
+        told = pack_prompts([text], packed, rules=PackRules(held_out=0.1))
         prompts = load_prompts(packed)
         for suffix, some in (("", prompts.train), ("_held_out", prompts.held_out)):
             (PROMPTS / f"parti{suffix}.txt").write_text("".join(f"{one}\n" for one in some), encoding="utf-8")

@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 
 _FUNCTIONS = {
     "Config": "draftplus.config",
+    "PackRules": "draftplus.data.pack",
     "UserError": "draftplus.errors",
     "describe": "draftplus.api",
     "evaluate": "draftplus.api",
@@ -15,7 +16,9 @@ _FUNCTIONS = {
     "load_config": "draftplus.config",
     "load_model": "draftplus.api",
     "load_reward": "draftplus.api",
+    "pack_prompts": "draftplus.api",
     "pairwise_lpips": "draftplus.metrics.lpips",
+    "show_prompts": "draftplus.api",
     "sweep": "draftplus.api",
     "train": "draftplus.api",
     "write_images": "draftplus.api",

@@ -16,12 +16,15 @@ from typing import Any
 import pytest
 
 from draftplus.data import shards
+from draftplus.data.batches import batch, visited
 from draftplus.data.index import INDEX, Packed, read_index
 from draftplus.data.near import folded
-from draftplus.data.pack import Rules, pack_prompts
+from draftplus.data.pack import PackRules, pack_prompts
 from draftplus.data.prompts import load_prompts, normalized, read_prompts
 from draftplus.data.show import describe_prompts
 from draftplus.errors import UserError, notice
+from draftplus.runs import checksums
+from draftplus.runs.checksums import text_hash, texts_hash
 
 PROMPTS = [f"a cat with {number} hats" for number in range(95)]
 
@@ -50,7 +53,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def test_all_prompts_are_there_in_their_order_once(source: Path, tmp_path: Path) -> None:
-    told = pack_prompts([source], tmp_path / "out", rules=Rules(shard_size=10, held_out=0.1))
+    told = pack_prompts([source], tmp_path / "out", rules=PackRules(shard_size=10, held_out=0.1))
     packed = load_prompts(tmp_path / "out")
     assert isinstance(packed.train, Packed) and (told["train"], told["held_out"]) == (85, 10)
     assert sorted([*packed.train, *packed.held_out]) == sorted(PROMPTS)
@@ -61,7 +64,7 @@ def test_all_prompts_are_there_in_their_order_once(source: Path, tmp_path: Path)
 
 
 def test_a_sequence_like_any_other(source: Path, tmp_path: Path) -> None:
-    pack_prompts([source], tmp_path / "out", rules=Rules(held_out=0))
+    pack_prompts([source], tmp_path / "out", rules=PackRules(held_out=0))
     found = read_index(tmp_path / "out")
     assert found is not None and len(found[1]) == 0
     train = found[0]
@@ -72,10 +75,23 @@ def test_a_sequence_like_any_other(source: Path, tmp_path: Path) -> None:
     assert load_prompts(tmp_path / "out") == load_prompts(source)  # nothing is held out: the rule of files
 
 
+def test_batches_and_hashes_are_those_of_a_list(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pack_prompts([source], tmp_path / "out", rules=PackRules(held_out=0.1))
+    packed = load_prompts(tmp_path / "out").train
+    listed = list(packed)
+    for step in (0, 3, 17, 400):
+        assert batch(packed, step, 5, 6, 2) == batch(listed, step, 5, 6, 2)
+    assert visited(packed, range(90), 5, 6) == visited(listed, range(90), 5, 6)
+    monkeypatch.setattr(checksums, "CHUNK", 20)
+    for some in (listed, listed[:40], listed[:1], [], ['"é\u2028\\', "猫"]):
+        assert texts_hash(some) == text_hash(some)
+    assert texts_hash(packed) == text_hash(listed)
+
+
 @pytest.mark.parametrize("names", [None, "p-{000..006}.tar"])
 def test_with_and_without_the_index(source: Path, tmp_path: Path, names: str | None) -> None:
     out = tmp_path / "out"
-    pack_prompts([source], out / names if names else out, rules=Rules(shard_size=20, held_out=7))
+    pack_prompts([source], out / names if names else out, rules=PackRules(shard_size=20, held_out=7))
     train, held_out = map(list, read_index(out) or ([], []))
     everything = read_prompts(out)
     assert len(held_out) == 7 and everything == train + held_out
@@ -87,12 +103,12 @@ def test_with_and_without_the_index(source: Path, tmp_path: Path, names: str | N
 
 def test_the_same_again_is_the_same_and_another_seed_holds_out_others(source: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        pack_prompts([source], tmp_path / name, rules=Rules(seed=seed, held_out=9))
+        pack_prompts([source], tmp_path / name, rules=PackRules(seed=seed, held_out=9))
     a, b = (files(tmp_path / name) for name in "ab")
     assert a.keys() == b.keys() and {name for name in a if a[name] != b[name]} <= {INDEX}  # which has times
     assert load_prompts(tmp_path / "a").held_out[:] != load_prompts(tmp_path / "c").held_out[:]
     write(source, PROMPTS[::-1])
-    pack_prompts([source], tmp_path / "d", rules=Rules(held_out=9))
+    pack_prompts([source], tmp_path / "d", rules=PackRules(held_out=9))
     assert set(load_prompts(tmp_path / "d").held_out) == set(load_prompts(tmp_path / "a").held_out)
 
 
@@ -103,7 +119,7 @@ def test_what_is_dropped_is_counted_and_shown(tmp_path: Path) -> None:
         {"text": "a cow in a field of green grass"}, {"text": "\n".join(["a line"] * 60)},
     ]  # fmt: skip
     path = write(tmp_path / "rows.jsonl", [json.dumps(row) for row in rows])
-    told = pack_prompts([path], tmp_path / "out", rules=Rules(min_words=2, max_words=15, near=0.6, held_out=0))
+    told = pack_prompts([path], tmp_path / "out", rules=PackRules(min_words=2, max_words=15, near=0.6, held_out=0))
     assert told["dropped"] == {
         "nearly repeated": 1, "over 50 lines": 1, "repeated": 1, "too long": 1, "too short": 1, "unusable": 3,
         "repeated but for case, punctuation or white space": 1,
@@ -111,13 +127,13 @@ def test_what_is_dropped_is_counted_and_shown(tmp_path: Path) -> None:
     assert told["examples"]["unusable"][0].endswith("line 4: text is null; it must be a string that is not empty.")
     assert told["examples"]["nearly repeated"] == ["a cow in a field of green grass (kept: a cow in a field of grass)"]
     assert read_prompts(tmp_path / "out") == ["a cat", "a cow in a field of grass", "a\ncow"]
-    by_length = pack_prompts([path], tmp_path / "short", rules=Rules(max_characters=5, held_out=0))
+    by_length = pack_prompts([path], tmp_path / "short", rules=PackRules(max_characters=5, held_out=0))
     assert by_length["train"] == 3 and by_length["dropped"]["too long"] == 4
 
 
 def test_duplicates_may_be_kept_and_are_on_one_side(tmp_path: Path) -> None:
     source = write(tmp_path / "prompts.txt", [text for one in PROMPTS for text in (one, one.upper() + "!", one)])
-    told = pack_prompts([source], tmp_path / "out", rules=Rules(keep_duplicates=True, held_out=0.2))
+    told = pack_prompts([source], tmp_path / "out", rules=PackRules(keep_duplicates=True, held_out=0.2))
     prompts = load_prompts(tmp_path / "out")
     assert (told["train"], told["held_out"], told["dropped"]) == (3 * 76, 3 * 19, {})
     assert not {folded(one) for one in prompts.train} & {folded(one) for one in prompts.held_out}
@@ -132,7 +148,7 @@ def test_the_split_of_a_source_is_kept_and_wins_over_training(tmp_path: Path) ->
     assert told["dropped"] == {"held out too": 1, "repeated but for case, punctuation or white space": 1}
     pack_prompts([tmp_path / "out"], tmp_path / "again")  # packed prompts are a source, and so are built-in ones
     assert load_prompts(tmp_path / "again").train[:] == ["a cat", "a cow"]
-    pack_prompts(["animals", tmp_path / "out"], tmp_path / "both", rules=Rules(held_out=3))
+    pack_prompts(["animals", tmp_path / "out"], tmp_path / "both", rules=PackRules(held_out=3))
     assert len(load_prompts(tmp_path / "both").held_out) == 3
     animals = load_prompts("animals")
     pack_prompts(["animals"], tmp_path / "animals")
@@ -140,7 +156,7 @@ def test_the_split_of_a_source_is_kept_and_wins_over_training(tmp_path: Path) ->
 
 
 def test_a_changed_shard_is_seen_and_a_copy_is_not(source: Path, tmp_path: Path, capsys: Any) -> None:
-    pack_prompts([source], tmp_path / "out", rules=Rules(shard_size=50, held_out=0))
+    pack_prompts([source], tmp_path / "out", rules=PackRules(shard_size=50, held_out=0))
     shutil.copytree(tmp_path / "out", tmp_path / "copy", copy_function=shutil.copyfile)  # with other times
     copied = read_index(tmp_path / "copy")
     assert copied is not None and list(copied[0]) == PROMPTS
@@ -163,7 +179,7 @@ def test_a_changed_shard_is_seen_and_a_copy_is_not(source: Path, tmp_path: Path,
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "emptied", "other"])
 def test_a_damaged_index_is_not_used(source: Path, tmp_path: Path, capsys: Any, damage: str) -> None:
-    pack_prompts([source], tmp_path / "out", rules=Rules(held_out=0))
+    pack_prompts([source], tmp_path / "out", rules=PackRules(held_out=0))
     index = tmp_path / "out" / INDEX
     data = bytearray(index.read_bytes())
     data[-10] ^= damage == "flipped"
@@ -225,12 +241,12 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("latin.txt", {}, "not UTF-8"),
     ("cut.tar", {}, "truncated or not a tar file"),
     ("absent.txt", {}, "no prompt file"),
-    ("table.csv", {"rules": Rules(min_words=5, max_words=3)}, "--min-words 5 is above --max-words 3"),
-    ("table.csv", {"rules": Rules(near=0.3)}, "--near is 0.3; it must be from 0.5 to 1"),
-    ("table.csv", {"rules": Rules(near=0.9, keep_duplicates=True)}, "leave one of them out"),
-    ("table.csv", {"rules": Rules(held_out=1.5)}, "--held-out is 1.5"),
-    ("table.csv", {"rules": Rules(held_out=2)}, "--held-out 2 leaves nothing to train on"),
-    ("table.csv", {"rules": Rules(shard_size=0)}, "--shard-size is 0"),
+    ("table.csv", {"rules": PackRules(min_words=5, max_words=3)}, "--min-words 5 is above --max-words 3"),
+    ("table.csv", {"rules": PackRules(near=0.3)}, "--near is 0.3; it must be from 0.5 to 1"),
+    ("table.csv", {"rules": PackRules(near=0.9, keep_duplicates=True)}, "leave one of them out"),
+    ("table.csv", {"rules": PackRules(held_out=1.5)}, "--held-out is 1.5"),
+    ("table.csv", {"rules": PackRules(held_out=2)}, "--held-out 2 leaves nothing to train on"),
+    ("table.csv", {"rules": PackRules(shard_size=0)}, "--shard-size is 0"),
     ("held.jsonl", {}, "only held-out prompts are left"),
 ]
 
@@ -267,7 +283,7 @@ def test_nothing_is_overwritten_unasked(source: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is there already; name another one, or add --overwrite"):
         pack_prompts([source], out)
     assert files(out) == before
-    pack_prompts([write(source, ["a cow", "a hen"])], out, rules=Rules(held_out=0), overwrite=True)
+    pack_prompts([write(source, ["a cow", "a hen"])], out, rules=PackRules(held_out=0), overwrite=True)
     assert read_prompts(out) == ["a cow", "a hen"] and sorted(p.name for p in tmp_path.iterdir()) == [
         "out",
         source.name,
@@ -282,7 +298,7 @@ def test_nothing_is_overwritten_unasked(source: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be made"):
         pack_prompts([source], source / "below")
     with pytest.raises(UserError, match=r"3 shards for 1 prompts: name fewer"):
-        pack_prompts([source], tmp_path / "few" / "{0..2}.tar", rules=Rules(held_out=1))
+        pack_prompts([source], tmp_path / "few" / "{0..2}.tar", rules=PackRules(held_out=1))
 
 
 def test_a_full_disk_leaves_what_was_there(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,7 +317,7 @@ def test_a_full_disk_leaves_what_was_there(source: Path, tmp_path: Path, monkeyp
 
 def test_twenty_thousand_prompts_stay_on_the_disk(tmp_path: Path) -> None:
     source = write(tmp_path / "many.txt", [f"a picture of number {n}, {n * 7919 % 20011}" for n in range(20_000)])
-    pack_prompts([source], tmp_path / "out", rules=Rules(near=0.9))
+    pack_prompts([source], tmp_path / "out", rules=PackRules(near=0.9))
     prompts = load_prompts(tmp_path / "out")
     assert isinstance(prompts.train, Packed) and isinstance(prompts.held_out, Packed)
     assert (len(prompts.train), len(prompts.held_out)) == (19_800, 200)
@@ -317,7 +333,7 @@ def test_what_is_shown(tmp_path: Path) -> None:
     assert told["words"] == {"least": 2, "median": 5, "mean": round((95 * 5 + 3 * 2) / 98, 2), "most": 5}
     assert [(begin, count) for begin, _, count in told["histogram"] if count] == [(0, 3), (5, 95)]
     assert told["train"] is None and "line 4" in told["refused"] and len(told["examples"]) == 4
-    pack_prompts([path], tmp_path / "out", rules=Rules(held_out=6))
+    pack_prompts([path], tmp_path / "out", rules=PackRules(held_out=6))
     packed = describe_prompts(tmp_path / "out")
     assert packed["indexed"] and (packed["train"], packed["held_out"], packed["prompts"]) == (90, 6, 96)
     assert [Path(one).name for one in packed["files"]] == ["00000.tar", "held_out.tar"]

@@ -9,7 +9,7 @@ import pytest
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from draftplus.data.pack import Rules, pack_prompts
+from draftplus.data.pack import PackRules, pack_prompts
 from draftplus.data.prompts import load_prompts, read_prompts
 from draftplus.data.remote import remote_rows
 from draftplus.errors import UserError
@@ -65,7 +65,7 @@ def test_what_the_hub_converted_is_second_and_text_is_third(hub: Path) -> None:
 
 def test_they_are_packed_and_training_says_so(hub: Path, tmp_path: Path) -> None:
     write_parquet(hub / "name" / "0.parquet", ["a cat", None, "a dog"])
-    told = pack_prompts([NAME], tmp_path / "out", rules=Rules(held_out=0))
+    told = pack_prompts([NAME], tmp_path / "out", rules=PackRules(held_out=0))
     assert told["dropped"] == {"unusable": 1} and read_prompts(tmp_path / "out") == ["a cat", "a dog"]
     with pytest.raises(UserError, match="draftplus data pack"):
         load_prompts(NAME)

@@ -24,7 +24,7 @@ OFTEN = 10_000  # prompts from one look at the clock to the next
 
 
 @dataclass(frozen=True)
-class Rules:
+class PackRules:
     """What is kept of the prompts, and where it goes; the defaults are those of the command.
 
     near: the similarity from which on a prompt repeats another (`near_duplicates`); None: only what is equal but for
@@ -85,7 +85,7 @@ class Dropped:
 
 
 def pack_prompts(
-    sources: Sequence[str | Path], output: str | Path, column: str | None = None, rules: Rules | None = None,
+    sources: Sequence[str | Path], output: str | Path, column: str | None = None, rules: PackRules | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Writes the prompts of sources, one after another, as tar shards that WebDataset, NeMo-Aligner and training read.
@@ -101,7 +101,7 @@ def pack_prompts(
     Returns the summary: what was read, kept and dropped, and why. Raises UserError for what cannot be read, for a
     source without usable prompts, and an output that is there already.
     """
-    rules = rules or Rules()
+    rules = rules or PackRules()
     rules.check()
     directory, names = shard_names(output)
     refuse_target(directory, overwrite)
@@ -142,7 +142,7 @@ def expected(sources: Sequence[str | Path]) -> int | None:
     return sum(map(rows_in, files)) or None
 
 
-def _read(sources: Sequence[str | Path], column: str | None, rules: Rules, dropped: Dropped) -> tuple[int, Kept]:
+def _read(sources: Sequence[str | Path], column: str | None, rules: PackRules, dropped: Dropped) -> tuple[int, Kept]:
     read, prompts, held_out = 0, list[str](), list[bool]()
     total = expected(sources)
     with progress("reading prompts", total, unit="prompts") as advance:
@@ -160,7 +160,7 @@ def _read(sources: Sequence[str | Path], column: str | None, rules: Rules, dropp
     return read, Kept(prompts, held_out)
 
 
-def _fault(row: Row, rules: Rules) -> str | None:
+def _fault(row: Row, rules: PackRules) -> str | None:
     """Why a row is not kept, in a few words; None where it is."""
     if row.fault is not None:
         return "unusable"
@@ -178,7 +178,7 @@ def _fault(row: Row, rules: Rules) -> str | None:
     return None
 
 
-def _without_repeats(kept: Kept, rules: Rules, dropped: Dropped) -> Kept:
+def _without_repeats(kept: Kept, rules: PackRules, dropped: Dropped) -> Kept:
     if any(kept.held_out):  # those that are held out first, so that they are the ones that stay
         order = sorted(range(len(kept.prompts)), key=lambda i: not kept.held_out[i])
         kept = Kept([kept.prompts[i] for i in order], [kept.held_out[i] for i in order])
@@ -211,7 +211,7 @@ def _without_repeats(kept: Kept, rules: Rules, dropped: Dropped) -> Kept:
     return Kept([kept.prompts[i] for i in stays], [kept.held_out[i] for i in stays])
 
 
-def _split(kept: Kept, rules: Rules) -> tuple[list[str], list[str]]:
+def _split(kept: Kept, rules: PackRules) -> tuple[list[str], list[str]]:
     """The prompts to train on, and those that are held out."""
     held_out = kept.held_out
     if rules.held_out is not None or not any(held_out):
