@@ -96,7 +96,7 @@ def test_a_data_set_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("draftplus.data.remote.why_offline", lambda: None)
     monkeypatch.setattr(HfFileSystem, "resolve_path", absent)
-    with pytest.raises(UserError, match=r"absent' cannot be read \(.*not found\): check its name"):
+    with pytest.raises(UserError, match=r"absent' cannot be read \(.*not found\)\): check its name"):
         prompts_of("hf://datasets/owner/absent")
 
 

@@ -67,6 +67,7 @@ def near_duplicates(
                 key = _mixed(key + np.minimum.reduceat(shingles * factors[row] + terms[row], starts))
             keys[band, begin : begin + CHUNK] = key
         advance(begin + len(starts), "")
+    advance(len(prompts), "comparing")
     buckets = np.stack([_shared(row) for row in keys])
     del keys
     return _repeats(buckets, prompts, threshold)
