@@ -295,8 +295,11 @@ def test_nothing_is_overwritten_unasked(source: Path, tmp_path: Path) -> None:
             pack_prompts([source], tmp_path / "mine", overwrite=overwrite)
     with pytest.raises(UserError, match="is not a directory"):
         pack_prompts([source], source)
-    with pytest.raises(UserError, match="cannot be made"):
-        pack_prompts([source], source / "below")
+    with pytest.raises(UserError, match=r"cannot be made: .*txt cannot be written to"):
+        pack_prompts([source], source / "below" / "this")
+    if Path("/proc/self").exists():  # where nobody can make a directory
+        with pytest.raises(UserError, match=r"cannot be made \("):
+            pack_prompts([source], "/proc/prompts")
     with pytest.raises(UserError, match=r"3 shards for 1 prompts: name fewer"):
         pack_prompts([source], tmp_path / "few" / "{0..2}.tar", rules=PackRules(held_out=1))
 

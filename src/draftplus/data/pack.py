@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from draftplus.data.formats import MOST_LINES, Row, rows_in
+from draftplus.data.formats import MOST_LINES, SPLITS, Row, rows_in
+from draftplus.data.index import read_index
 from draftplus.data.near import LEAST, folded, near_duplicates
 from draftplus.data.prompts import BUILT_IN, load_prompts, prompt_files, rows_of
 from draftplus.data.remote import is_remote, remote_rows
@@ -124,14 +125,17 @@ def pack_prompts(
 
 
 def all_rows(source: str | Path, column: str | None) -> Iterator[Row]:
-    """The rows of any source of prompts: built in, on the hub, or of files."""
+    """The rows of any source of prompts: built in, packed, on the hub, or of files."""
+    split: tuple[Sequence[str], Sequence[str]] | None = None if is_remote(source) else read_index(source)
     if str(source) in BUILT_IN:
         prompts = load_prompts(source, column)
-        for split, some in (("train", prompts.train), ("held_out", prompts.held_out)):
-            for number, prompt in enumerate(some, 1):
-                yield Row(prompt, split, f"{source} {split} {number}")
-    else:
+        split = prompts.train, prompts.held_out
+    if split is None:
         yield from remote_rows(str(source), column) if is_remote(source) else rows_of(source, column)
+        return
+    for name, some in zip(SPLITS, split, strict=True):
+        for number, prompt in enumerate(some, 1):
+            yield Row(prompt, name, f"{source} {name} {number}")
 
 
 def expected(sources: Sequence[str | Path]) -> int | None:
