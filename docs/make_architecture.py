@@ -28,8 +28,8 @@ CAPTION = [
     "nor where it is from the vocabulary, which everything may import.",
 ]
 
-WIDTH = 1010
-LEFT, RIGHT = 130, 984  # where boxes may stand
+WIDTH = 1200
+LEFT, RIGHT = 130, 1174  # where boxes may stand
 ALONE = 600  # width of a box without neighbours; arrows pass on both sides
 GAP, EDGE, ARC = 38, 13, 16  # between rows; between a box and its band's edge; of an arrow above its row
 NAME, FILE, LINE = 7.9, 7.3, 17  # width of a letter in names and in files, height of a line
@@ -128,7 +128,7 @@ def placed(edges: Edges) -> dict[str, Box]:
     for names in reversed(rows()):
         beside = [abs(names.index(a) - names.index(b)) for a in names for b in edges.get(a, set()) if b in names]
         top += ARC if max(beside, default=0) > 1 else 0
-        space = 34 if beside else 14
+        space = 24 if beside else 14
         free = RIGHT - LEFT - space * (len(names) - 1)
         texts, widths = fitted(names, free if len(names) > 1 else ALONE)
         left = LEFT + (free - sum(widths)) / 2

@@ -11,7 +11,9 @@ from layers import BELOW_ALL, LAYERS, MODULES, ROOT, SRC, files, imports, inside
 SAME_LAYER = {0, 7}  # files of one vocabulary, and surfaces, may build on one another; without cycles
 
 FORBIDDEN = {"torchvision", "lpips"}
-LIGHT = {"config": {"omegaconf"}, "errors": set(), "progress": {"rich"}}  # what the vocabulary may need beside torch
+LIGHT = {  # what the vocabulary may need beside torch
+    "config": {"omegaconf"}, "errors": set(), "progress": {"rich"}, "weights": {"torch", "safetensors"},
+}  # fmt: skip
 
 LONGEST = 300  # lines of a file; one that is longer wants to be two
 

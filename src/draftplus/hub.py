@@ -30,10 +30,10 @@ def why_offline() -> str | None:
     return None
 
 
-def by_hand(path: str, revision: str | None = None) -> str:
-    """What to run where there is a network for a model of the hub, and what to do with it here."""
-    which = f" --revision {revision}" if revision is not None else ""
-    return f"hf download {path}{which} --local-dir DIRECTORY, on a machine that reaches it; then model.path=DIRECTORY"
+def by_hand(path: str, revision: str | None = None, file: str | None = None, key: str = "model.path") -> str:
+    """What to run where there is a network for a model of the hub, or one file of it, and what to do with it here."""
+    which = f" {file}" * (file is not None) + f" --revision {revision}" * (revision is not None)
+    return f"hf download {path}{which} --local-dir DIRECTORY, on a machine that reaches it; then {key}=DIRECTORY"
 
 
 def _stay_offline() -> None:

@@ -115,7 +115,7 @@ def open_to_all() -> Iterator[Path]:
 AS_ANOTHER = """
 import os, sys
 from pathlib import Path
-from draftplus.models.weights import read_state_dict
+from draftplus.weights import read_state_dict
 from draftplus.runs.checksums import verify
 os.setgroups([])  # only now: another user might not be let into the environment that this is installed in
 os.setgid(65534)

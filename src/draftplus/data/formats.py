@@ -11,9 +11,7 @@ import math
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from difflib import get_close_matches
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,8 +21,8 @@ from draftplus.errors import UserError
 FIELDS = ("prompt", "text", "caption")
 SPLITS = ("train", "held_out")
 TARS = (".tar", ".tar.gz", ".tgz")
+DAMAGED_TAR = (tarfile.TarError, EOFError, ValueError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
 MOST_LINES = 50  # of a caption: what is longer than any text encoder reads is a list of prompts
-MEAN_BYTES = 50  # of a prompt that is compressed
 _EXAMPLE = '{"prompt": "a cat"}'
 
 
@@ -55,7 +53,7 @@ def _jsonl(path: Path, column: str | None) -> Iterator[Row]:
     for number, line in lines(path):
         if line.strip():
             place = f"line {number}"
-            value = _parsed(line, f"{path}, {place}", f"; each line must be an object such as {_EXAMPLE}")
+            value = parsed(line, f"{path}, {place}", f"; each line must be an object such as {_EXAMPLE}")
             if not isinstance(value, dict):
                 said = f"{line.strip()[:40]} is not an object; each line must be an object such as {_EXAMPLE}"
                 raise UserError(f"{path}, {place}: {said}")
@@ -64,12 +62,12 @@ def _jsonl(path: Path, column: str | None) -> Iterator[Row]:
 
 def _json(path: Path, column: str | None) -> Iterator[Row]:
     wanted = f"a list of strings or of objects such as {_EXAMPLE}"
-    entries = _parsed(decoded(content(path), str(path)), str(path), f"; it must be {wanted}")
+    entries = parsed(decoded(content(path), str(path)), str(path), f"; it must be {wanted}")
     if not isinstance(entries, list):
-        raise UserError(f"{path} holds {_short(entries)}; it must be {wanted}.")
+        raise UserError(f"{path} holds {short(entries)}; it must be {wanted}.")
     for number, entry in enumerate(entries, 1):
         if not isinstance(entry, dict) and column is not None:
-            raise UserError(f"{path}, entry {number}: {_short(entry)} has no fields, but data.column is '{column}'.")
+            raise UserError(f"{path}, entry {number}: {short(entry)} has no fields, but data.column is '{column}'.")
         yield _row(entry if isinstance(entry, dict) else {"prompt": entry}, column, path, f"entry {number}")
 
 
@@ -133,7 +131,7 @@ def _tar(path: Path, column: str | None) -> Iterator[Row]:
     seen: set[str] = set()
     others = False
     try:
-        for member, read in _members(path):
+        for member, read in members(path):
             key, _, suffix = member.name.rpartition(".")
             if member.name.rpartition("/")[2].startswith("._"):  # what macOS adds beside each file
                 continue
@@ -147,16 +145,16 @@ def _tar(path: Path, column: str | None) -> Iterator[Row]:
                 raise UserError(f"'{path}', member {member.name} is a link: pack the file that it stands for.")
             if key not in chosen or kinds.index(suffix.lower()) < kinds.index(chosen[key][0].lower()):
                 chosen[key] = (suffix, read())
-    except (tarfile.TarError, EOFError, ValueError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
+    except DAMAGED_TAR as error:
         reason = str(error).partition("\n")[0].rstrip(":") or type(error).__name__
         raise UserError(f"'{path}' is truncated or not a tar file ({reason}): download or create it again.") from error
     for key, (suffix, data) in chosen.items():
         place = f"member {key}.{suffix}"
         text = decoded(data, f"{path}, {place}")
         if suffix.lower() == "json":
-            value = _parsed(text, f"{path}, {place}", "")
+            value = parsed(text, f"{path}, {place}", "")
             if not isinstance(value, dict):
-                raise UserError(f"{path}, {place}: {_short(value)} is not an object such as {_EXAMPLE}.")
+                raise UserError(f"{path}, {place}: {short(value)} is not an object such as {_EXAMPLE}.")
             yield _row(value, column, path, place)
         elif text.strip():
             count = sum(bool(line.strip()) for line in io.StringIO(text, newline=None))
@@ -169,7 +167,7 @@ def _tar(path: Path, column: str | None) -> Iterator[Row]:
             yield _plain(text, f"{path}", place)
 
 
-def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, Callable[[], bytes]]]:
+def members(path: Path) -> Iterator[tuple[tarfile.TarInfo, Callable[[], bytes]]]:
     """The members of an archive, compressed or not, that are no directories, each with what reads it.
 
     Raises TarError and others where it is cut short or damaged.
@@ -201,9 +199,9 @@ def _row(fields: Mapping[str, Any], column: str | None, path: Path, place: str) 
     field = _field(list(fields), column, where)
     prompt, split = fields[field], fields.get("split")
     if split is not None and split not in SPLITS:
-        raise UserError(f"{where}: split is {_short(split)}; it must be {' or '.join(SPLITS)}.")
+        raise UserError(f"{where}: split is {short(split)}; it must be {' or '.join(SPLITS)}.")
     if not isinstance(prompt, str) or not prompt.strip():
-        fault = f"{where}: {field} is {_short(prompt)}; it must be a string that is not empty."
+        fault = f"{where}: {field} is {short(prompt)}; it must be a string that is not empty."
         return Row("", split, place, fault)
     try:
         prompt.encode()
@@ -241,41 +239,7 @@ def _field(names: Sequence[str], column: str | None, where: str) -> str:
     return field
 
 
-def columns_of(path: Path) -> list[str]:
-    """The fields that a file names, in the order in which they come; none for text and archives.
-
-    Of lines of JSON, those of the first 1,000. Raises UserError for what cannot be read.
-    """
-    kind = (kind_of(path) or "").removesuffix(".gz")
-    if kind in (".csv", ".tsv"):
-        with opened_text(path, newline="") as file:
-            return [name.strip() for name in next(csv.reader(file, delimiter="," if kind == ".csv" else "\t"), [])]
-    if kind == ".parquet":
-        from pyarrow import parquet
-
-        return list(parquet.read_schema(path).names)
-    if kind == ".jsonl":
-        objects = (_parsed(line, str(path), "") for _, line in islice(lines(path), 1000) if line.strip())
-        return list(dict.fromkeys(name for one in objects if isinstance(one, dict) for name in one))
-    return []
-
-
-def rows_in(path: Path) -> int:
-    """About how many rows a file has, at once: of an archive or compressed file, as if it had nothing but prompts."""
-    kind = kind_of(path) or ""
-    with suppress(ImportError, OSError, ValueError):  # which its reader will tell of
-        if kind == ".parquet":
-            from pyarrow import parquet
-
-            return int(parquet.read_metadata(path).num_rows)
-        if kind in TEXTS:
-            with path.open("rb") as file:
-                return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(2**20), b""))
-        return path.stat().st_size // (2 * tarfile.BLOCKSIZE if kind in TARS else MEAN_BYTES)
-    return 0
-
-
-def _parsed(text: str, where: str, wanted: str) -> Any:
+def parsed(text: str, where: str, wanted: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
@@ -284,7 +248,7 @@ def _parsed(text: str, where: str, wanted: str) -> Any:
         raise UserError(f"{where}: not valid as prompts, lists within lists too deep to be read{wanted}") from None
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
     try:
         return json.dumps(value)[:40]
     except (TypeError, ValueError, RecursionError):

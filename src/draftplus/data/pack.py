@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from draftplus.data.formats import MOST_LINES, SPLITS, Row, rows_in
+from draftplus.data.formats import MOST_LINES, SPLITS, Row
+from draftplus.data.glance import rows_in
 from draftplus.data.index import read_index
 from draftplus.data.near import LEAST, folded, near_duplicates
 from draftplus.data.prompts import BUILT_IN, load_prompts, prompt_files, rows_of

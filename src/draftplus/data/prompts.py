@@ -51,12 +51,12 @@ def load_prompts(source: str | Path, column: str | None = None) -> PromptSet:
     if column is not None and not has_columns(source):
         raise UserError(f"data.column is '{column}', but '{source}' has no columns: leave data.column out.")
     if str(source) in BUILT_IN:
-        train, held_out = (_read(_DIRECTORY / f"{source}{suffix}.txt") for suffix in ("", "_held_out"))
+        train, held_out = (read_rows(_DIRECTORY / f"{source}{suffix}.txt") for suffix in ("", "_held_out"))
         return PromptSet([row.prompt for row in train], [row.prompt for row in held_out])
     packed = read_index(source)
     if packed is not None:
         return PromptSet(*packed) if packed[1] else hold_out(packed[0])
-    rows = _read(source, column)
+    rows = read_rows(source, column)
     if all(row.split is None for row in rows):
         return hold_out([row.prompt for row in rows])
     train = [row for row in rows if row.split != "held_out"]
@@ -84,7 +84,7 @@ def read_prompts(source: str | Path, column: str | None = None) -> list[str]:
     packed = read_index(source)
     if packed is not None:
         return [*packed[0], *packed[1]]
-    return [row.prompt for row in _read(source, column)]
+    return [row.prompt for row in read_rows(source, column)]
 
 
 def hold_out(prompts: Sequence[str]) -> PromptSet:
@@ -125,7 +125,7 @@ def prompt_files(source: str | Path) -> list[Path]:
         return shards
     if path.exists():
         return [path]
-    files = [one for name in _expanded(str(path)) for one in _matching(name)]
+    files = [one for name in expanded(str(path)) for one in matching(name)]
     absent = [one for one in files if not one.exists()]
     if files and not absent:
         return files
@@ -137,20 +137,20 @@ def prompt_files(source: str | Path) -> list[Path]:
     raise UserError(f"no prompt set '{source}': did you mean the built-in set '{near[0]}'? Otherwise give {_KNOWN}.")
 
 
-def _expanded(text: str) -> list[str]:
+def expanded(text: str) -> list[str]:
     import braceexpand
 
     # braceexpand makes every name before it gives the first
     sizes = (abs(int(end) - int(begin)) + 1 for begin, end in re.findall(r"{(-?\d+)\.\.(-?\d+)", text))
     if math.prod(sizes) > MOST_FILES:
-        raise UserError(f"prompts '{text}' names more than {MOST_FILES:,} files; give fewer.")
+        raise UserError(f"'{text}' names more than {MOST_FILES:,} files; give fewer.")
     try:
         return list(braceexpand.braceexpand(text, escape=False))
     except ValueError:  # braces that do not match
         return [text]
 
 
-def _matching(name: str) -> list[Path]:
+def matching(name: str) -> list[Path]:
     return [Path(one) for one in sorted(glob.glob(name, recursive=True))] if glob.has_magic(name) else [Path(name)]
 
 
@@ -177,7 +177,8 @@ def _unknown(path: Path) -> str:
     return f"cannot read prompts from '{path}': give {_KNOWN}."
 
 
-def _read(source: str | Path, column: str | None = None) -> list[Row]:
+def read_rows(source: str | Path, column: str | None = None) -> list[Row]:
+    """What a source of files holds, in order. Raises UserError for what cannot be read or is no prompt."""
     rows = []
     for row in rows_of(source, column):
         if row.fault is not None:

@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from draftplus.data.formats import columns_of
+from draftplus.data.glance import columns_of
 from draftplus.data.index import INDEX
 from draftplus.data.near import folded
 from draftplus.data.pack import OFTEN, all_rows, expected

@@ -25,8 +25,8 @@ from draftplus.errors import UserError, notice
 from draftplus.models.files import SMALL, file_hash, files_of
 from draftplus.models.loading import Source
 from draftplus.models.truncation import Cuts
-from draftplus.models.weights import first_line
 from draftplus.types import Conditioning
+from draftplus.weights import first_line
 
 T = TypeVar("T")
 

@@ -16,7 +16,7 @@ from draftplus.errors import UserError
 from draftplus.hub import by_hand, why_offline
 from draftplus.models import single_file
 from draftplus.models.loading import directory_of, is_single_file, looks_local
-from draftplus.models.weights import first_line
+from draftplus.weights import first_line
 
 ASSETS = Path(str(files("draftplus"))) / "assets"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from draftplus.errors import UserError
-from draftplus.models.weights import read_state_dict, refuse_pointer
+from draftplus.weights import read_state_dict, refuse_pointer
 
 SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 SMALL = ("*.json", "*.txt", "*.model", "*.jinja")  # configurations, vocabularies and templates

@@ -19,7 +19,7 @@ from draftplus.errors import UserError, is_out_of_memory
 from draftplus.hub import by_hand
 from draftplus.models import files, fitting
 from draftplus.models.files import Stored
-from draftplus.models.weights import first_line, read_state_dict
+from draftplus.weights import first_line, read_state_dict
 
 SINGLE_FILE = (".safetensors", ".ckpt")
 LDM_UNET = "model.diffusion_model."  # how the names of a denoiser's weights begin in the original layout

@@ -18,7 +18,7 @@ from draftplus import rng
 from draftplus.config import LoraConfig
 from draftplus.errors import UserError
 from draftplus.models.lora_files import LoraFile
-from draftplus.models.weights import first_line
+from draftplus.weights import first_line
 
 ADAPTER = "default"
 

@@ -19,7 +19,7 @@ from diffusers.utils import (
 from torch import Tensor
 
 from draftplus.errors import UserError
-from draftplus.models.weights import first_line, read_header, read_state_dict
+from draftplus.weights import first_line, read_header, read_state_dict
 
 LORA_FILE = LORA_WEIGHT_NAME_SAFE
 PICKLES = (".bin", ".pt", ".pth")

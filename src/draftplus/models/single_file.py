@@ -15,7 +15,7 @@ from torch import Tensor
 from draftplus.config import ModelConfig
 from draftplus.errors import UserError, notice
 from draftplus.models.loading import LDM_UNET, Source, model_like
-from draftplus.models.weights import read_header, read_state_dict
+from draftplus.weights import read_header, read_state_dict
 
 CLIP_G = "conditioner.embedders.1.model."  # how the names of SDXL's second text encoder begin
 CONFIGS = Path(str(files("draftplus"))) / "assets" / "configs"

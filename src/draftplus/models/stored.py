@@ -12,7 +12,7 @@ from draftplus.config import ModelConfig
 from draftplus.models.families import model_path
 from draftplus.models.files import choose, forms, loaded_from, names_in
 from draftplus.models.kind import DENOISERS
-from draftplus.models.weights import read_state_dict
+from draftplus.weights import read_state_dict
 
 PRECISIONS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 NAMES = ("model.diffusion_model.", "unet.", "")  # how its names begin in files of the whole model, and of it alone

@@ -17,7 +17,7 @@ from draftplus.config import LoraConfig
 from draftplus.errors import UserError
 from draftplus.models import lora
 from draftplus.models.lora_files import LORA_FILE, lora_file, read_lora
-from draftplus.models.weights import first_line, read_state_dict
+from draftplus.weights import first_line, read_state_dict
 
 DENOISER_FILES = "diffusion_pytorch_model{suffix}.safetensors"  # the names that diffusers loads
 LARGEST_FILE = "10GB"

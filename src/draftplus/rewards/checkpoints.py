@@ -1,18 +1,25 @@
-"""Frozen networks from transformers checkpoints, local or on the hub; one that cannot be loaded is a UserError."""
+"""Frozen networks from transformers checkpoints or single files of weights, local or on the hub.
+
+What cannot be loaded is a UserError.
+"""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from draftplus.errors import UserError
-from draftplus.hub import why_offline
+from draftplus.hub import by_hand, why_offline
+from draftplus.weights import read_state_dict
 
+WEIGHTS = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -21,6 +28,11 @@ def locate(path: str | Path) -> str:
     local = Path(path).expanduser()
     if local.is_dir():
         return str(local)
+    if local.suffix == ".nemo":
+        raise UserError(
+            f"reward weights '{path}': a .nemo file is converted first; "
+            f"run: draftplus reward convert {path} -o DIRECTORY, then give the directory."
+        )
     if local.exists():
         raise UserError(
             f"reward weights '{path}': this is a file; give the directory that contains it and its config.json."
@@ -51,7 +63,7 @@ def read_json(path: str, name: str, revision: str | None = None) -> dict[str, An
         raise UserError(f"'{file}' is not valid JSON ({error}): download the checkpoint again.") from error
 
 
-def _file(path: str, name: str, revision: str | None) -> str | None:
+def _file(path: str, name: str, revision: str | None, mend: str = "") -> str | None:
     from transformers.utils import cached_file
 
     offline = None if Path(path).is_dir() else why_offline()
@@ -59,7 +71,7 @@ def _file(path: str, name: str, revision: str | None) -> str | None:
         return cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
     except OSError as error:
         raise UserError(
-            f"reward weights '{path}' were found neither on this disk nor on the hub: {offline or first(error)}"
+            f"reward weights '{path}' were found neither on this disk nor on the hub: {offline or first(error)}{mend}"
         ) from error
 
 
@@ -99,6 +111,62 @@ def load_frozen(
             f"the weights in '{path}' are incomplete: {len(missing)} tensors are missing, for example {missing[0]}."
         )
     return model.to(device).eval().requires_grad_(False)
+
+
+def load_weights_file(path: str | Path, filename: str, revision: str | None, reward: str) -> dict[str, Tensor]:
+    """The tensors of a single file of weights, as stored: `path` if it is a file, else `filename` in a directory or a
+    hub id at `revision`; .safetensors, or a pickle (.pt, .pth, .bin, .ckpt) that contains no code.
+
+    reward: whose weights they are, to say where to put them. UserError for a file that is missing, damaged, or would
+    run code.
+    """
+    local = Path(path).expanduser()
+    if local.is_file():
+        return read_state_dict(local)
+    if local.suffix in WEIGHTS and not local.is_dir():
+        raise UserError(f"reward.{reward}.path '{path}': no such file.")
+    where = locate(path)
+    mend = f"\nRun: {by_hand(where, revision, filename, f'reward.{reward}.path')}"
+    file = _file(where, filename, revision, mend)
+    if file is not None:
+        return read_state_dict(Path(file))
+    if local.is_dir():
+        there = sorted(one.name for one in local.iterdir() if one.suffix in WEIGHTS)
+        ending = f"; it has {_some(there)}, each of which may be named itself" if there else ""
+        raise UserError(f"reward.{reward}.path '{path}' has no {filename}{ending}.")
+    offline = why_offline()
+    raise UserError(
+        f"reward '{reward}' needs {filename} of '{where}', which is not "
+        + (f"on this disk, and {offline}.{mend}" if offline else "on the hub: correct the path.")
+    )
+
+
+def fit(make: Callable[[], nn.Module], tensors: Mapping[str, Tensor], where: str, dtype: torch.dtype | None) -> Any:
+    """The network that `make` makes, with exactly these tensors as its weights; frozen, in eval mode, on the CPU.
+
+    where: begins the message of the UserError for names or shapes that do not fit, such as "reward.hpsv2.path 'x.pt'".
+    dtype: of the weights, float32 unless given, whatever they are stored in.
+    """
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():  # which would take longer than reading them
+        network = make().to(dtype or torch.float32)
+    needed = network.state_dict()
+    wrong = [name for name in needed if name in tensors and tensors[name].shape != needed[name].shape]
+    differences = {
+        "missing": [name for name in needed if name not in tensors],
+        "unknown": [name for name in tensors if name not in needed],
+        "of another shape": [f"{n} {tuple(tensors[n].shape)}, not {tuple(needed[n].shape)}" for n in wrong],
+    }
+    if any(differences.values()):
+        told = "; ".join(f"{len(names)} {how}: {_some(names)}" for how, names in differences.items() if names)
+        raise UserError(f"{where} has not the weights that this reward needs. Tensors {told}.")
+    network.load_state_dict(tensors)
+    return network.eval().requires_grad_(False)
+
+
+def _some(names: Sequence[str], shown: int = 3) -> str:
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
 def first(error: Exception) -> str:

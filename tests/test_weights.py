@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from draftplus.errors import UserError
-from draftplus.models.weights import first_line, read_state_dict
+from draftplus.weights import first_line, read_state_dict
 
 TENSORS = {"a": torch.arange(3.0), "b": torch.eye(2)}
 
