@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 
 _FUNCTIONS = {
     "Config": "draftplus.config",
+    "PackRules": "draftplus.data.pack",
     "UserError": "draftplus.errors",
     "convert_reward": "draftplus.api",
     "describe": "draftplus.api",
@@ -16,8 +17,10 @@ _FUNCTIONS = {
     "load_config": "draftplus.config",
     "load_model": "draftplus.api",
     "load_reward": "draftplus.api",
+    "pack_prompts": "draftplus.api",
     "pairwise_lpips": "draftplus.metrics.lpips",
     "score": "draftplus.api",
+    "show_prompts": "draftplus.api",
     "sweep": "draftplus.api",
     "train": "draftplus.api",
     "write_images": "draftplus.api",
