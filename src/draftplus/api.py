@@ -11,6 +11,9 @@ from torch import Tensor
 
 from draftplus.build import build_model, build_reward, quiet_libraries
 from draftplus.config import Config, ModelConfig, RewardConfig, RewardTrainConfig, trusting
+from draftplus.data.pack import PackRules
+from draftplus.data.pack import pack_prompts as _pack_prompts
+from draftplus.data.show import describe_prompts
 from draftplus.distributed import is_main_process, pick_device
 from draftplus.errors import UserError
 from draftplus.evaluation.evaluate import compare
@@ -310,3 +313,29 @@ def run_planned(planned: Plan, jobs: int | None = None) -> Path | None:
         if all(entry.status == "failed" for entry in manifest.runs):  # and left nothing; why is told run by run
             return None
         raise
+
+
+def pack_prompts(
+    sources: str | Path | Sequence[str | Path],
+    output: str | Path,
+    column: str | None = None,
+    rules: PackRules | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Writes prompts of files, built-in sets and data sets of the hub as shards for `data.prompts`.
+
+    output: a directory, or a range of names in one, such as `prompts/{00000..00015}.tar`. column: of what has columns.
+    rules: what is dropped and held out. overwrite: whether packed prompts that are there are replaced.
+
+    Returns the summary, which is in `output`/pack.json too. Raises UserError for a user's mistake.
+    """
+    listed = [sources] if isinstance(sources, (str, Path)) else sources
+    return _pack_prompts(listed, output, column, rules, overwrite)
+
+
+def show_prompts(source: str | Path, column: str | None = None, examples: int = 5) -> dict[str, Any]:
+    """What is in a source of prompts: counts, lengths, duplicates, held-out part, examples.
+
+    Raises UserError for a user's mistake.
+    """
+    return describe_prompts(source, column, examples)

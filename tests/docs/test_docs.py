@@ -101,7 +101,7 @@ def test_every_command_is_shown_and_read():
     text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
     shown = {shlex.split(line)[0] for line in commands_shown(text)}
     groups = {group.name for group in app.registered_groups}
-    assert shown - groups == {command.callback.__name__ for command in app.registered_commands}
+    assert shown == {command.callback.__name__ for command in app.registered_commands} | groups
     block = """
     ```console
     $ draftplus generate emoji --prompt "a cat"

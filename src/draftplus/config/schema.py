@@ -164,7 +164,7 @@ class RewardConfig:
 class DataConfig:
     prompts: str = _key(
         "animals",
-        "training prompts: a built-in set, a .txt, .jsonl, .json, .csv, .tsv, .parquet or .tar file, or shards",
+        "training prompts: a built-in set, a .txt, .jsonl, .json, .csv, .tsv, .parquet or .tar file, shards, or packed",
         file=True,
     )
     column: str | None = _key(
