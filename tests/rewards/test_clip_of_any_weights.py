@@ -54,8 +54,13 @@ def test_clip_is_any_model_and_needs_its_path(checkpoint: Path) -> None:
     assert torch.equal(given(pictures, PROMPTS), load_pickscore(checkpoint)(pictures, PROMPTS))
     with pytest.raises(UserError, match=r"set reward.clip.path to .* CLIPModel, .* draftplus reward train"):
         build_reward("clip", RewardConfig(), device)
-    with pytest.raises(UserError, match=r"draftplus reward convert old.nemo -o DIRECTORY(.|\n)*reward.clip.path"):
-        build_reward("clip", RewardConfig(path="old.nemo"), device)
+
+
+def test_offline_it_says_what_to_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("draftplus.rewards.checkpoints.why_offline", lambda: "HF_HUB_OFFLINE is set")
+    with pytest.raises(UserError, match=r"(?s)no preprocessor_config.json.*\nRun: hf download nobody/nothing "):
+        load_clip("nobody/nothing")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,16 @@ from draftplus.rewards import hpsv2
 from draftplus.rewards.hpsv2 import VIT_H, load_hpsv2, of_transformers
 from draftplus.rewards.preprocessing import CLIP_MEAN, CLIP_STD, preprocess
 from tests.parity.rewards.drawn import PROMPTS
-from tests.support.originals import CLIP_SAYS, clip_config, drawn, errors, images, save_tokenizer, slopes
+from tests.support.originals import (
+    CLIP_SAYS,
+    clip_config,
+    drawn,
+    errors,
+    images,
+    published_names,
+    save_tokenizer,
+    slopes,
+)
 
 FILE = "HPS_v2.1_compressed.pt"
 
@@ -53,17 +62,9 @@ def test_gradient_equals_finite_differences(published: Path, size: tuple[int, in
 
 def test_names_and_shapes_of_the_published_network() -> None:
     """Of the original's own ViT-H/14, of whose blocks the first stands for all."""
-    blocks = {"transformer.": 24, "visual.transformer.": 32}
-    named = {}
-    for name, shape in CLIP_SAYS["published"].items():
-        before, _, after = name.partition("resblocks.0.")
-        for index in range(blocks.get(before, 0)):
-            named[f"{before}resblocks.{index}.{after}"] = shape
-        if not after:
-            named[name] = shape
     with torch.device("meta"):
         network = CLIPModel(CLIPConfig(**VIT_H))
-        found = of_transformers({name: torch.empty(shape) for name, shape in named.items()})
+        found = of_transformers({name: torch.empty(shape) for name, shape in published_names().items()})
     assert sum(tensor.numel() for tensor in found.values()) == 986_109_441
     assert {name: tensor.shape for name, tensor in found.items()} == {
         name: tensor.shape for name, tensor in network.state_dict().items()

@@ -55,6 +55,19 @@ def slopes(reward: Any, height: int, width: int, prompt: str = "a cat") -> tuple
     return (gradient * direction).sum().item(), (up - down) / 2e-5
 
 
+def published_names() -> dict[str, list[int]]:
+    """Names and shapes of HPSv2's tensors at the published size, in open_clip's order of parts."""
+    blocks = {"transformer.": 24, "visual.transformer.": 32}
+    named = {}
+    for name, shape in CLIP_SAYS["published"].items():
+        before, first, after = name.partition("resblocks.0.")
+        if not first:
+            named[name] = shape
+        for index in range(blocks[before] if first else 0):
+            named[f"{before}resblocks.{index}.{after}"] = shape
+    return named
+
+
 def clip_config(act: str = "gelu", projection: int = 64) -> dict[str, Any]:
     """The drawn network as transformers' CLIPConfig takes it."""
     text, vision = CLIP["text_cfg"], CLIP["vision_cfg"]

@@ -47,6 +47,12 @@ def lacks(path: str, name: str) -> str:
     return f"'{path}' has no {name}" + ("" if Path(path).is_dir() else " on the hub or in the local cache")
 
 
+def to_fetch(path: str, key: str) -> str:
+    """A second line for such a message: where the hub cannot be reached, how to get its files, and which key is then
+    to name their directory."""
+    return "" if Path(path).is_dir() or why_offline() is None else f"\nRun: {by_hand(path, key=key)}"
+
+
 def has_file(path: str, name: str, revision: str | None = None) -> bool:
     """Whether a checkpoint has a file. UserError where there is no such checkpoint, or the hub cannot be reached."""
     return _file(path, name, revision) is not None
@@ -85,7 +91,10 @@ def load_frozen(
     """
     config = read_json(path, "config.json", revision)
     if config is None:
-        raise UserError(f"{lacks(path, 'config.json')}: give a transformers checkpoint of a {model_type} model.")
+        raise UserError(
+            f"{lacks(path, 'config.json')}: give a transformers checkpoint of a {model_type} model."
+            + to_fetch(path, "path")
+        )
     if config.get("model_type") != model_type:
         raise UserError(
             f"'{path}' contains a {config.get('model_type')} model, but this reward needs a {model_type} model."
@@ -121,7 +130,7 @@ def load_weights_file(path: str | Path, filename: str, revision: str | None, rew
     run code.
     """
     local = Path(path).expanduser()
-    if local.is_file():
+    if local.is_file() and local.suffix != ".nemo":
         return read_state_dict(local)
     if local.suffix in WEIGHTS and not local.is_dir():
         raise UserError(f"reward.{reward}.path '{path}': no such file.")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from draftplus.errors import UserError, notice
-from draftplus.rewards.checkpoints import first, has_file, lacks, load_frozen, locate
+from draftplus.rewards.checkpoints import first, has_file, lacks, load_frozen, locate, to_fetch
 from draftplus.rewards.dropout import Dropout, check_rate
 from draftplus.rewards.preprocessing import Preprocessing, has_preprocessing, preprocess, read_preprocessing
 from draftplus.types import Reward
@@ -118,7 +118,10 @@ def load_tokenizer(source: str, revision: str | None) -> Any:
 
     if not any(has_file(source, name, revision) for name in ("tokenizer.json", "vocab.json")):
         # transformers would make an empty tokenizer, for which all prompts are the same
-        raise UserError(f"{lacks(source, 'tokenizer.json')}: set args.processor to a checkpoint that has it.")
+        raise UserError(
+            f"{lacks(source, 'tokenizer.json')}: set args.processor to a checkpoint that has it."
+            + to_fetch(source, "args.processor")
+        )
     try:  # unless told not to, transformers would ask on the terminal whether to run code of the checkpoint's
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
     except (ValueError, OSError) as error:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from draftplus.errors import UserError
-from draftplus.rewards.checkpoints import lacks, read_json
+from draftplus.rewards.checkpoints import lacks, read_json, to_fetch
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -58,7 +58,10 @@ def read_preprocessing(path: str, revision: str | None = None) -> Preprocessing:
     if config is None:
         config = (read_json(path, _FILES[1], revision) or {}).get("image_processor")
     if config is None:
-        raise UserError(f"{lacks(path, _FILES[0])}: set args.processor to a checkpoint that has it.")
+        raise UserError(
+            f"{lacks(path, _FILES[0])}: set args.processor to a checkpoint that has it."
+            + to_fetch(path, "args.processor")
+        )
     resample = config.get("resample", 3)
     if resample not in _FILTERS:
         raise UserError(
