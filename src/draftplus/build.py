@@ -35,6 +35,7 @@ REWARDS = {
     "pickscore": "draftplus.rewards.clip:load_pickscore",
     "clip_score": "draftplus.rewards.clip:load_clip_score",
     "image_reward": "draftplus.rewards.image_reward:load_image_reward",
+    "mps": "draftplus.rewards.mps:load_mps",
     "jpeg_compressibility": "draftplus.rewards.jpeg:load_jpeg_compressibility",
     "jpeg_incompressibility": "draftplus.rewards.jpeg:load_jpeg_incompressibility",
     "dissimilarity": "draftplus.rewards.dissimilarity:load_dissimilarity",
