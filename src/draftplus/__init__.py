@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 _FUNCTIONS = {
     "Config": "draftplus.config",
     "UserError": "draftplus.errors",
+    "convert_reward": "draftplus.api",
     "describe": "draftplus.api",
     "evaluate": "draftplus.api",
     "export": "draftplus.api",
@@ -16,6 +17,7 @@ _FUNCTIONS = {
     "load_model": "draftplus.api",
     "load_reward": "draftplus.api",
     "pairwise_lpips": "draftplus.metrics.lpips",
+    "score": "draftplus.api",
     "sweep": "draftplus.api",
     "train": "draftplus.api",
     "write_images": "draftplus.api",

@@ -16,8 +16,10 @@ from draftplus.errors import UserError
 from draftplus.evaluation.evaluate import compare
 from draftplus.evaluation.gallery import make_gallery, write_gallery
 from draftplus.evaluation.generate import Knobs
+from draftplus.evaluation.score import score as _score
 from draftplus.publish import export_run
 from draftplus.report import write_report
+from draftplus.rewards.nemo import convert_nemo
 from draftplus.runs.plan import plan_run
 from draftplus.sweeps.grid import written_grid
 from draftplus.sweeps.launch import run_sweep
@@ -169,8 +171,47 @@ def evaluate(
         )  # fmt: skip
 
 
+def score(
+    targets: str | Path | Sequence[str | Path] = (),
+    rewards: str | Sequence[str] = (),
+    overrides: str | Sequence[str] = (),
+    prompts: str | Path | None = None,
+    prompt: str | None = None,
+    skip: int = 10,
+    output: str | Path | None = None,
+) -> dict[str, Any]:
+    """Scores pictures on disk: files, directories with all below them, and .tar files.
+
+    rewards: by name. overrides: `key=value` strings, such as reward.clip_score.path=my_clip, device=cpu and
+    train.sampling_batch_size=4. prompts: a file of a prompt for each picture, in their order, or by name where it has a
+    field file, file_name, image, name or key; else `prompt` is that of all; else the .txt beside each picture is its
+    own. skip: how many pictures that cannot be read are left out before that is an error.
+
+    Returns {"rewards": {name: settings, mean, standard_deviation, lowest, highest, and the files whose score is
+    "not_finite"}, "pictures": [{file, prompt, reward/<name>}], "skipped": [{file, reason}], "left_out": [file]}. It is
+    written to `output` too, where that is a .json file; "pictures" alone where it is a .jsonl file.
+
+    Raises UserError for a user's mistake.
+    """
+    wanted = [targets] if isinstance(targets, (str, Path)) else list(targets)
+    file = None if output is None else Path(output)
+    return _score(wanted, _listed(rewards), _listed(overrides), prompts, prompt, skip, file)
+
+
 def _listed(texts: str | Sequence[str]) -> list[str]:
     return [texts] if isinstance(texts, str) else list(texts)
+
+
+def convert_reward(file: str | Path, output: str | Path, processor: str | None = None) -> Path:
+    """Writes a reward of NeMo-Aligner, a CLIP in a .nemo file, as a `CLIPModel` directory with all that scoring needs,
+    and returns it: `load_reward("pickscore", path=...)` loads it.
+
+    processor: directory or hub id of the tokenizer; None: the one that the file names, else CLIP ViT-H/14's.
+
+    Raises UserError for a user's mistake.
+    """
+    quiet_libraries()
+    return convert_nemo(file, output, processor)
 
 
 def export(target: str, format: str = "diffusers", output: str | Path | None = None) -> Path:

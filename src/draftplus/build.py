@@ -26,7 +26,7 @@ from draftplus.metrics.styles import style_captions
 from draftplus.models.families import family_of, model_path
 from draftplus.rewards.arguments import bind, parameters_of
 from draftplus.rewards.clip import EMOJI_CLIP, load_clip_reward
-from draftplus.rewards.combined import Combined
+from draftplus.rewards.combined import Combined, Scale
 from draftplus.rewards.custom import load_custom, resolve_custom
 from draftplus.types import Model, Reward
 
@@ -36,6 +36,10 @@ REWARDS = {
     "clip_score": "draftplus.rewards.clip:load_clip_score",
     "image_reward": "draftplus.rewards.image_reward:load_image_reward",
     "mps": "draftplus.rewards.mps:load_mps",
+    "clip_h": "draftplus.rewards.clip:load_clip_h",
+    "clip": "draftplus.rewards.clip:load_clip",
+    "hpsv2": "draftplus.rewards.hpsv2:load_hpsv2",
+    "aesthetic": "draftplus.rewards.aesthetic:load_aesthetic",
     "jpeg_compressibility": "draftplus.rewards.jpeg:load_jpeg_compressibility",
     "jpeg_incompressibility": "draftplus.rewards.jpeg:load_jpeg_incompressibility",
     "dissimilarity": "draftplus.rewards.dissimilarity:load_dissimilarity",
@@ -225,9 +229,22 @@ def build_problem(config: Config, model: Model, rewards: Mapping[str, Reward]) -
                 f"reward.{reward}.args.dropout is {settings.args['dropout']}, but method {name} takes no gradient "
                 "of the reward, so dropout has no effect; remove it"
             )
-    scorer = Combined({reward: (rewards[reward], settings.weight) for reward, settings in config.reward.items()})
     ddpo = None if differentiates else config.objective.ddpo
     sampler = build_sampler(model, config.sampler, ddpo)
     check_space(config.objective, sampler.schedule)
     check_windows(config, sampler.schedule)
-    return Problem(sampler, scorer, config.objective)
+    return Problem(sampler, weighted_sum(config, rewards), config.objective)
+
+
+def weighted_sum(config: Config, rewards: Mapping[str, Reward], scales: Mapping[str, Scale] | None = None) -> Combined:
+    """The sum that a configuration optimises. scales: of the rewards that are normalised in it.
+
+    Raises UserError for one that cannot be.
+    """
+    for name, settings in config.reward.items():
+        if settings.normalise is not None and getattr(rewards[name], "compares_images", False):
+            raise UserError(
+                f"reward.{name}.normalise is {settings.normalise}, but this reward compares the images of a "
+                "micro-batch, whose composition in training is another; remove it, and choose its weight instead"
+            )
+    return Combined({name: (rewards[name], settings.weight) for name, settings in config.reward.items()}, scales)

@@ -152,6 +152,11 @@ class Model(Protocol):
         ...
 
     @property
+    def image_dtype(self) -> torch.dtype:
+        """The precision of the images that the stock pipeline of the same parts draws."""
+        ...
+
+    @property
     def scheduler_config(self) -> Mapping[str, Any]:
         """The configuration of the model's own scheduler, as the stock pipeline reads it."""
         ...

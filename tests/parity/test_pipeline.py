@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
@@ -16,7 +17,8 @@ from draftplus.diffusion.guidance import classifier_free, denoiser
 from draftplus.diffusion.sampler import Rollout, Sampler, sample
 from draftplus.diffusion.schedule import make_schedule
 from draftplus.diffusion.solvers import make_solver
-from draftplus.evaluation.generate import Job, sampled_latents
+from draftplus.evaluation.generate import Job, Knobs, decoded, sampled_latents
+from draftplus.models.scheduler_file import SCHEDULERS
 from draftplus.models.stable_diffusion import StableDiffusion
 from draftplus.types import Conditioning
 from tests.tiny import PROMPTS, SCHEDULER, SHAPE, normal, randomize, stock_pipeline, tiny_model
@@ -141,9 +143,55 @@ def test_a_seeds_noise_is_what_stock_draws_in_half_precision(
     jobs = [Job(prompt, seed) for prompt, seed in zip(PROMPTS, SEEDS, strict=True)]
     with pytest.raises(LookupError):
         list(sampled_latents(made, jobs, config, 3))
-    assert seen[0].dtype == dtype and seen[1].dtype == torch.float32
-    assert torch.equal(seen[0].float(), seen[1])
-    assert torch.equal(seen[1], rng.stock_noise((4, 12, 4), SEEDS)) is (dtype == torch.float32)
+    assert seen[0].dtype == seen[1].dtype == dtype
+    assert torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[1].float(), rng.stock_noise((4, 12, 4), SEEDS)) is (dtype == torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("solver", "settings"),
+    [
+        ("ddim", {}),
+        ("ddim", {"eta": 0.8}),
+        ("ddim", {"spacing": "trailing", "guidance_scale": 1.0}),
+        ("euler", {"negative_prompt": "a shark"}),
+        ("dpmpp_2m", {"spacing": "leading"}),
+    ],
+    ids=str,
+)
+def test_half_precision_is_rounded_as_stock_rounds(
+    tiny_path: Path, solver: str, settings: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Every step, to the last bit."""
+    made = tiny_model(tiny_path, dtype=dtype, trainable=False)
+    config = SamplerConfig(**{"solver": solver, "steps": 5, "guidance_scale": 4.0, "negative_prompt": "", **settings})
+    jobs = [Job(prompt, seed) for prompt, seed in zip(PROMPTS, SEEDS, strict=True)]
+    [(_, found)] = sampled_latents(made, jobs, config, 3)
+    name, changes, _ = SCHEDULERS[solver]
+    respaced = {"timestep_spacing": config.spacing} if config.spacing else {}
+    pipe = stock_pipeline(tiny_path, dtype, getattr(diffusers, name).from_config({**SCHEDULER, **changes, **respaced}))
+    expected = pipe(
+        PROMPTS, num_inference_steps=5, eta=config.eta, guidance_scale=config.guidance_scale, output_type="latent",
+        negative_prompt=[config.negative_prompt] * 3, generator=generators(),
+    ).images  # fmt: skip
+    assert found.dtype == dtype and torch.equal(found, expected)
+    if dtype == torch.bfloat16:  # in float16 ours decodes in float32, where this autoencoder says that it overflows
+        drawn = pipe.image_processor.postprocess(pipe.vae.decode(expected / pipe.vae.config.scaling_factor)[0], "pt")
+        assert torch.equal(decoded(made, found.float(), 3), drawn.float())
+
+
+def test_a_blend_of_two_models_is_not_rounded(tiny_path: Path) -> None:
+    """No stock pipeline draws it, and the two ends of annealed guidance are drawn as they are without it."""
+    made = tiny_model(tiny_path, dtype=torch.bfloat16)
+    randomize(made)
+    config = SamplerConfig(steps=4, guidance_scale=4.0, negative_prompt="")
+    drawn = {
+        anneal: next(sampled_latents(made, [Job("a cat", 1)], config, 1, Knobs(anneal=anneal)))[1]
+        for anneal in ("tuned", "base", "linear", None)
+    }
+    assert drawn["linear"].dtype == torch.float32 and drawn["base"].dtype == torch.bfloat16
+    assert torch.equal(drawn["tuned"], drawn[None]) and not torch.equal(drawn["base"], drawn[None])
 
 
 def test_a_fresh_adapter_changes_no_picture(tiny_path: Path) -> None:

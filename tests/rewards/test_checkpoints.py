@@ -87,6 +87,9 @@ def test_what_is_not_there_or_is_no_file_of_weights(tmp_path: Path) -> None:
         load("absent.pt")
     with pytest.raises(UserError, match="no such directory"):
         load(tmp_path / "absent")
+    (tmp_path / "old.nemo").touch()
+    with pytest.raises(UserError, match="draftplus reward convert"):
+        load(tmp_path / "old.nemo")
     with (tmp_path / "head.pt").open("r+b") as file:
         file.truncate(100)
     with pytest.raises(UserError, match="damaged"):

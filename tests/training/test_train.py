@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,9 @@ from draftplus.build import build_model, build_reward
 from draftplus.config import RewardConfig, load_config
 from draftplus.config.schema import OptimConfig
 from draftplus.errors import UserError
-from draftplus.rewards.clip import CLIP_SCORE, PICKSCORE_PROCESSOR
+from draftplus.rewards.aesthetic import AESTHETIC
+from draftplus.rewards.aesthetic import FILE as AESTHETIC_FILE
+from draftplus.rewards.clip import CLIP_H, CLIP_SCORE, PICKSCORE_PROCESSOR
 from draftplus.runs.journal import open_loggers
 from draftplus.training.fine_tuning import total_steps
 from draftplus.training.optim import learning_rate
@@ -232,15 +235,23 @@ def test_two_processes_in_one_directory(settings: list[str], tmp_path: Path) -> 
     train_here(settings, f"reward={REWARDS}:patient")  # what a killed process held is free
 
 
-ON_THE_HUB = {"pickscore": PICKSCORE_PROCESSOR, "clip_score": CLIP_SCORE}  # and what each asks for first
+NO_PROCESSOR = r"' has no preprocessor_config\.json on the hub .*: set args\.proc"
+ON_THE_HUB = {  # and what each says of what it asks for first
+    "pickscore": PICKSCORE_PROCESSOR + NO_PROCESSOR,
+    "clip_score": CLIP_SCORE + NO_PROCESSOR,
+    "clip_h": CLIP_H + NO_PROCESSOR,
+    "hpsv2": rf"{CLIP_H}' has no tokenizer\.json on the hub .*: set args\.proc",
+    "aesthetic": rf"needs {re.escape(AESTHETIC_FILE)} of '{AESTHETIC}', which is not on this disk",
+    "clip": r"set reward\.clip\.path",
+}
 
 
-@pytest.mark.parametrize(("name", "asks"), ON_THE_HUB.items())
+@pytest.mark.parametrize(("name", "says"), ON_THE_HUB.items())
 def test_rewards_on_the_hub_say_what_cannot_be_had(
-    name: str, asks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))  # where nothing was fetched before
-    with pytest.raises(UserError, match=rf"'{asks}' has no preprocessor_config\.json on the hub .*: set args\.proc"):
+    with pytest.raises(UserError, match=says):
         build_reward(name, RewardConfig(), CPU)
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from draftplus import __version__
-from draftplus.cli import evaluate, export, generate, report, sweep, train
+from draftplus.cli import data, evaluate, export, generate, report, reward, sweep, train
 from draftplus.cli.failures import in_one_line
 from draftplus.cli.shared import examples
 from draftplus.errors import Interrupted, UserError, printable
@@ -53,6 +53,8 @@ app.command(epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command(epilog=sweep.EXAMPLES)(sweep.sweep)
 app.command(epilog=report.EXAMPLES)(report.report)
 app.command(epilog=export.EXAMPLES)(export.export)
+app.add_typer(reward.app, name="reward")
+app.add_typer(data.app, name="data")
 
 
 def main() -> None:

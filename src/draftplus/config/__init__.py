@@ -11,6 +11,7 @@ from draftplus.config.keys import (
     CHANGEABLE,
     all_keys,
     base_model_of,
+    changeable_keys,
     choices_of,
     describe_keys,
     flatten,
@@ -25,14 +26,18 @@ from draftplus.config.keys import (
 from draftplus.config.load import (
     given_by,
     load_config,
+    load_reward_config,
+    load_reward_run_config,
     load_run_config,
     recipe_names,
     recipe_path,
     run_name,
     shaping_keys,
+    trains_reward,
     with_new_names,
 )
 from draftplus.config.reading import read_yaml, written
+from draftplus.config.rewards import COMMANDS, AnyConfig, RewardTrainConfig
 from draftplus.config.schema import (
     KNOBS,
     Config,
@@ -47,10 +52,11 @@ from draftplus.config.trust import refuse_library, refuse_untrusted, remember, t
 from draftplus.config.typed import is_text
 
 __all__ = [
-    "ADDED", "BASE_MODEL", "CHANGEABLE", "KNOBS", "Config", "LoraConfig", "ModelConfig", "ObjectiveConfig",
-    "RewardConfig", "SamplerConfig", "StopConfig", "all_keys", "base_model_of", "choices_of", "describe_keys",
-    "facts_of", "flatten", "given_by", "is_below", "is_text", "keys_that_affect", "keys_where",
-    "load_config", "load_run_config", "nearest", "read_yaml", "recipe_names", "recipe_path", "refuse_bad_name",
-    "refuse_library", "refuse_nobodys_home", "refuse_untrusted", "remember", "run_name", "shaping_keys", "to_dict",
-    "to_yaml", "trusting", "values", "with_new_names", "written",
+    "ADDED", "BASE_MODEL", "CHANGEABLE", "COMMANDS", "KNOBS", "AnyConfig", "Config", "LoraConfig", "ModelConfig",
+    "ObjectiveConfig", "RewardConfig", "RewardTrainConfig", "SamplerConfig", "StopConfig", "all_keys",
+    "base_model_of", "changeable_keys", "choices_of", "describe_keys", "facts_of", "flatten", "given_by", "is_below",
+    "is_text", "keys_that_affect", "keys_where", "load_config", "load_reward_config", "load_reward_run_config",
+    "load_run_config", "nearest", "read_yaml", "recipe_names", "recipe_path", "refuse_bad_name", "refuse_library",
+    "refuse_nobodys_home", "refuse_untrusted", "remember", "run_name", "shaping_keys", "to_dict", "to_yaml",
+    "trains_reward", "trusting", "values", "with_new_names", "written",
 ]  # fmt: skip

@@ -14,6 +14,7 @@ from typing import Any
 
 from draftplus.config.facts import Facts
 from draftplus.config.keys import nearest, values
+from draftplus.config.rewards import AnyConfig
 from draftplus.config.schema import KNOBS, Config, SamplerConfig
 from draftplus.errors import UserError
 
@@ -21,8 +22,8 @@ LONGEST_NAME = 200  # in bytes; file systems end at 255, and suffixes are added
 CUSTOM_REWARD = re.compile(r"[^\W\d][\w.]*:[^\W\d][\w.]*")
 
 
-def check(config: Config) -> None:
-    """Refuses values that are out of range or do not fit together.
+def check_values(config: AnyConfig) -> None:
+    """Refuses values that are out of range, whatever the task.
 
     Raises UserError that names the key, its value and a remedy.
     """
@@ -34,6 +35,14 @@ def check(config: Config) -> None:
         raise UserError("output_dir is empty; name a directory, such as output_dir=runs")
     if config.train.steps is None and config.train.epochs is None:
         raise UserError("train.steps and train.epochs are both null; set one of them")
+
+
+def check(config: Config) -> None:
+    """Refuses values that are out of range or do not fit together.
+
+    Raises UserError that names the key, its value and a remedy.
+    """
+    check_values(config)
     _check_sigmas(config.sampler)
     if not config.reward:
         raise UserError("reward is empty; name one, such as reward=emoji_clip")
@@ -51,6 +60,10 @@ def check(config: Config) -> None:
         if one.weight != 1:
             raise UserError(
                 f"eval.rewards.{name}.weight is {one.weight}, but held-out rewards are not summed; leave it at 1"
+            )
+        if one.normalise is not None:
+            raise UserError(
+                f"eval.rewards.{name}.normalise is {one.normalise}, but held-out rewards are not summed; remove it"
             )
         if one.args.get("dropout"):
             raise UserError(

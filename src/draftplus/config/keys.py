@@ -58,9 +58,9 @@ def keys_where(
     return tuple(found)
 
 
-def keys_that_affect(*what: Affects) -> tuple[str, ...]:
+def keys_that_affect(*what: Affects, node: Any = Config) -> tuple[str, ...]:
     """The keys that change one of these, in order; a section stands for its keys where all do."""
-    return keys_where(lambda facts: facts.affects in what)
+    return keys_where(lambda facts: facts.affects in what, node)
 
 
 def is_below(key: str, keys: Iterable[str]) -> bool:
@@ -68,7 +68,12 @@ def is_below(key: str, keys: Iterable[str]) -> bool:
     return f"{key}.".startswith(tuple(f"{one}." for one in keys))
 
 
-CHANGEABLE = keys_that_affect("length", "conduct", "record")  # those that may change when a run is continued
+def changeable_keys(node: Any = Config) -> tuple[str, ...]:
+    """Those that may change when a run is continued."""
+    return keys_that_affect("length", "conduct", "record", node=node)
+
+
+CHANGEABLE = changeable_keys()
 BASE_MODEL = keys_where(lambda facts: facts.base_model)  # what is tuned
 ADDED = keys_where(lambda facts: facts.added)
 
@@ -81,10 +86,10 @@ def base_model_of(flat: Mapping[str, Any]) -> list[Any]:
     return [flat.get(key) for key in BASE_MODEL if key not in ADDED or flat.get(key)]
 
 
-def describe_keys() -> str:
+def describe_keys(node: Any = Config) -> str:
     """One line for each key: key, default, meaning."""
     lines = []
-    for key, f in all_keys():
+    for key, f in all_keys(node):
         default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
         shown = json.dumps(default, ensure_ascii=False, default=dataclasses.asdict)
         lines.append(f"  {key + '=' + shown:<44} {facts_of(f).meaning}")
@@ -104,13 +109,13 @@ def values(node: Any, prefix: str = "") -> Iterator[tuple[str, Facts, Any]]:
             yield name, facts_of(f), value
 
 
-def to_dict(config: Config) -> dict[str, Any]:
+def to_dict(config: Any) -> dict[str, Any]:
     """Plain nested dictionaries, lists and scalars."""
     return dataclasses.asdict(config)
 
 
-def to_yaml(config: Config) -> str:
-    """The complete configuration as YAML; `load_config` reads it back."""
+def to_yaml(config: Any) -> str:
+    """A complete configuration, of any task, as YAML; `load_config` reads it back."""
     return write_yaml(to_dict(config))
 
 

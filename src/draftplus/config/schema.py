@@ -154,6 +154,10 @@ class RewardConfig:
     weight: float = _key(1.0, "weight in the sum that is optimised")
     path: str | None = _key(None, "weights: a directory or hub id; null: the reward's default", file=True)
     args: dict[str, Any] = _key({}, "further arguments for the reward")
+    normalise: str | None = _key(
+        None, "in the sum, scaled to mean 0 and deviation 1 over the base model's pictures of training prompts; "
+        "null: as it is", choices=("base",), added=True,
+    )  # fmt: skip
 
 
 @dataclass

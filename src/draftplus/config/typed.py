@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any, get_args, get_origin
 
 from draftplus.config.keys import all_keys, nearest
+from draftplus.config.rewards import COMMANDS
 from draftplus.config.schema import Config
 from draftplus.errors import UserError
 
@@ -42,15 +43,15 @@ def kind_at(path: Sequence[str], kind: Any = Config) -> Any:
     return kind_at(path[1:], get_args(kind)[1]) if get_origin(kind) is dict else None
 
 
-def is_text(key: str) -> bool:
+def is_text(key: str, schema: Any = Config) -> bool:
     """Whether the value of a dotted key is text."""
-    return _without_none(kind_at(key.split(".")))[0] is str
+    return _without_none(kind_at(key.split("."), schema))[0] is str
 
 
-def assigned(kind: Any, value: Any, old: Any, key: str, shown: str = "") -> Any:
+def assigned(kind: Any, value: Any, old: Any, key: str, shown: str = "", schema: Any = Config) -> Any:
     """The value as one of type `kind`. old: what it changes, where it is a section or a mapping; None: the defaults.
 
-    shown: what stands before the key in a message, such as the file.
+    shown: what stands before the key in a message, such as the file. schema: whose keys are known.
 
     Raises UserError for an unknown key (naming the nearest), and for a value of another type, with an example of one.
     """
@@ -63,9 +64,10 @@ def assigned(kind: Any, value: Any, old: Any, key: str, shown: str = "") -> Any:
         old = old if isinstance(old, kind) else kind()
         for name in value:
             if name not in hints(kind):
-                raise UserError(f"{shown}{_unknown(f'{key}.{name}' if key else str(name), kind, key, bool(shown))}")
+                dotted = f"{key}.{name}" if key else str(name)
+                raise UserError(f"{shown}{_unknown(dotted, kind, key, bool(shown), schema)}")
         news = {
-            name: assigned(hints(kind)[name], one, getattr(old, name), f"{key}.{name}" if key else name, shown)
+            name: assigned(hints(kind)[name], one, getattr(old, name), f"{key}.{name}" if key else name, shown, schema)
             for name, one in value.items()
         }
         return dataclasses.replace(old, **news)
@@ -74,10 +76,10 @@ def assigned(kind: Any, value: Any, old: Any, key: str, shown: str = "") -> Any:
         for name, one in value.items():
             if not isinstance(name, str):
                 raise UserError(f"{shown}{key}: the name {name!r} is not text; write it in quotes")
-            known[name] = assigned(inner, one, known.get(name), f"{key}.{name}", shown)
+            known[name] = assigned(inner, one, known.get(name), f"{key}.{name}", shown, schema)
         return known
     if get_origin(kind) is list and isinstance(value, (list, tuple)):
-        return [assigned(get_args(kind)[0], one, None, f"{key}[{i}]", shown) for i, one in enumerate(value)]
+        return [assigned(get_args(kind)[0], one, None, f"{key}[{i}]", shown, schema) for i, one in enumerate(value)]
     found = _scalar(kind, value, f"{shown}{key}")
     if found is None:
         raise UserError(f"{shown}{key}: {_short(value)} is not {_wanted(kind)}{_example(key, kind)}")
@@ -172,13 +174,13 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:60]}…"
 
 
-def _unknown(key: str, kind: Any, section: str, from_file: bool) -> str:
+def _unknown(key: str, kind: Any, section: str, from_file: bool, schema: Any) -> str:
     if from_file and not (len(key) <= 80 and all(c.isalnum() or c in "_-." for c in key)):
         # it may be a line of a file that is no recipe at all, and none of our business
         return "a key that is no plain word, so this is not a recipe; keys and values look like 'seed: 1'"
     if key in RENAMED:
         return f"unknown key '{key}'; it is now called '{RENAMED[key]}'"
     near = nearest(
-        key, [*(k for k, _ in all_keys()), *(f"{section}.{name}" if section else name for name in hints(kind))]
+        key, [*(k for k, _ in all_keys(schema)), *(f"{section}.{name}" if section else name for name in hints(kind))]
     )
-    return f"unknown key '{key}'; {near or 'draftplus train --help lists all keys'}"
+    return f"unknown key '{key}'; {near or f'{COMMANDS[schema]} --help lists all keys'}"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from draftplus import rng
 from draftplus.errors import UserError
@@ -54,8 +56,12 @@ def visited(
 
 def _stream(prompts: Sequence[str], seed: int, positions: Sequence[int]) -> list[str]:
     places = [divmod(position, len(prompts)) for position in positions]  # (epoch, place in it)
-    orders = {epoch: rng.permutation(len(prompts), seed, "prompts", epoch) for epoch in {epoch for epoch, _ in places}}
-    return [prompts[orders[epoch][place]] for epoch, place in places]
+    return [prompts[_order(len(prompts), seed, epoch)[place]] for epoch, place in places]
+
+
+@lru_cache(maxsize=2)  # of the epoch that is going on, and the one that begins
+def _order(n: int, seed: int, epoch: int) -> array[int]:
+    return array("q", rng.permutation(n, seed, "prompts", epoch))
 
 
 def steps_of_epochs(epochs: int, prompts: int, global_batch_size: int, images_per_prompt: int = 1) -> int:

@@ -11,24 +11,32 @@ import math
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from draftplus.data.text import content, decoded, lines, not_utf8, opened_text
 from draftplus.errors import UserError
 
 FIELDS = ("prompt", "text", "caption")
 SPLITS = ("train", "held_out")
 TARS = (".tar", ".tar.gz", ".tgz")
+DAMAGED_TAR = (tarfile.TarError, EOFError, ValueError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
 MOST_LINES = 50  # of a caption: what is longer than any text encoder reads is a list of prompts
 _EXAMPLE = '{"prompt": "a cat"}'
 
 
 class Row(NamedTuple):
-    """A prompt, the part of the set that its file puts it in, and where it stands, such as "line 3"."""
+    """A prompt, the part of the set that its file puts it in, and where it stands, such as "line 3".
+
+    fault: why it is no prompt, in words for the user; None: it is one.
+    """
 
     prompt: str
     split: str | None
     place: str
+    fault: str | None = None
 
 
 def kind_of(path: Path) -> str | None:
@@ -37,16 +45,16 @@ def kind_of(path: Path) -> str | None:
 
 
 def _text(path: Path, column: str | None) -> Iterator[Row]:
-    for number, line in _lines(path):
+    for number, line in lines(path):
         if line.strip():
-            yield Row(line.strip(), None, f"line {number}")
+            yield _plain(line, f"{path}", f"line {number}")
 
 
 def _jsonl(path: Path, column: str | None) -> Iterator[Row]:
-    for number, line in _lines(path):
+    for number, line in lines(path):
         if line.strip():
             place = f"line {number}"
-            value = _parsed(line, f"{path}, {place}", f"; each line must be an object such as {_EXAMPLE}")
+            value = parsed(line, f"{path}, {place}", f"; each line must be an object such as {_EXAMPLE}")
             if not isinstance(value, dict):
                 said = f"{line.strip()[:40]} is not an object; each line must be an object such as {_EXAMPLE}"
                 raise UserError(f"{path}, {place}: {said}")
@@ -55,19 +63,19 @@ def _jsonl(path: Path, column: str | None) -> Iterator[Row]:
 
 def _json(path: Path, column: str | None) -> Iterator[Row]:
     wanted = f"a list of strings or of objects such as {_EXAMPLE}"
-    entries = _parsed(_decoded(path.read_bytes(), str(path)), str(path), f"; it must be {wanted}")
+    entries = parsed(decoded(content(path), str(path)), str(path), f"; it must be {wanted}")
     if not isinstance(entries, list):
-        raise UserError(f"{path} holds {_short(entries)}; it must be {wanted}.")
+        raise UserError(f"{path} holds {short(entries)}; it must be {wanted}.")
     for number, entry in enumerate(entries, 1):
         if not isinstance(entry, dict) and column is not None:
-            raise UserError(f"{path}, entry {number}: {_short(entry)} has no fields, but data.column is '{column}'.")
+            raise UserError(f"{path}, entry {number}: {short(entry)} has no fields, but data.column is '{column}'.")
         yield _row(entry if isinstance(entry, dict) else {"prompt": entry}, column, path, f"entry {number}")
 
 
 def _table(delimiter: str) -> Callable[[Path, str | None], Iterator[Row]]:
     def read(path: Path, column: str | None) -> Iterator[Row]:
         try:
-            with path.open(encoding="utf-8-sig", newline="") as file:
+            with opened_text(path, newline="") as file:
                 # strict: a quote that is never closed would make one prompt of the rest of the file
                 table = csv.reader(file, delimiter=delimiter, strict=True)
                 names = [name.strip() for name in next(table, [])]
@@ -85,21 +93,25 @@ def _table(delimiter: str) -> Callable[[Path, str | None], Iterator[Row]]:
                             fields["split"] = None
                         yield _row(fields, column, path, place)
         except UnicodeDecodeError:
-            raise _not_utf8(path) from None
+            raise not_utf8(path) from None
         except csv.Error as error:
             raise UserError(f"{path}, line {table.line_num}: {error}; put text with quotes in it in quotes.") from None
 
     return read
 
 
-def _parquet(path: Path, column: str | None) -> Iterator[Row]:
+def parquet_rows(path: Path, column: str | None, opened: Any = None) -> Iterator[Row]:
+    """Of a table's columns, only those that are needed are read. opened: the file, where it is not on the disk.
+
+    Raises UserError for a damaged file, and without pyarrow.
+    """
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
         raise UserError(f"'{path}' needs pyarrow to be read: pip install 'draftplus[parquet]'.") from None
     try:
-        with parquet.ParquetFile(path) as file:
+        with parquet.ParquetFile(path if opened is None else opened) as file:
             names = file.schema_arrow.names
             chosen = [_field(names, column, str(path)), *(name for name in ("split",) if name in names)]
             number = 0
@@ -120,7 +132,7 @@ def _tar(path: Path, column: str | None) -> Iterator[Row]:
     seen: set[str] = set()
     others = False
     try:
-        for member, read in _members(path):
+        for member, read in members(path):
             key, _, suffix = member.name.rpartition(".")
             if member.name.rpartition("/")[2].startswith("._"):  # what macOS adds beside each file
                 continue
@@ -134,29 +146,29 @@ def _tar(path: Path, column: str | None) -> Iterator[Row]:
                 raise UserError(f"'{path}', member {member.name} is a link: pack the file that it stands for.")
             if key not in chosen or kinds.index(suffix.lower()) < kinds.index(chosen[key][0].lower()):
                 chosen[key] = (suffix, read())
-    except (tarfile.TarError, EOFError, ValueError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
+    except DAMAGED_TAR as error:
         reason = str(error).partition("\n")[0].rstrip(":") or type(error).__name__
         raise UserError(f"'{path}' is truncated or not a tar file ({reason}): download or create it again.") from error
     for key, (suffix, data) in chosen.items():
         place = f"member {key}.{suffix}"
-        text = _decoded(data, f"{path}, {place}")
+        text = decoded(data, f"{path}, {place}")
         if suffix.lower() == "json":
-            value = _parsed(text, f"{path}, {place}", "")
+            value = parsed(text, f"{path}, {place}", "")
             if not isinstance(value, dict):
-                raise UserError(f"{path}, {place}: {_short(value)} is not an object such as {_EXAMPLE}.")
+                raise UserError(f"{path}, {place}: {short(value)} is not an object such as {_EXAMPLE}.")
             yield _row(value, column, path, place)
         elif text.strip():
-            lines = sum(bool(line.strip()) for line in io.StringIO(text, newline=None))
-            if lines > MOST_LINES or (lines > 1 and len(chosen) == 1 and not others):
+            count = sum(bool(line.strip()) for line in io.StringIO(text, newline=None))
+            if count > MOST_LINES or (count > 1 and len(chosen) == 1 and not others):
                 name = f"{key}.{suffix}"
                 raise UserError(
-                    f"'{path}', member {name}: {lines:,} lines, but a member is one prompt; unpack it and give {name} "
+                    f"'{path}', member {name}: {count:,} lines, but a member is one prompt; unpack it and give {name} "
                     "itself, one prompt a line."
                 )
-            yield Row(text.strip(), None, place)
+            yield _plain(text, f"{path}", place)
 
 
-def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, Callable[[], bytes]]]:
+def members(path: Path) -> Iterator[tuple[tarfile.TarInfo, Callable[[], bytes]]]:
     """The members of an archive, compressed or not, that are no directories, each with what reads it.
 
     Raises TarError and others where it is cut short or damaged.
@@ -187,25 +199,36 @@ def _row(fields: Mapping[str, Any], column: str | None, path: Path, place: str) 
     where = f"{path}, {place}"
     field = _field(list(fields), column, where)
     prompt, split = fields[field], fields.get("split")
+    if split is not None and split not in SPLITS:
+        raise UserError(f"{where}: split is {short(split)}; it must be {' or '.join(SPLITS)}.")
     if not isinstance(prompt, str) or not prompt.strip():
-        raise UserError(f"{where}: {field} is {_short(prompt)}; it must be a string that is not empty.")
+        fault = f"{where}: {field} is {short(prompt)}; it must be a string that is not empty."
+        return Row("", split, place, fault)
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
         half = f"\\u{ord(prompt[error.start]):04x}"
-        raise UserError(
+        fault = (
             f"{where}: {field} contains {half}, one half of a character without the other; write the whole character."
-        ) from None
-    if split is not None and split not in SPLITS:
-        raise UserError(f"{where}: split is {_short(split)}; it must be {' or '.join(SPLITS)}.")
-    return Row(prompt.strip(), split, place)
+        )
+        return Row("", split, place, fault)
+    return _plain(prompt, str(path), place)._replace(split=split)
+
+
+def _plain(text: str, path: str, place: str) -> Row:
+    if "\0" in text:
+        fault = f"{path}, {place} contains NUL characters, as UTF-16 does: save it as UTF-8, or take them out."
+        return Row("", None, place, fault)
+    return Row(text.strip(), None, place)
 
 
 def _field(names: Sequence[str], column: str | None, where: str) -> str:
     """The name of the field that holds the prompt."""
     present = ", ".join(names) or "no field at all"
     if column is not None and column not in names:
-        raise UserError(f"{where}: no field named '{column}', which data.column asks for, but {present}.")
+        near = get_close_matches(column, names, n=1)
+        mend = f"; did you mean '{near[0]}'?" if near else "."
+        raise UserError(f"{where}: no field named '{column}', which data.column asks for, but {present}{mend}")
     field = column or next((name for name in FIELDS if name in names), None)
     if field is None:
         raise UserError(
@@ -217,7 +240,26 @@ def _field(names: Sequence[str], column: str | None, where: str) -> str:
     return field
 
 
-def _parsed(text: str, where: str, wanted: str) -> Any:
+def columns_of(path: Path) -> list[str]:
+    """The fields that a file names, in the order in which they come; none for text and archives.
+
+    Of lines of JSON, those of the first 1,000. Raises UserError for what cannot be read.
+    """
+    kind = (kind_of(path) or "").removesuffix(".gz")
+    if kind in (".csv", ".tsv"):
+        with opened_text(path, newline="") as file:
+            return [name.strip() for name in next(csv.reader(file, delimiter="," if kind == ".csv" else "\t"), [])]
+    if kind == ".parquet":
+        from pyarrow import parquet
+
+        return list(parquet.read_schema(path).names)
+    if kind == ".jsonl":
+        objects = (parsed(line, str(path), "") for _, line in islice(lines(path), 1000) if line.strip())
+        return list(dict.fromkeys(name for one in objects if isinstance(one, dict) for name in one))
+    return []
+
+
+def parsed(text: str, where: str, wanted: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
@@ -226,39 +268,17 @@ def _parsed(text: str, where: str, wanted: str) -> Any:
         raise UserError(f"{where}: not valid as prompts, lists within lists too deep to be read{wanted}") from None
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
     try:
         return json.dumps(value)[:40]
     except (TypeError, ValueError, RecursionError):
         return f"of type {type(value).__name__}"
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    # opened as text, a line ends at \n, \r\n and \r and nowhere else; str.splitlines would also cut at U+2028
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            yield from enumerate(file, 1)
-    except UnicodeDecodeError:
-        raise _not_utf8(path) from None
-
-
-def _decoded(data: bytes, where: str) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{where} is not UTF-8 text (byte {error.start}, line {line}): save it as UTF-8.") from error
-
-
-def _not_utf8(path: Path) -> UserError:
-    try:
-        _decoded(path.read_bytes(), str(path))
-    except UserError as error:
-        return error
-    return UserError(f"{path} is not UTF-8 text: save it as UTF-8.")
-
-
+TEXTS: dict[str, Callable[[Path, str | None], Iterator[Row]]] = {
+    ".txt": _text, ".jsonl": _jsonl, ".json": _json, ".csv": _table(","), ".tsv": _table("\t"),
+}  # fmt: skip
 READERS: dict[str, Callable[[Path, str | None], Iterator[Row]]] = {
-    ".txt": _text, ".jsonl": _jsonl, ".json": _json, ".csv": _table(","), ".tsv": _table("\t"), ".parquet": _parquet,
+    **TEXTS, **{f"{kind}.gz": read for kind, read in TEXTS.items()}, ".parquet": parquet_rows,
     **dict.fromkeys(TARS, _tar),
 }  # fmt: skip

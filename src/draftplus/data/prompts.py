@@ -6,15 +6,19 @@ import difflib
 import glob
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from draftplus.data.formats import READERS, TARS, Row, kind_of
+from draftplus.data.index import INDEX, read_index
 from draftplus.errors import UserError
 
-BUILT_IN = ("animals",)
+BUILT_IN = ("animals", "parti")
 MOST_FILES = 100_000
+UNPACKED_BY = {
+    ".gz": "gunzip", ".zst": "zstd -d", ".zstd": "zstd -d", ".bz2": "bunzip2", ".xz": "unxz", ".zip": "unzip"
+}  # fmt: skip
 _DIRECTORY = Path(__file__).parents[1] / "assets" / "prompts"
 _KNOWN = "a .txt, .jsonl, .json, .csv, .tsv, .parquet or .tar file, or a directory of .tar files"
 
@@ -23,18 +27,19 @@ _KNOWN = "a .txt, .jsonl, .json, .csv, .tsv, .parquet or .tar file, or a directo
 class PromptSet:
     """Prompts to train on, and others to evaluate on; no prompt is in both, ignoring case and white space."""
 
-    train: list[str]
-    held_out: list[str]
+    train: Sequence[str]
+    held_out: Sequence[str]
 
 
 def load_prompts(source: str | Path, column: str | None = None) -> PromptSet:
-    """The prompts of a built-in set ("animals"), or of files: see `prompt_files` for which.
+    """The prompts of a built-in set ("animals", "parti"), or of files: see `prompt_files` for which.
 
     - .txt: one prompt per line; empty lines are left out.
     - .jsonl: one object per line; .json: a list of strings or of objects; .csv, .tsv: a table whose first line names
       its columns; .parquet. The prompt is the field `column`, or "prompt", "text" or "caption"; a field "split" may say
       "train" or "held_out".
     - .tar, also compressed: a WebDataset shard, of each sample its .txt, .caption or .json member.
+    - a directory that `pack_prompts` wrote: its prompts stay on the disk, and are read as they are asked for.
 
     Files without splits hold out a tenth of their distinct prompts, rounded up and at most 50, evenly spaced over the
     files; fewer than 5 are all trained on and none is held out. Repeated prompts stay repeated in `train`.
@@ -45,9 +50,12 @@ def load_prompts(source: str | Path, column: str | None = None) -> PromptSet:
     if column is not None and not has_columns(source):
         raise UserError(f"data.column is '{column}', but '{source}' has no columns: leave data.column out.")
     if str(source) in BUILT_IN:
-        train, held_out = (_read(_DIRECTORY / f"{source}{suffix}.txt") for suffix in ("", "_held_out"))
+        train, held_out = (read_rows(_DIRECTORY / f"{source}{suffix}.txt") for suffix in ("", "_held_out"))
         return PromptSet([row.prompt for row in train], [row.prompt for row in held_out])
-    rows = _read(source, column)
+    packed = read_index(source)
+    if packed is not None:
+        return PromptSet(*packed) if packed[1] else hold_out(packed[0])
+    rows = read_rows(source, column)
     if all(row.split is None for row in rows):
         return hold_out([row.prompt for row in rows])
     train = [row for row in rows if row.split != "held_out"]
@@ -71,8 +79,11 @@ def read_prompts(source: str | Path, column: str | None = None) -> list[str]:
     """
     if str(source) in BUILT_IN:
         prompts = load_prompts(source)
-        return prompts.train + prompts.held_out
-    return [row.prompt for row in _read(source, column)]
+        return [*prompts.train, *prompts.held_out]
+    packed = read_index(source)
+    if packed is not None:
+        return [*packed[0], *packed[1]]
+    return [row.prompt for row in read_rows(source, column)]
 
 
 def hold_out(prompts: Sequence[str]) -> PromptSet:
@@ -93,7 +104,8 @@ def normalized(prompt: str) -> str:
 
 def has_columns(source: str | Path) -> bool:
     """Whether the prompts of a source stand in a field with a name."""
-    return str(source) not in BUILT_IN and not str(source).lower().endswith(".txt")
+    plain = str(source).lower().endswith((".txt", ".txt.gz")) or (Path(source).expanduser() / INDEX).is_file()
+    return str(source) not in BUILT_IN and not plain
 
 
 def prompt_files(source: str | Path) -> list[Path]:
@@ -110,7 +122,7 @@ def prompt_files(source: str | Path) -> list[Path]:
         return shards
     if path.exists():
         return [path]
-    files = [one for name in _expanded(str(path)) for one in _matching(name)]
+    files = [one for name in expanded(str(path)) for one in matching(name)]
     absent = [one for one in files if not one.exists()]
     if files and not absent:
         return files
@@ -122,36 +134,55 @@ def prompt_files(source: str | Path) -> list[Path]:
     raise UserError(f"no prompt set '{source}': did you mean the built-in set '{near[0]}'? Otherwise give {_KNOWN}.")
 
 
-def _expanded(text: str) -> list[str]:
+def expanded(text: str) -> list[str]:
     import braceexpand
 
     # braceexpand makes every name before it gives the first
     sizes = (abs(int(end) - int(begin)) + 1 for begin, end in re.findall(r"{(-?\d+)\.\.(-?\d+)", text))
     if math.prod(sizes) > MOST_FILES:
-        raise UserError(f"prompts '{text}' names more than {MOST_FILES:,} files; give fewer.")
+        raise UserError(f"'{text}' names more than {MOST_FILES:,} files; give fewer.")
     try:
         return list(braceexpand.braceexpand(text, escape=False))
     except ValueError:  # braces that do not match
         return [text]
 
 
-def _matching(name: str) -> list[Path]:
+def matching(name: str) -> list[Path]:
     return [Path(one) for one in sorted(glob.glob(name, recursive=True))] if glob.has_magic(name) else [Path(name)]
 
 
-def _read(source: str | Path, column: str | None = None) -> list[Row]:
+def rows_of(source: str | Path, column: str | None = None) -> Iterator[Row]:
+    """What a source of files holds, in order, also what is no prompt, with its `fault`.
+
+    Raises UserError for what cannot be read.
+    """
     files = prompt_files(source)
-    rows: list[Row] = []
     for path in files:
         kind = kind_of(path)
         if kind is None:
-            raise UserError(f"cannot read prompts from '{path}': give {_KNOWN}.")
+            raise UserError(_unknown(path))
         if not path.is_file():
             raise UserError(f"cannot read prompts from '{path}', which is not a file: give {_KNOWN}.")
-        found = READERS[kind](path, column if has_columns(path) else None)
-        rows += [row._replace(place=f"{path}, {row.place}") for row in found] if len(files) > 1 else found
+        for row in READERS[kind](path, column if has_columns(path) else None):
+            yield row._replace(place=f"{path}, {row.place}") if len(files) > 1 else row
+
+
+def _unknown(path: Path) -> str:
+    packer = UNPACKED_BY.get(path.suffix.lower())
+    if packer is not None:
+        return f"cannot read prompts from '{path}', which is compressed: unpack it first, by {packer} '{path}'."
+    return f"cannot read prompts from '{path}': give {_KNOWN}."
+
+
+def read_rows(source: str | Path, column: str | None = None) -> list[Row]:
+    """What a source of files holds, in order. Raises UserError for what cannot be read or is no prompt."""
+    rows = []
+    for row in rows_of(source, column):
+        if row.fault is not None:
+            raise UserError(row.fault)
+        rows.append(row)
     if not rows:
-        tar = all(kind_of(path) in TARS for path in files)
+        tar = all(kind_of(path) in TARS for path in prompt_files(source))
         member = ".txt member, .caption member or .json member" if tar else "prompt"
         raise UserError(f"'{source}' has no prompts: it needs at least one {member}.")
     return rows

@@ -19,7 +19,7 @@ def classifier_free(predict: Predict, given: Conditioning, negative: Conditionin
     """Classifier-free guidance u + scale * (c - u) in one batched call (Ho and Salimans 2022, arXiv 2207.12598).
 
     given: b rows. negative: one row, of the negative prompt. As in stock diffusers a scale of at most 1 means no
-    guidance, and then one pass.
+    guidance, and then one pass. Latents in float32 are guided in float32, whatever the network's precision.
     """
     if scale <= 1:
         return lambda x, timestep: predict(x, timestep, given)
@@ -28,7 +28,7 @@ def classifier_free(predict: Predict, given: Conditioning, negative: Conditionin
 
     def raw(x: Tensor, timestep: Tensor) -> Tensor:
         prediction = predict(torch.cat([x, x]), timestep, both)
-        without, with_prompt = prediction.to(torch.promote_types(torch.float32, prediction.dtype)).chunk(2)
+        without, with_prompt = prediction.to(torch.promote_types(x.dtype, prediction.dtype)).chunk(2)
         return without + scale * (with_prompt - without)
 
     return raw

@@ -16,22 +16,29 @@ class Overflow(UserError):
 
 
 class Watch:
-    """A denoiser that remembers which of its predictions were finite, without waiting for the device."""
+    """Remembers which predictions of a denoiser were finite, without waiting for the device."""
 
-    def __init__(self, denoise: Denoise) -> None:
-        self.denoise = denoise
+    def __init__(self) -> None:
         self.seen: list[tuple[int, Tensor]] = []  # (step index, whether all was finite)
 
-    def __call__(self, x: Tensor, index: int) -> Denoised:
-        now = self.denoise(x, index)
-        self.seen.append((index, now.eps.isfinite().all()))
-        return now
+    def look(self, index: int, predicted: Tensor) -> None:
+        self.seen.append((index, predicted.isfinite().all()))
+
+    def over(self, denoise: Denoise) -> Denoise:
+        """A denoiser whose predictions are looked at."""
+
+        def watched(x: Tensor, index: int) -> Denoised:
+            now = denoise(x, index)
+            self.look(index, now.eps)
+            return now
+
+        return watched
 
     def check(self, latents: Tensor, total: int, model: Model) -> None:
         """UserError for final latents that are not finite. total: sampling steps. model: that the denoiser is of."""
         if latents.isfinite().all():
             return
-        dtype = _frozen_dtype(model)
+        dtype = precision_of(model)
         step = next((index for index, finite in self.seen if not finite), total - 1) + 1
         raise UserError(
             f"the latents are not finite from sampling step {step} of {total} on: the denoiser overflowed in "
@@ -42,7 +49,7 @@ class Watch:
 def check_decoded(images: Tensor, model: Model) -> None:
     """UserError for images that are not finite, of latents that are. model: that they are of."""
     if not images.isfinite().all():
-        dtype = _frozen_dtype(model)
+        dtype = precision_of(model)
         raise UserError(
             "the images are not finite although the latents are: after the last sampling step the autoencoder "
             f"overflowed in {_name(dtype)};\n{_remedy(dtype, 'check its weights')}"
@@ -50,7 +57,8 @@ def check_decoded(images: Tensor, model: Model) -> None:
         )
 
 
-def _frozen_dtype(model: Model) -> torch.dtype:
+def precision_of(model: Model) -> torch.dtype:
+    """That of the denoiser's frozen weights; of its tuned ones where all are."""
     trained = {id(parameter) for parameter in model.tuned.trainable().values()}
     parameters = list(model.tuned.networks()[0].parameters())
     return next((p.dtype for p in parameters if id(p) not in trained), parameters[0].dtype)

@@ -111,11 +111,11 @@ class Sampler:
 
     def denoiser(self, conditioning: Conditioning, window: Window | None = None) -> Denoise:
         """The guided denoiser of b prompts; with gradient in the window's steps, without one wherever it is enabled."""
-        return denoiser(self._guided(conditioning), self.schedule, window)
+        return denoiser(self.guided(conditioning), self.schedule, window)
 
     def frozen(self, conditioning: Conditioning) -> Denoise:
         """The guided denoiser of the frozen model, whose network never carries gradient."""
-        raw = self._guided(conditioning)
+        raw = self.guided(conditioning)
 
         def reference(x: Tensor, timestep: Tensor) -> Tensor:
             with self.model.tuned.reference():
@@ -137,7 +137,8 @@ class Sampler:
         denoise = self.denoiser(conditioning, window)
         return sample(denoise, start, self.schedule, self.solver, window, begin, end, noise, keep)
 
-    def _guided(self, conditioning: Conditioning) -> Raw:
+    def guided(self, conditioning: Conditioning) -> Raw:
+        """The guided prediction of b prompts, in the precision of the latents that it is given or a higher one."""
         raw = self.model.guided(conditioning, self.negative_prompt, self.guidance_scale)
 
         def told(x: Tensor, timestep: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from draftplus.diffusion.overflow import Watch, check_decoded
 from draftplus.diffusion.sampler import sample
 from draftplus.errors import UserError
 from draftplus.evaluation.chunks import SAMPLING_BATCH, chunks
+from draftplus.evaluation.half_precision import rounded_latents, rounds
 from draftplus.progress import Advance
 from draftplus.types import Model
 
@@ -96,12 +97,13 @@ def generate_images(
 
 @torch.no_grad()
 def decoded(model: Model, latents: Tensor, batch_size: int) -> Tensor:
-    """The images (n, 3, H, W) float32 in [0, 1] of latents (n, c, h, w), on the CPU.
+    """The images (n, 3, H, W) float32 in [0, 1] of latents (n, c, h, w), on the CPU; rounded as stock draws them.
 
     Raises UserError where they are not finite.
     """
     parts = chunks(len(latents), batch_size)
-    images = torch.cat([model.decode(latents[rows].to(model.device)).float().cpu() for rows in parts])
+    made = [model.decode(latents[rows].to(model.device)) for rows in parts]
+    images = torch.cat([one.to(model.image_dtype).float().cpu() for one in made])
     check_decoded(images, model)
     return images
 
@@ -121,15 +123,19 @@ def sampled_latents(
         for rows in chunks(len(jobs), batch_size):
             seeds = [job.seed for job in jobs[rows]]
             prompts = [job.prompt for job in jobs[rows]]
-            denoise = sampler.denoiser(model.encode(prompts))
-            if set(weights) not in ({0.0}, {1.0}):
-                with model.tuned.reference():  # an adapter of the text encoder changes the embeddings too
-                    frozen = sampler.frozen(model.encode(prompts))
-                denoise = annealed(denoise, frozen, weights)
+            given, watch = model.encode(prompts), Watch()
             noise = partial(_stock_noise, model, shape, seeds)
-            start, watch = sampler.start(noise(-1)), Watch(denoise)
-            model.offload.idle()
-            latents = sample(watch, start, sampler.schedule, sampler.solver, noise=noise).latents
+            blended = set(weights) not in ({0.0}, {1.0})
+            if not blended and rounds(model, config):
+                latents = rounded_latents(model, sampler, config, given, noise, watch)
+            else:
+                denoise = sampler.denoiser(given)
+                if blended:
+                    with model.tuned.reference():  # an adapter of the text encoder changes the embeddings too
+                        denoise = annealed(denoise, sampler.frozen(model.encode(prompts)), weights)
+                start = sampler.start(noise(-1))
+                model.offload.idle()
+                latents = sample(watch.over(denoise), start, sampler.schedule, sampler.solver, noise=noise).latents
             watch.check(latents, len(sampler.schedule), model)
             yield rows, latents
 

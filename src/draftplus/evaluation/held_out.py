@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ from draftplus.runs.directory import step_name
 from draftplus.runs.files import whole_directory, write_text
 from draftplus.runs.rows import HeldOut, evaluation_row, read_held_out
 from draftplus.types import Model
+
+Total = Callable[[Mapping[str, float]], float]
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,8 @@ def evaluation_prompts(config: Config, prompts: PromptSet) -> list[str]:
             )
     else:
         chosen = list(dict.fromkeys(read_prompts(config.eval.prompts, config.data.column)))
-        trained = {normalized(prompt) for prompt in prompts.train}
+        keys = {normalized(prompt) for prompt in chosen}
+        trained = keys.intersection(map(normalized, prompts.train))  # which may be a million
         for prompt in chosen:
             if normalized(prompt) in trained:
                 raise UserError(
@@ -107,20 +110,20 @@ def evaluation_prompts(config: Config, prompts: PromptSet) -> list[str]:
                 )
     most = config.eval.max_prompts or len(chosen)
     if len(chosen) > most:
-        chosen = [chosen[i * len(chosen) // most] for i in range(most)]
-    return chosen
+        return [chosen[i * len(chosen) // most] for i in range(most)]
+    return list(chosen)
 
 
 def evaluate_held_out(
-    model: Model, rewards: Rewards, which: EvaluationSet, config: Config, step: int, run: Path, world: World,
-    advance: Advance,
+    model: Model, rewards: Rewards, total: Total, which: EvaluationSet, config: Config, step: int, run: Path,
+    world: World, advance: Advance,
 ) -> dict[str, Any]:  # fmt: skip
     """Makes, scores and saves the evaluation images of a step. Returns the row of eval.jsonl, the same on all ranks.
 
     The pictures go to `run`/samples/step-…; scores are computed on the images before they are rounded to 8 bits.
     """
     pictures = run / "samples" / step_name(step)
-    row = evaluation_row(step, measure(model, rewards, which, config, pictures, world, advance))
+    row = evaluation_row(step, measure(model, rewards, total, which, config, pictures, world, advance))
     if world.is_main:
         write_text(run / "samples" / "prompts.json", json.dumps(which.prompts, ensure_ascii=False, indent=1))
     return row
@@ -128,10 +131,13 @@ def evaluate_held_out(
 
 @torch.no_grad()
 def measure(
-    model: Model, rewards: Rewards, which: EvaluationSet, config: Config, pictures: Path, world: World,
+    model: Model, rewards: Rewards, total: Total, which: EvaluationSet, config: Config, pictures: Path, world: World,
     advance: Advance, knobs: Knobs = TUNED,
 ) -> HeldOut:  # fmt: skip
-    """Makes the images of the evaluation set and saves them to `pictures`. Returns their record in eval.jsonl."""
+    """Makes the images of the evaluation set and saves them to `pictures`. Returns their record in eval.jsonl.
+
+    total: the sum that is optimised, of the rewards' means by name.
+    """
     began = time.perf_counter()
     jobs, padding = which.jobs(world.rank, world.size), which.padding(world.rank, world.size)
     size, decode = config.train.sampling_batch_size or SAMPLING_BATCH, config.train.micro_batch_size
@@ -144,7 +150,7 @@ def measure(
     means = {name: sum(scores) / len(scores) for name, scores in per_image.items()}
     lpips = {result.prompt: result.lpips for result in results}
     return HeldOut(
-        reward=sum(one.weight * means[name] for name, one in config.reward.items()),
+        reward=total(means),
         rewards=means,
         lpips=sum(lpips.values()) / len(lpips),
         images=len(results),

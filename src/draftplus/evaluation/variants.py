@@ -9,7 +9,7 @@ from typing import Any
 from draftplus.config import Config
 from draftplus.distributed import World
 from draftplus.errors import UserError
-from draftplus.evaluation.held_out import EvaluationSet, measure, same_images, variant_knobs
+from draftplus.evaluation.held_out import EvaluationSet, Total, measure, same_images, variant_knobs
 from draftplus.evaluation.scores import Rewards
 from draftplus.progress import Advance
 from draftplus.runs import journal
@@ -40,8 +40,8 @@ def check_checkpoints(config: Config, evaluated: Collection[int], step: int) -> 
 
 
 def add_variants(
-    model: Model, rewards: Rewards, which: EvaluationSet, config: Config, step: int, run: Path, world: World,
-    advance: Advance,
+    model: Model, rewards: Rewards, total: Total, which: EvaluationSet, config: Config, step: int, run: Path,
+    world: World, advance: Advance,
 ) -> None:  # fmt: skip
     """Adds the variants to the row of a step in eval.jsonl; those that are already there are not made again.
 
@@ -67,7 +67,7 @@ def add_variants(
             measured = read_held_out(earlier)
         else:
             pictures = run / "samples" / step_name(step) / name.replace(":", "-")
-            measured = measure(model, rewards, which, config, pictures, world, advance, variant_knobs(variant))
+            measured = measure(model, rewards, total, which, config, pictures, world, advance, variant_knobs(variant))
         done[name] = variant_row(name, variant, measured)
         row["variants"] = [done[label(one)] for one in config.eval.variants if label(one) in done]
         if world.is_main:

@@ -58,6 +58,11 @@ class PipelineModel:
     def vae(self) -> Any:
         return self.pipe.vae
 
+    @property
+    def image_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.vae.dtype
+        return dtype
+
     def _encoders_state(self) -> Hashable:
         return self.tuned.encoders_state() if "tuned" in vars(self) else None  # which must not load the denoiser
 

@@ -65,7 +65,7 @@ def guided(model: PipelineModel, given: Conditioning, negative: str | None, scal
 
     def raw(x: Tensor, timestep: Tensor) -> Tensor:
         with_prompt, without = (pack(model.pipe, model.predict(x, timestep, c)) for c in (given, against))
-        dtype = torch.promote_types(torch.float32, with_prompt.dtype)
+        dtype = torch.promote_types(x.dtype, with_prompt.dtype)
         with_prompt, without = with_prompt.to(dtype), without.to(dtype)
         guided = without + scale * (with_prompt - without)
         guided = guided * (with_prompt.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))

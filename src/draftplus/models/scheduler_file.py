@@ -1,4 +1,4 @@
-"""The scheduler configuration of a model, read before any network is."""
+"""The scheduler of a model: its configuration, read before any network is, and stock diffusers' class for a solver."""
 
 from __future__ import annotations
 
@@ -7,12 +7,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from draftplus.config import Config, ModelConfig
-from draftplus.diffusion.schedule import solver_of
+from draftplus.config import Config, ModelConfig, SamplerConfig
+from draftplus.diffusion.schedule import is_flow, solver_of
 from draftplus.errors import UserError
 from draftplus.models.families import model_path
 
 FILE = "scheduler/scheduler_config.json"
+
+# solver -> the scheduler of stock diffusers, what it must be told, and what other programs call it
+SCHEDULERS: Mapping[str, tuple[str, dict[str, Any], str]] = {
+    "ddim": ("DDIMScheduler", {"clip_sample": False}, "DDIM"),
+    "euler": ("EulerDiscreteScheduler", {}, "Euler"),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {}, "DPM++ 2M"),
+}
 
 
 def scheduler_config(config: ModelConfig) -> Mapping[str, Any]:
@@ -33,3 +40,20 @@ def scheduler_config(config: ModelConfig) -> Mapping[str, Any]:
 def sampled_with(config: Config) -> str:
     """The name of the solver that a configuration samples with, as far as its model is at hand."""
     return solver_of(scheduler_config(config.model), config.sampler.solver)
+
+
+def stock_scheduler(file: Mapping[str, Any], solver: str, spacing: str | None) -> Any:
+    """The scheduler of stock diffusers that takes a solver's steps. file: the model's scheduler configuration."""
+    import diffusers
+
+    if is_flow(file):
+        return diffusers.FlowMatchEulerDiscreteScheduler.from_config(dict(file))
+    name, changes, _ = SCHEDULERS[solver]
+    return getattr(diffusers, name).from_config(
+        dict(file), **changes, **({"timestep_spacing": spacing} if spacing else {})
+    )
+
+
+def differs_from_stock(file: Mapping[str, Any], sampler: SamplerConfig) -> bool:
+    """Whether it samples with DDIM and linspace spacing, whose noise levels are others than in stock diffusers."""
+    return solver_of(file, sampler.solver) == "ddim" and (sampler.spacing or file.get("timestep_spacing")) == "linspace"

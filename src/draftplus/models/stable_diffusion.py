@@ -49,6 +49,11 @@ class StableDiffusion:
     def noise_dtype(self) -> torch.dtype:
         return self.text_encoder.dtype  # that of stock's prompt embeddings
 
+    @property
+    def image_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.vae.dtype
+        return dtype
+
     def _embed(self, prompt: str | None) -> Conditioning:
         from diffusers.loaders import TextualInversionLoaderMixin
 
@@ -118,9 +123,9 @@ class StableDiffusion:
     def decode(self, latents: Tensor) -> Tensor:
         self.offload.use(self.vae)
         config, dtype = self.vae.config, self.vae.dtype
-        latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
+        latents = latents.to(dtype) / config.scaling_factor + (config.shift_factor or 0.0)
         with needs_memory(f"decoding {len(latents)} images"):
-            image = self.vae.decode(latents.to(dtype), return_dict=False)[0]
+            image = self.vae.decode(latents, return_dict=False)[0]
         image = image + 0 * image  # an overflow becomes NaN, where clamp would make white or black of it
         return (image.to(torch.promote_types(torch.float32, dtype)) / 2 + 0.5).clamp(0, 1)
 

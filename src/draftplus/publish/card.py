@@ -17,7 +17,8 @@ from draftplus.config import Config, flatten, to_dict
 from draftplus.metrics.intervals import mean_over_images
 from draftplus.models.families import MODELS
 from draftplus.models.loading import is_single_file
-from draftplus.publish.usage import differs_from_stock, elsewhere, family_of, is_local, pipeline_of, public, snippet
+from draftplus.models.scheduler_file import differs_from_stock, scheduler_config
+from draftplus.publish.usage import elsewhere, family_of, is_local, pipeline_of, public, snippet
 from draftplus.report.read import Run
 from draftplus.report.summary import gain_between, held_out_rewards
 from draftplus.report.wording import method_in_words, setting, show, show_gain
@@ -194,7 +195,7 @@ def _notes(config: Config, form: str, told: dict[str, Any]) -> str:
     if form == "merged":
         rounded = f", rounded to {told['dtype']} as the base model is stored" if told["dtype"] != "float32" else ""
         notes.append(f"The adapter was added in float32{rounded}. The pipeline has no safety checker.")
-    if differs_from_stock(config):
+    if differs_from_stock(scheduler_config(config.model), config.sampler):
         notes.append(
             "The run sampled with DDIM and linspace spacing, in which draftplus and diffusers step to different noise "
             "levels on purpose, so the pictures differ from those above."

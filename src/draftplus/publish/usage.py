@@ -13,18 +13,11 @@ from draftplus.diffusion.schedule import is_flow
 from draftplus.errors import UserError
 from draftplus.models.families import FAMILIES, MODELS, Family, index_of
 from draftplus.models.loading import is_single_file, looks_local
-from draftplus.models.scheduler_file import sampled_with, scheduler_config
+from draftplus.models.scheduler_file import SCHEDULERS, sampled_with, scheduler_config
 from draftplus.models.single_file import PACKAGED
 from draftplus.models.stored import loaded_variant
 
 STABLE_DIFFUSION = "StableDiffusionPipeline"  # whose constructor repairs old files, which from_config forgets
-
-# solver -> the scheduler of stock diffusers, what it must be told, and what other programs call it
-SCHEDULERS: Mapping[str, tuple[str, dict[str, Any], str]] = {
-    "ddim": ("DDIMScheduler", {"clip_sample": False}, "DDIM"),
-    "euler": ("EulerDiscreteScheduler", {}, "Euler"),
-    "dpmpp_2m": ("DPMSolverMultistepScheduler", {}, "DPM++ 2M"),
-}
 
 
 def is_local(path: str) -> bool:
@@ -79,13 +72,6 @@ def stock_scheduler(config: Config, file: Mapping[str, Any]) -> Any:
 
     name, changes = _scheduler(config) or (file["_class_name"], {})
     return getattr(diffusers, name).from_config(dict(file), **changes)
-
-
-def differs_from_stock(config: Config) -> bool:
-    """Whether the run sampled with DDIM and linspace spacing, whose noise levels are others than in stock diffusers."""
-    if sampled_with(config) != "ddim":
-        return False
-    return (config.sampler.spacing or scheduler_config(config.model).get("timestep_spacing")) == "linspace"
 
 
 def snippet(config: Config, form: str, lora: bool, file: str, dtype: str | None, prompt: str) -> str:

@@ -174,7 +174,7 @@ def _told(
     keys: those that differ between the runs. told: those of them whose values are said. defaults: by key; where the
     model decides, what it is in the first of the runs.
     """
-    plain = flatten(to_dict(RewardConfig()))  # type: ignore[arg-type]
+    plain = flatten(to_dict(RewardConfig()))
     own = [key for key in keys if key in flat]
     parts = []
     if len(own) < len(keys) or any(key.startswith("reward.") and key not in defaults for key in own):

@@ -20,6 +20,7 @@ from draftplus.hub import by_hand, why_offline
 from draftplus.weights import read_state_dict
 
 WEIGHTS = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+PROCESSOR = "tokenizer.json tokenizer_config.json preprocessor_config.json"  # the small files of a checkpoint
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -28,6 +29,11 @@ def locate(path: str | Path) -> str:
     local = Path(path).expanduser()
     if local.is_dir():
         return str(local)
+    if local.suffix == ".nemo":
+        raise UserError(
+            f"reward weights '{path}': a .nemo file is converted first; "
+            f"run: draftplus reward convert {path} -o DIRECTORY, then give the directory."
+        )
     if local.exists():
         raise UserError(
             f"reward weights '{path}': this is a file; give the directory that contains it and its config.json."
@@ -40,6 +46,12 @@ def locate(path: str | Path) -> str:
 def lacks(path: str, name: str) -> str:
     """The words for a file that a checkpoint lacks; offline, a hub id has only what was downloaded before."""
     return f"'{path}' has no {name}" + ("" if Path(path).is_dir() else " on the hub or in the local cache")
+
+
+def to_fetch(path: str, key: str, files: str | None = None) -> str:
+    """A second line for such a message: where the hub cannot be reached, how to get its files (None: all), and which
+    key is then to name their directory."""
+    return "" if Path(path).is_dir() or why_offline() is None else f"\nRun: {by_hand(path, file=files, key=key)}"
 
 
 def has_file(path: str, name: str, revision: str | None = None) -> bool:
@@ -80,7 +92,10 @@ def load_frozen(
     """
     config = read_json(path, "config.json", revision)
     if config is None:
-        raise UserError(f"{lacks(path, 'config.json')}: give a transformers checkpoint of a {model_type} model.")
+        raise UserError(
+            f"{lacks(path, 'config.json')}: give a transformers checkpoint of a {model_type} model."
+            + to_fetch(path, "path")
+        )
     if config.get("model_type") != model_type:
         raise UserError(
             f"'{path}' contains a {config.get('model_type')} model, but this reward needs a {model_type} model."
@@ -116,7 +131,7 @@ def load_weights_file(path: str | Path, filename: str, revision: str | None, rew
     run code.
     """
     local = Path(path).expanduser()
-    if local.is_file():
+    if local.is_file() and local.suffix != ".nemo":
         return read_state_dict(local)
     if local.suffix in WEIGHTS and not local.is_dir():
         raise UserError(f"reward.{reward}.path '{path}': no such file.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,40 +12,59 @@ from torch.autograd.graph import get_gradient_edge
 from draftplus.errors import UserError, needs_memory
 from draftplus.types import Reward, Scores
 
+Term = TypeVar("Term", Tensor, float)
+
+
+class Scale(NamedTuple):
+    """A reward's mean and standard deviation over some pictures, by which it is scaled."""
+
+    mean: float
+    deviation: float
+
 
 class Combined:
     """The weighted sum of rewards by name, a Scorer. It is differentiable if all of them are, and compares images if
     any of them does.
 
-    rewards: {name: (reward, weight)}, not empty. Each reward is called once and its output checked; numbers that are
+    rewards: {name: (reward, weight)}, not empty. scales: of those that are in the sum as their weight times
+    (score - mean) / deviation. Each reward is called once and its output checked; numbers that are
     not finite pass, and the caller decides what to do about them. Images that are not finite are not scored: all
     their batch's scores are NaN.
     """
 
-    def __init__(self, rewards: Mapping[str, tuple[Reward, float]]) -> None:
+    def __init__(self, rewards: Mapping[str, tuple[Reward, float]], scales: Mapping[str, Scale] | None = None) -> None:
         if not rewards:
             raise UserError("no reward given: name one, for example reward=emoji_clip")
-        self.rewards = dict(rewards)
+        self.rewards, self.scales = dict(rewards), dict(scales or {})
         self.differentiable = all(reward.differentiable for reward, _ in self.rewards.values())
         self.compares_images = any(getattr(reward, "compares_images", False) for reward, _ in self.rewards.values())
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Scores:
-        """images: (b, 3, H, W) in [0, 1]; prompts: b strings. Returns total and parts, all (b,), the parts unweighted
-        and detached. UserError for a reward that returns anything but b floating-point scores on the images'
-        device, or claims to be differentiable and returns scores without gradient to the images."""
+        """images: (b, 3, H, W) in [0, 1]; prompts: b strings. Returns total and parts, all (b,), the parts as the
+        rewards gave them, detached. UserError for a reward that returns anything but b floating-point scores on the
+        images' device, or claims to be differentiable and returns scores without gradient to the images."""
         total = images.new_zeros(len(images), dtype=torch.promote_types(images.dtype, torch.float32))  # (b,)
         if not images.isfinite().all():  # no reward's doing, and any of them may fail on it
             lost = total + images.flatten(1).sum(1) * torch.nan
             return Scores(lost, dict.fromkeys(self.rewards, lost.detach()))
         parts = {}
-        for name, (reward, weight) in self.rewards.items():
+        for name, (reward, _) in self.rewards.items():
             with needs_memory(f"reward '{name}' of {len(images)} images"):
                 scores = _checked(name, reward(images, prompts), images)
             if reward.differentiable and torch.is_grad_enabled() and images.requires_grad:
                 _require_gradient(name, scores, images)
-            total = total + weight * scores
+            total = total + self.term(name, scores)
             parts[name] = scores.detach()
         return Scores(total, parts)
+
+    def term(self, name: str, score: Term) -> Term:
+        """A score's part of the sum."""
+        weight, scale = self.rewards[name][1], self.scales.get(name)
+        return weight * (score if scale is None else (score - scale.mean) / scale.deviation)
+
+    def total(self, scores: Mapping[str, float]) -> float:
+        """The sum of scores by name, or of their means; those of other names do not count."""
+        return sum(self.term(name, scores[name]) for name in self.rewards)
 
 
 def _checked(name: str, scores: object, images: Tensor) -> Tensor:

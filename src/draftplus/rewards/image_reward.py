@@ -94,7 +94,7 @@ class ImageReward:
         size = network.image_size
         self.network = network
         self.captions = captions
-        self.preprocessing = Preprocessing(size, "bicubic", (size, size), 1.0, CLIP_MEAN, CLIP_STD, centre="even")
+        self.preprocessing = Preprocessing(size, "bicubic", (size, size), 1.0, CLIP_MEAN, CLIP_STD, torchvision=True)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """images: (b, 3, H, W) in [0, 1]; prompts: b strings. Returns (b,) in float32, or wider if the weights are."""

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from draftplus.errors import UserError
-from draftplus.rewards.checkpoints import lacks, read_json
+from draftplus.rewards.checkpoints import PROCESSOR, lacks, read_json, to_fetch
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -29,9 +29,9 @@ class Preprocessing:
     """What a checkpoint does to an image before its network. None: this step is left out.
 
     resize: the shorter side's length, or (height, width). crop: (height, width) around the centre, zeros where the
-    image is smaller. scale: factor on pixels in [0, 1]. mean, std: per channel, after the scaling. centre: where the
-    crop lies if an odd number of rows or columns goes: "cut", as transformers has it, leaves the smaller half above,
-    and "even", as torchvision has it, the half that is an even number.
+    image is smaller. scale: factor on pixels in [0, 1]. mean, std: per channel, after the scaling. longest: the longer
+    side's length, in place of resize and crop; what is missing to a square is black. torchvision: where the crop's
+    remainder is odd, its centre is that of torchvision, up to a pixel from transformers'.
     """
 
     resize: int | tuple[int, int] | None
@@ -40,7 +40,8 @@ class Preprocessing:
     scale: float
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
-    centre: Literal["cut", "even"] = "cut"
+    longest: int | None = None
+    torchvision: bool = False
 
 
 def has_preprocessing(directory: str | Path) -> bool:
@@ -57,7 +58,10 @@ def read_preprocessing(path: str, revision: str | None = None) -> Preprocessing:
     if config is None:
         config = (read_json(path, _FILES[1], revision) or {}).get("image_processor")
     if config is None:
-        raise UserError(f"{lacks(path, _FILES[0])}: set args.processor to a checkpoint that has it.")
+        raise UserError(
+            f"{lacks(path, _FILES[0])}: set args.processor to a checkpoint that has it."
+            + to_fetch(path, "args.processor", PROCESSOR)
+        )
     resample = config.get("resample", 3)
     if resample not in _FILTERS:
         raise UserError(
@@ -91,22 +95,44 @@ def _size(value: int | Mapping[str, Any], path: str) -> int | tuple[int, int]:
 def preprocess(images: Tensor, spec: Preprocessing) -> Tensor:
     """images: (b, 3, H, W) in [0, 1]. Returns (b, 3, h, w) as the network takes it, in at least float32."""
     images = images.to(torch.promote_types(images.dtype, torch.float32))
+    images = _cropped(images, spec) if spec.longest is None else _padded(images, spec.longest, spec.filter)
+    if spec.scale != 1:
+        images = images * spec.scale
+    if spec.mean is not None and spec.std is not None:
+        images = (images - images.new_tensor(spec.mean)[:, None, None]) / images.new_tensor(spec.std)[:, None, None]
+    return images
+
+
+def _cropped(images: Tensor, spec: Preprocessing) -> Tensor:
     height, width = images.shape[-2:]
     if isinstance(spec.resize, int):
         short = min(height, width)
         target = (int(spec.resize * height / short), int(spec.resize * width / short))
     else:
         target = spec.resize or (height, width)
-    if target != (height, width):
-        # antialias also chooses PIL's cubic kernel (a = -0.5) when enlarging; PIL cuts overshoots off, so must we
-        images = F.interpolate(images, target, mode=spec.filter, antialias=True, align_corners=False).clamp(0, 1)
+    # PIL cuts overshoots off, so must we
+    images = _resized(images, target, spec.filter).clamp(0, 1) if target != (height, width) else images
     if spec.crop is not None and spec.crop != target:
-        surplus = [whole - kept for whole, kept in zip(target, spec.crop, strict=True)]
-        top, left = [round(one / 2) if spec.centre == "even" else one // 2 for one in surplus]
+        top, left = (
+            round((side - kept) / 2) if spec.torchvision else (side - kept) // 2
+            for side, kept in zip(target, spec.crop, strict=True)
+        )
         bottom, right = target[0] - spec.crop[0] - top, target[1] - spec.crop[1] - left
         images = F.pad(images, (-left, -right, -top, -bottom))  # negative padding crops
-    if spec.scale != 1:
-        images = images * spec.scale
-    if spec.mean is not None and spec.std is not None:
-        images = (images - images.new_tensor(spec.mean)[:, None, None]) / images.new_tensor(spec.std)[:, None, None]
     return images
+
+
+def _padded(images: Tensor, longest: int, filter: str) -> Tensor:
+    """As HPSv2 does it, on float tensors: overshoots stay."""
+    height, width = images.shape[-2:]
+    scale = longest / max(height, width)
+    target = (round(height * scale), round(width * scale))
+    if target != (height, width):
+        images = _resized(images, target, filter)
+    down, across = longest - target[0], longest - target[1]
+    return F.pad(images, (across // 2, across - across // 2, down // 2, down - down // 2))
+
+
+def _resized(images: Tensor, target: tuple[int, int], filter: str) -> Tensor:
+    # antialias also chooses PIL's cubic kernel (a = -0.5) when enlarging
+    return F.interpolate(images, target, mode=filter, antialias=True, align_corners=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from draftplus.models.files import file_hash
 
 SUMS = "SHA256SUMS"
 OWN = "sha256"
+CHUNK = 10_000  # texts at a time
 
 
 def write_sums(directory: Path) -> None:
@@ -69,6 +70,16 @@ def _visible_files(directory: Path, above: frozenset[Path]) -> Iterator[Path]:
 def text_hash(told: Any) -> str:
     """The SHA-256 of what can be written as JSON."""
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def texts_hash(texts: Sequence[str]) -> str:
+    """`text_hash` of a list of texts, without having all of them, or their JSON, in memory."""
+    whole, comma = hashlib.sha256(b"["), b""
+    for begin in range(0, len(texts), CHUNK):
+        whole.update(comma + json.dumps(list(texts[begin : begin + CHUNK])).encode()[1:-1])
+        comma = b", "
+    whole.update(b"]")
+    return whole.hexdigest()
 
 
 def seal(told: Mapping[str, Any]) -> str:

@@ -4,17 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from draftplus.config import Config, remember, to_yaml
+from draftplus.config import AnyConfig, Config, remember, to_yaml
 from draftplus.errors import Interrupted, UserError
 from draftplus.runs import journal
 from draftplus.runs.files import clean, file_mode, remove, remove_made, write_text
 from draftplus.runs.origin import ORIGIN, absolute_paths
 
-BEGUN = {".lock", "config.yaml", ORIGIN, "samples", "tensorboard"}  # what a run has before its first result
+SCALES = "reward_scales.json"  # what rewards are normalised by
+BEGUN = {".lock", "config.yaml", ORIGIN, SCALES, "samples", "tensorboard"}  # what a run has before its first result
+
+
+@dataclass(frozen=True)
+class WeightNames:
+    """Where a run keeps the weights that it trained. each: those of every evaluation. result: those it ends with."""
+
+    each: str
+    result: str
+
+
+ADAPTERS = WeightNames("adapters", "adapter")
+REWARDS = WeightNames("rewards", "reward")  # of a run that trains a reward
 
 
 def is_run(target: str | Path) -> bool:
@@ -80,14 +94,15 @@ def is_held(run: Path) -> bool:
     return False
 
 
-def write_config(run: Path, config: Config) -> None:
+def write_config(run: Path, config: AnyConfig) -> None:
     """Writes config.yaml, which makes a directory a run; only once it is known that the run can start.
 
     The code that it names is trusted from then on: its user typed it, or was asked.
     """
     told = absolute_paths(config)
     write_text(run / "config.yaml", to_yaml(told))
-    remember(run / "config.yaml", told)
+    if isinstance(told, Config):  # no other names code
+        remember(run / "config.yaml", told)
 
 
 def forget_after(run: Path, step: int) -> None:
@@ -95,13 +110,14 @@ def forget_after(run: Path, step: int) -> None:
 
     And what a process that died left half written or half removed.
     """
-    for parent in (run, run / "samples", run / "adapters", run / "checkpoints"):
+    weights = [run / names.each for names in (ADAPTERS, REWARDS)]
+    for parent in (run, run / "samples", *weights, run / "checkpoints"):
         clean(parent)
     if step < 0:
         (run / ORIGIN).unlink(missing_ok=True)
     for name in ("metrics.jsonl", "eval.jsonl"):
         journal.drop_rows_after(run / name, step)
-    for parent in (run / "samples", run / "adapters"):
+    for parent in (run / "samples", *weights):
         for late in saved_steps(parent):
             if late > step:
                 remove(parent / step_name(late))

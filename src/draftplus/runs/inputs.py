@@ -18,7 +18,7 @@ from draftplus.models.loading import REPLACED
 from draftplus.models.single_file import PACKAGED
 from draftplus.models.stock import ABSENT, index_of
 from draftplus.rewards.arguments import parameters_of
-from draftplus.runs.checksums import files_hash, named_hash, text_hash
+from draftplus.runs.checksums import files_hash, named_hash, texts_hash
 from draftplus.runs.directory import saved_steps
 from draftplus.runs.origin import ORIGIN, read_origin
 
@@ -60,7 +60,7 @@ def same_inputs(config: Config, run: Path, prompts: Sequence[str], here: World) 
 
 
 def _looked_at(config: Config, run: Path, prompts: Sequence[str]) -> dict[str, str] | UserError:
-    now = {"data.prompts": text_hash(list(prompts)), **model_hashes(config.model)}
+    now = {"data.prompts": texts_hash(prompts), **model_hashes(config.model)}
     for name, reward in config.reward.items():
         now |= _reward(name, reward)
     before = read_origin(run) if saved_steps(run / "checkpoints") else None

@@ -11,9 +11,19 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from draftplus.config import Config, ModelConfig, flatten, is_below, load_run_config, read_yaml, to_dict, values
+from draftplus.config import (
+    AnyConfig,
+    Config,
+    ModelConfig,
+    flatten,
+    is_below,
+    load_run_config,
+    read_yaml,
+    to_dict,
+    values,
+)
 from draftplus.data.prompts import BUILT_IN
 from draftplus.diffusion.schedule import is_flow, solver_of
 from draftplus.distributed import is_main_process
@@ -24,7 +34,10 @@ from draftplus.models.single_file import PACKAGED
 from draftplus.runs.checksums import seal, unseal
 from draftplus.runs.files import write_text
 
+C = TypeVar("C", bound=AnyConfig)
+
 ORIGIN = "origin.json"
+REWARD_MODELS = ("emoji_clip",)  # names that are no paths: what a reward may be trained from
 OPEN = ("reward", "eval.rewards", "model.lora")  # what lies below may be absent
 
 
@@ -52,7 +65,7 @@ def read_origin(run: Path) -> Origin | None:
 
 
 def write_origin(
-    run: Path, config: Config, inputs: Mapping[str, str], step: int, last_sigma: float | None = None
+    run: Path, config: AnyConfig, inputs: Mapping[str, str], step: int, last_sigma: float | None = None
 ) -> None:
     """Notes the configuration, the level of the last sampling step, and the inputs that are not noted yet."""
     before = read_origin(run)
@@ -92,7 +105,9 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tu
     changed = {key for key in then.keys() & now.keys() if then[key] != now[key]}
     gone = {key for key in then.keys() - now.keys() if is_below(key, OPEN) and then[key] != {}}
     new = {key for key in now.keys() - then.keys() if is_below(key, OPEN[:2]) and now[key] != {}}
-    new = {key for key in new if key.endswith(".weight") or ".args." in key}  # every reward has one; they are its own
+    # every reward has a weight, args are its own, and what earlier versions lack is null
+    told = {key for key in new if key.endswith(".normalise") and now[key] is not None}
+    new = told | {key for key in new if key.endswith(".weight") or ".args." in key}
     return {key: (then.get(key), _at(now, key)) for key in [*sorted(changed | gone), *sorted(new)]}
 
 
@@ -108,7 +123,7 @@ def _tell(line: str) -> None:
         print(line, file=sys.stderr)
 
 
-def absolute_paths(config: Config) -> Config:
+def absolute_paths(config: C) -> C:
     """The configuration with whole paths to the files that it names, so that it means the same in any directory."""
     told = copy.deepcopy(config)
     for key, facts, value in list(values(told)):
@@ -130,7 +145,7 @@ def _inside(node: Any, key: str) -> Any:
 
 
 def _absolute(path: str | None) -> str | None:
-    if path is None or path in (*MODELS, *BUILT_IN, *PACKAGED):
+    if path is None or path in (*MODELS, *BUILT_IN, *PACKAGED, *REWARD_MODELS):
         return path
     local = Path(path).expanduser()
     if local.exists() or set(path) & set("*?[{"):

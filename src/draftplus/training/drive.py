@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from draftplus.config import Config, to_dict
+from draftplus.config import COMMANDS, AnyConfig, to_dict
 from draftplus.distributed import World
 from draftplus.errors import Interrupted, UserError
 from draftplus.progress import progress
 from draftplus.runs import journal
-from draftplus.runs.directory import forget_after, step_name, write_config
+from draftplus.runs.directory import ADAPTERS, WeightNames, forget_after, step_name, write_config
 from draftplus.runs.files import whole_directory
 from draftplus.runs.journal import Row
 from draftplus.training import checkpoint
@@ -25,12 +25,12 @@ from draftplus.training.task import Abandonable, Task
 
 
 def drive(
-    task: Task, config: Config, run: Path, placement: Placement, here: World,
-    told: Callable[[Path], None] | None = None,
+    task: Task, config: AnyConfig, run: Path, placement: Placement, here: World,
+    told: Callable[[Path], None] | None = None, weights: WeightNames = ADAPTERS,
 ) -> None:  # fmt: skip
     """Trains from the newest checkpoint in `run`, or from the start, to the last step or until a guard stops it.
 
-    told: called with the run after each evaluation, on the main process.
+    told: called with the run after each evaluation, on the main process. weights: what the run calls them.
 
     Raises UserError for a user's mistake, and Interrupted, once the last complete step is saved, where the process is
     asked to stop.
@@ -42,7 +42,7 @@ def drive(
     if state.step > task.total:
         raise UserError(
             f"{run} has done {state.step} steps already, more than the {task.total} that train.steps or train.epochs "
-            f"now asks for; set train.steps={state.step} or more. Weights of earlier steps are at {run}@STEP"
+            f"now asks for; set train.steps={state.step} or more. Weights of earlier steps are in {run / weights.each}"
         )
     if here.is_main:
         forget_after(run, state.step if restored else -1)
@@ -71,7 +71,7 @@ def drive(
         if not state.torn:
             save_state()
         if here.is_main:
-            print(f"stopped after step {saved}; continue with: draftplus train {run}", file=sys.stderr)
+            print(f"stopped after step {saved}; continue with: {COMMANDS[type(config)]} {run}", file=sys.stderr)
 
     def save_after_error() -> None:
         if state.step == 0 or tried > saved:  # nothing to save, or saving is what failed
@@ -97,7 +97,7 @@ def drive(
                         row = task.evaluate(state.step, evaluating)
                     evaluated.add(state.step)
                     evaluations.append(row)
-                    _save_weights(task, state, run / "adapters" / step_name(state.step), here)
+                    _save_weights(task, state, run / weights.each / step_name(state.step), here)
                     if here.is_main:
                         journal.append_row(run / "eval.jsonl", row)
                         task.write_best(evaluations)
@@ -131,11 +131,11 @@ def drive(
         write_stopped(run, state.step, stopped)
         if stopped is not None:
             print(f"stopped after step {state.step}: {stopped}", file=sys.stderr)
-    _save_weights(task, state, run / "adapter", here)
+    _save_weights(task, state, run / weights.result, here)
     here.barrier()
 
 
-def _step(task: Task, state: State, config: Config, abandonable: Abandonable, run: Path | None) -> Row:
+def _step(task: Task, state: State, config: AnyConfig, abandonable: Abandonable, run: Path | None) -> Row:
     """Takes one step. Returns its row of metrics.jsonl, which is written there if there is a run."""
     began = time.perf_counter()
     means = task.step(state, abandonable)

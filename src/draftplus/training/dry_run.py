@@ -11,6 +11,7 @@ from draftplus.diffusion.methods import METHODS
 from draftplus.diffusion.objectives import plan
 from draftplus.diffusion.problem import Problem
 from draftplus.distributed import world
+from draftplus.evaluation.scale import base_jobs, normalised
 from draftplus.training.fine_tuning import fine_tuning
 from draftplus.training.placement import make_placement
 from draftplus.training.state import initial_state
@@ -36,7 +37,9 @@ def describe(config: Config, run: Path) -> str:
     evaluations = 1 + -(-task.total // config.eval.every) + sum("checkpoint" not in one for one in config.eval.variants)
     images = len(held_out.prompts) * held_out.images_per_prompt
     # an evaluated image costs its denoising steps, much like an image of a training step
-    evaluating = evaluations * images / config.train.global_batch_size * seconds
+    scaled, scaling = normalised(config), len(base_jobs(config, setup.prompts))
+    evaluating = (evaluations * images + scaling) / config.train.global_batch_size * seconds
+    told = [f"normalised rewards    {', '.join(scaled)}: measured first, on {scaling} pictures of the base model"]
     return "\n".join(
         [
             to_yaml(config).rstrip(),
@@ -45,6 +48,7 @@ def describe(config: Config, run: Path) -> str:
             f"method                {METHODS[config.objective.method].label}",
             f"trained parameters    {parameters:,}",
             f"prompts               {len(setup.prompts)} to train on, {len(held_out.prompts)} held out",
+            *(told if scaled else []),
             f"last sampling step    at noise level σ = {sampler.schedule.last_sigma:.2g}, of x_t = α x_0 + σ ε",
             f"passes per image      {plain} without gradient, {graded} with gradient, {frozen} of the frozen model"
             + (", each doubled by guidance" if doubled else ""),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from draftplus.build import build_model, build_problem, build_rewards, compares_images, quiet_libraries
+from draftplus.build import build_model, build_problem, build_rewards, compares_images, quiet_libraries, weighted_sum
 from draftplus.config import Config
 from draftplus.data.batches import check_batch_sizes, steps_of_epochs, visited
 from draftplus.data.prompts import load_prompts
@@ -17,11 +17,14 @@ from draftplus.diffusion.schedule import make_schedule
 from draftplus.distributed import World
 from draftplus.errors import UserError, needs_memory, notice
 from draftplus.evaluation.embedding import embed_prompts
+from draftplus.evaluation.generate import Job
 from draftplus.evaluation.held_out import EvaluationSet, evaluate_held_out, evaluation_set, same_images
+from draftplus.evaluation.scale import base_jobs, measured_scales, read_scales, write_scales
 from draftplus.evaluation.scores import Rewards
 from draftplus.evaluation.variants import add_variants, check_checkpoints
 from draftplus.metrics.lpips import SMALLEST
 from draftplus.progress import Advance, progress
+from draftplus.rewards.combined import Combined, Scale
 from draftplus.rewards.offloaded import offloaded
 from draftplus.runs.directory import saved_steps
 from draftplus.runs.inputs import same_inputs
@@ -41,10 +44,12 @@ FAINT = 0.05  # a noise level of the last step that leaves little of a gradient
 
 @dataclass(frozen=True)
 class FineTuning:
-    """The task. rewards: those that are trained on and those that are held out, by name. inputs: `same_inputs`."""
+    """The task. rewards: those that are trained on and those that are held out, by name. sum: what is optimised.
+    inputs: `same_inputs`."""
 
     setup: Setup
     rewards: Rewards
+    sum: Combined
     held_out: EvaluationSet
     run: Path
     total: int
@@ -73,8 +78,9 @@ class FineTuning:
         note = self._evaluating(step, advance)
         note(0, "")
         return evaluate_held_out(
-            self.model, self.rewards, self.held_out, self.setup.config, step, self.run, self.setup.here, note
-        )
+            self.model, self.rewards, self.sum.total, self.held_out, self.setup.config, step, self.run,
+            self.setup.here, note,
+        )  # fmt: skip
 
     def comparable(self, rows: Sequence[Row]) -> list[Row]:
         """The evaluations of the images that `eval` now specifies: it may have changed since the others.
@@ -111,7 +117,10 @@ class FineTuning:
     def finish(self, step: int, advance: Advance) -> None:
         """Measures `eval.variants`."""
         note = self._evaluating(step, advance)
-        add_variants(self.model, self.rewards, self.held_out, self.setup.config, step, self.run, self.setup.here, note)
+        add_variants(
+            self.model, self.rewards, self.sum.total, self.held_out, self.setup.config, step, self.run,
+            self.setup.here, note,
+        )  # fmt: skip
 
     def _evaluating(self, step: int, advance: Advance) -> Advance:
         here = self.setup.here
@@ -139,7 +148,9 @@ def fine_tuning(config: Config, run: Path, placement: Placement, here: World, dr
     steps = range(1) if dry else range(min(saved_steps(run / "checkpoints"), default=0), total)
     per_step = (config.train.global_batch_size, config.data.images_per_prompt)
     trained_on = visited(prompts.train, steps, config.seed, *per_step)
-    embed_prompts(model, [*trained_on, *(() if dry else held_out.prompts), config.sampler.negative_prompt], here)
+    jobs = base_jobs(config, prompts.train)
+    others = [] if dry else [*held_out.prompts, *(job.prompt for job in jobs)]
+    embed_prompts(model, [*trained_on, *others, config.sampler.negative_prompt], here)
     with progress("loading the rewards", None, here.is_main):
         placement.place(model)
         rewards = offloaded(build_rewards({**config.reward, **config.eval.rewards}, here.device), model.offload)
@@ -149,9 +160,24 @@ def fine_tuning(config: Config, run: Path, placement: Placement, here: World, dr
             raise UserError(f"{key} is {side}; evaluation compares pictures by LPIPS, which needs {SMALLEST} pixels")
     shape = model.latent_shape(config.sampler.height, config.sampler.width)
     _tell_of_faint_gradient(config, problem)
-    setup = Setup(config, problem, prompts.train, shape, micro, here, placement)
     inputs = same_inputs(config, run, prompts.train, here)
-    return FineTuning(setup, rewards, held_out, run, total, inputs)
+    scales = {} if dry else _scales(config, run, model, rewards, jobs, here)
+    weighted = weighted_sum(config, rewards, scales)
+    setup = Setup(config, replace(problem, scorer=weighted), prompts.train, shape, micro, here, placement)
+    return FineTuning(setup, rewards, weighted, held_out, run, total, inputs)
+
+
+def _scales(
+    config: Config, run: Path, model: Model, rewards: Rewards, jobs: Sequence[Job], here: World
+) -> dict[str, Scale]:
+    """The scales of the rewards that are normalised: those of the run that goes on, or else measured and kept."""
+    goes_on = bool(saved_steps(run / "checkpoints"))
+    scales: dict[str, Scale] | None = here.gather(read_scales(run, config) if goes_on else None)[0]
+    if scales is None:
+        scales = measured_scales(model, rewards, config, jobs, here) if jobs else {}
+        if here.is_main:
+            write_scales(run, scales)
+    return scales
 
 
 def _tell_of_faint_gradient(config: Config, problem: Problem) -> None:

@@ -73,7 +73,10 @@ def write_best(run: Path, rows: Sequence[Row], rewards: Mapping[str, RewardConfi
         (run / "best.json").unlink(missing_ok=True)
         return
     best = max(past, key=lambda row: float(row["reward"]))
-    terms = " + ".join(name if one.weight == 1 else f"{one.weight:g} x {name}" for name, one in rewards.items())
+    terms = " + ".join(
+        ("" if one.weight == 1 else f"{one.weight:g} x ") + name + (" (normalised)" if one.normalise else "")
+        for name, one in rewards.items()
+    )
     rule = f"highest mean of {terms} on the held-out prompts, over the evaluated steps"
     if floor is not None:
         rule += f" with LPIPS of at least {floor:g} times the base model's"

@@ -186,9 +186,10 @@ def what_overflowed(setup: Setup, step: int) -> str | None:
     problem, sampler, share = setup.problem, setup.problem.sampler, setup.share(step)
     conditioning = problem.model.encode(share.prompts)
     for rows in chunks(len(share), setup.micro):
-        noise, watch = setup.noise(step, share.indices[rows]), Watch(sampler.denoiser(conditioning.rows(rows)))
+        noise, watch = setup.noise(step, share.indices[rows]), Watch()
+        denoise = watch.over(sampler.denoiser(conditioning.rows(rows)))
         start, fresh = sampler.start(noise("x_T", 0)), partial(noise, "solver")
-        latents = sample(watch, start, sampler.schedule, sampler.solver, noise=fresh).latents
+        latents = sample(denoise, start, sampler.schedule, sampler.solver, noise=fresh).latents
         try:
             watch.check(latents, len(sampler.schedule), problem.model)
             check_decoded(problem.model.decode(latents), problem.model)

@@ -1,0 +1,211 @@
+"""Preference pairs: two pictures of a caption, and how often each is preferred.
+
+Captions and labels are in memory; pictures stay where they are and are read one by one, in any order. Those of parquet
+files and of compressed archives cannot be read at a place, so they are copied once to a temporary file (in `TMPDIR`)
+that is gone with the process.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import tempfile
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from draftplus.data.formats import short
+from draftplus.data.pair_formats import READERS, WORDS, Place, kind_of
+from draftplus.data.prompts import expanded, matching
+from draftplus.errors import UserError, notice
+
+ROUNDING = 1e-3  # by which two labels may miss the sum of one
+MOST_PIXELS = 64_000_000
+_KNOWN = "a .parquet, .jsonl or .tar file of pairs, a directory of these, or a pattern such as 'pairs/*.parquet'"
+
+
+class BrokenPicture(Exception):
+    """A picture that cannot be read, and why."""
+
+
+class _Pair(NamedTuple):
+    caption: str
+    label: float
+    pictures: tuple[Place, Place]
+    where: str
+
+
+@dataclass
+class Pairs(Sequence[_Pair]):
+    """Pairs by index. unlabelled: how many rows said by `has_label` that they have no label, and were left out."""
+
+    rows: list[_Pair]
+    unlabelled: int = 0
+    copy: IO[bytes] | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.rows[index]
+
+    def caption(self, index: int) -> str:
+        """The caption of a pair."""
+        return self.rows[index].caption
+
+    def label(self, index: int) -> float:
+        """How much the first picture is preferred, in [0, 1]; 0.5 is a tie. The second's is the rest of 1."""
+        return self.rows[index].label
+
+    def where(self, index: int) -> str:
+        """The file and the row, line or member of a pair."""
+        return self.rows[index].where
+
+    def bytes_of(self, index: int) -> tuple[bytes, bytes]:
+        """The two pictures' files. Raises BrokenPicture where one is missing."""
+        first, second = (self._bytes(place) for place in self.rows[index].pictures)
+        return first, second
+
+    def pictures(self, index: int) -> tuple[Tensor, Tensor]:
+        """Both pictures, each (3, H, W) uint8 RGB. Raises BrokenPicture where one does not decode."""
+        first, second = (decode_picture(data) for data in self.bytes_of(index))
+        return first, second
+
+    def _bytes(self, place: Place) -> bytes:
+        try:
+            if place.file == "":
+                assert self.copy is not None and place.size is not None
+                return os.pread(self.copy.fileno(), place.size, place.start)
+            with open(place.file, "rb") as file:
+                file.seek(place.start)
+                return file.read(-1 if place.size is None else place.size)
+        except OSError as error:
+            raise BrokenPicture(f"{place.file}: {error.strerror or error}") from None
+
+
+def decode_picture(data: bytes) -> Tensor:
+    """A picture's file as (3, H, W) uint8 RGB, as PIL converts it. Raises BrokenPicture where it is none."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise BrokenPicture(f"{image.width} x {image.height} pixels are too many")
+            array = np.array(image.convert("RGB"))  # (H, W, 3)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BrokenPicture(str(error).partition("\n")[0] or type(error).__name__) from None
+    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
+
+
+@dataclass
+class Broken:
+    """Pairs that are left out because a picture does not decode: each told once; too many are a mistake.
+
+    key: the setting of `limit`, for the message.
+    """
+
+    limit: int
+    key: str
+    found: dict[str, str] = field(default_factory=dict)
+
+    def add(self, where: str, reason: str) -> None:
+        """Takes note of one. Raises UserError where there are more than the limit."""
+        if where in self.found:
+            return
+        self.found[where] = reason
+        if len(self.found) > self.limit:
+            first = "; ".join(f"{place}: {why}" for place, why in list(self.found.items())[:2])
+            raise UserError(
+                f"{len(self.found)} pairs have a picture that cannot be read, more than {self.key}={self.limit} "
+                f"allows: {first}.\nRepair or remove them, or raise {self.key}"
+            )
+        notice(f"{where}: a picture cannot be read ({reason}), so the pair is left out")
+
+
+def read_pairs(source: str | Path) -> Pairs:
+    """The pairs of files: a file, all of a directory, or those that a pattern or range names.
+
+    - .parquet, with the columns jpg_0 and jpg_1 (encoded pictures), label_0, label_1 and caption, as in Pick-a-Pic;
+      rows whose has_label is false are left out.
+    - .jsonl: one such object per line, where jpg_0 and jpg_1 name files below the .jsonl's own directory.
+    - .tar, also compressed: WebDataset, of each sample KEY.0.jpg and KEY.1.jpg (or .png, .webp), and KEY.json with
+      label_0, label_1 and caption.
+
+    Raises UserError for a source that is missing, empty or damaged, labels that do not sum to one, a column or member
+    that is absent, and a file outside of the directory. Whether a picture decodes is seen when it is read.
+    """
+    copy = tempfile.TemporaryFile(prefix="draftplus-pairs-")  # noqa: SIM115  # lives as long as the pairs
+    pairs = Pairs([], copy=copy)
+    for path in pair_files(source):
+        kind = kind_of(path)
+        if kind is None or not path.is_file():
+            raise UserError(f"cannot read pairs from '{path}': give {_KNOWN}.")
+        before = len(pairs)
+        try:
+            for fields, pictures, where in READERS[kind](path, copy):
+                if fields.get("has_label") is False:
+                    pairs.unlabelled += 1
+                    continue
+                pairs.rows.append(_Pair(_caption(fields, where), _label(fields, where), pictures, where))
+        except OSError as error:
+            if isinstance(error, PermissionError):
+                raise
+            raise UserError(
+                f"the pictures of '{path}' cannot be copied to {tempfile.gettempdir()}: {error.strerror or error}; "
+                "set TMPDIR to a directory with more room"
+            ) from None
+        if len(pairs) == before:
+            left_out = f", and {pairs.unlabelled} rows without a label" if pairs.unlabelled else ""
+            raise UserError(f"'{path}' has no pairs{left_out}: it needs at least one.")
+    copy.flush()
+    return pairs
+
+
+def pair_files(source: str | Path) -> list[Path]:
+    """The files that a source names, in order. Raises UserError where there is none."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        files = sorted(one for one in path.iterdir() if kind_of(one) and not one.name.startswith("."))
+        if not files:
+            raise UserError(f"pairs '{source}' is a directory without pairs: give {_KNOWN}.")
+        return files
+    if path.exists():
+        return [path]
+    files = [one for name in expanded(str(path)) for one in matching(name)]
+    absent = [one for one in files if not one.exists()]
+    if not files or absent:
+        raise UserError(f"no file of pairs '{absent[0] if absent else source}': give {_KNOWN}.")
+    return files
+
+
+def caption_key(caption: str) -> str:
+    """The caption without differences in case, punctuation, white space and spelling of characters (Unicode NFKC)."""
+    plain = unicodedata.normalize("NFKC", caption).casefold()
+    return " ".join("".join(c if c.isalnum() else " " for c in plain).split()) or plain.strip()
+
+
+def _caption(fields: Mapping[str, Any], where: str) -> str:
+    caption = fields["caption"]
+    if not isinstance(caption, str) or not caption.strip():
+        raise UserError(f"{where}: caption is {short(caption)}; it must be a string that is not empty.")
+    return caption.strip()
+
+
+def _label(fields: Mapping[str, Any], where: str) -> float:
+    labels = [fields[name] for name in WORDS[:2]]
+    for name, label in zip(WORDS, labels, strict=False):
+        if isinstance(label, bool) or not isinstance(label, (int, float)) or not 0 <= label <= 1:
+            raise UserError(f"{where}: {name} is {short(label)}; it must be a number from 0 to 1.")
+    total = math.fsum(labels)
+    if abs(total - 1) > ROUNDING:
+        raise UserError(
+            f"{where}: label_0 {labels[0]:g} and label_1 {labels[1]:g} sum to {total:g}; they must sum to 1, a tie is "
+            "0.5 and 0.5."
+        )
+    return labels[0] / total
