@@ -5,6 +5,7 @@ Read by the tests and, in the environments of the original packages, by the scri
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -55,10 +56,36 @@ BERT_VOCABULARY = [
 ]  # fmt: skip
 
 
-def save_bert_vocabulary(directory: Path) -> Path:
+def save_bert_vocabulary(directory: Path, words: int = len(BERT_VOCABULARY)) -> Path:
     """vocab.txt as bert-base-uncased has it, with few words; what else is published there says the defaults."""
-    (directory / "vocab.txt").write_text("\n".join(BERT_VOCABULARY) + "\n", encoding="utf-8")
+    unused = [f"[unused{i}]" for i in range(words - len(BERT_VOCABULARY))]
+    (directory / "vocab.txt").write_text("\n".join(BERT_VOCABULARY + unused) + "\n", encoding="utf-8")
     return directory / "vocab.txt"
+
+
+def save_image_reward(directory: Path, tensors: Mapping[str, Tensor]) -> Path:
+    """A directory with the published file and the tokenizer that goes with it."""
+    torch.save(dict(tensors), directory / "ImageReward.pt")
+    save_bert_vocabulary(directory, len(tensors["blip.text_encoder.embeddings.word_embeddings.weight"]) - 2)
+    (directory / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer", "do_lower_case": true}')
+    return directory
+
+
+def true_size_image_reward() -> dict[str, Tensor]:
+    return image_reward(1024, 768, (24, 12), 30524, 14, 512)
+
+
+def errors(name: str, reward: Callable[[Tensor, Sequence[str]], Tensor]) -> dict[tuple[int, int], float]:
+    """By size of the pictures, the first of which is not resized: the largest difference from the original's scores, as
+    a share of their range.
+    """
+    says = json.loads((Path(__file__).parents[1] / "parity" / "originals" / f"{name}.json").read_text())
+    spread = max(map(max, says["scores"])) - min(map(min, says["scores"]))
+    found = {}
+    for picture, size, expected in zip(pictures(), says["sizes"], says["scores"], strict=True):
+        pixels = torch.from_numpy(picture).permute(2, 0, 1).expand(len(PROMPTS), -1, -1, -1) / 255
+        found[tuple(size)] = (reward(pixels, PROMPTS) - torch.tensor(expected)).abs().max().item() / spread
+    return found
 
 
 def image_reward(
