@@ -99,7 +99,8 @@ def test_every_command_is_shown_and_read():
     """The reader of code blocks finds the commands in them, also those behind a prompt, torchrun or a broken line."""
     text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
     shown = {shlex.split(line)[0] for line in commands_shown(text)}
-    assert shown == {command.callback.__name__ for command in app.registered_commands}
+    groups = {group.name for group in app.registered_groups}  # of commands, such as reward
+    assert shown == {command.callback.__name__ for command in app.registered_commands} | groups
     block = """
     ```console
     $ draftplus generate emoji --prompt "a cat"
