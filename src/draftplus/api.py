@@ -10,7 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from draftplus.build import build_model, build_reward, quiet_libraries
-from draftplus.config import Config, ModelConfig, RewardConfig, trusting
+from draftplus.config import Config, ModelConfig, RewardConfig, RewardTrainConfig, trusting
+from draftplus.data.pack import PackRules
+from draftplus.data.pack import pack_prompts as _pack_prompts
+from draftplus.data.show import describe_prompts
 from draftplus.distributed import is_main_process, pick_device
 from draftplus.errors import UserError
 from draftplus.evaluation.evaluate import compare
@@ -21,12 +24,14 @@ from draftplus.evaluation.score_pairs import score_pairs as _score_pairs
 from draftplus.publish import export_run
 from draftplus.report import write_report
 from draftplus.rewards.nemo import convert_nemo
-from draftplus.runs.plan import plan_run
+from draftplus.runs.plan import plan_reward_run, plan_run
 from draftplus.sweeps.grid import written_grid
 from draftplus.sweeps.launch import run_sweep
 from draftplus.sweeps.plan import Plan, plan_sweep
 from draftplus.training.dry_run import describe as _describe
+from draftplus.training.dry_run import describe_reward as _describe_reward
 from draftplus.training.train import train as _train
+from draftplus.training.train import train_reward as _train_reward
 from draftplus.types import Model, Reward
 
 
@@ -69,6 +74,29 @@ def train(recipe: Config | str | Path = "emoji", overrides: Sequence[str] = (), 
     if is_main_process():
         write_report(run)
     return run
+
+
+def train_reward(target: RewardTrainConfig | str | Path | None = None, overrides: Sequence[str] = ()) -> Path:
+    """Trains a reward on preference pairs, or continues, and writes the report. Returns the run directory, in which
+    reward/ is a `CLIPModel` directory, the best by validation: `reward.clip.path` loads it.
+
+    target: a configuration, a file of pairs, a YAML file, or a run directory. overrides: `key=value` strings.
+
+    Raises UserError for a user's mistake.
+    """
+    config, run = plan_reward_run(target, overrides)
+    _train_reward(config, run, _report_so_far)
+    if is_main_process():
+        write_report(run)
+    return run
+
+
+def describe_reward(target: RewardTrainConfig | str | Path | None = None, overrides: Sequence[str] = ()) -> str:
+    """What `train_reward` would do with these arguments. It takes one step, whose result is thrown away.
+
+    Raises UserError for everything that `train_reward` would reject before its first step.
+    """
+    return _describe_reward(*plan_reward_run(target, overrides))
 
 
 def _report_so_far(run: Path) -> None:
@@ -285,3 +313,29 @@ def run_planned(planned: Plan, jobs: int | None = None) -> Path | None:
         if all(entry.status == "failed" for entry in manifest.runs):  # and left nothing; why is told run by run
             return None
         raise
+
+
+def pack_prompts(
+    sources: str | Path | Sequence[str | Path],
+    output: str | Path,
+    column: str | None = None,
+    rules: PackRules | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Writes prompts of files, built-in sets and data sets of the hub as shards for `data.prompts`.
+
+    output: a directory, or a range of names in one, such as `prompts/{00000..00015}.tar`. column: of what has columns.
+    rules: what is dropped and held out. overwrite: whether packed prompts that are there are replaced.
+
+    Returns the summary, which is in `output`/pack.json too. Raises UserError for a user's mistake.
+    """
+    listed = [sources] if isinstance(sources, (str, Path)) else sources
+    return _pack_prompts(listed, output, column, rules, overwrite)
+
+
+def show_prompts(source: str | Path, column: str | None = None, examples: int = 5) -> dict[str, Any]:
+    """What is in a source of prompts: counts, lengths, duplicates, held-out part, examples.
+
+    Raises UserError for a user's mistake.
+    """
+    return describe_prompts(source, column, examples)

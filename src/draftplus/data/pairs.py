@@ -42,6 +42,12 @@ class _Pair(NamedTuple):
     pictures: tuple[Place, Place]
     where: str
 
+    @property
+    def told(self) -> tuple[object, ...]:
+        """What it is, wherever it lies: caption, label, and the size or the name of each picture's file."""
+        files = [Path(one.file).name if one.size is None else one.size for one in self.pictures]
+        return self.caption, self.label, *files
+
 
 @dataclass
 class Pairs(Sequence[_Pair]):
