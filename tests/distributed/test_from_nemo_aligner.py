@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from draftplus import api
+from draftplus import api, convert_reward
 from draftplus.rewards.clip import EMOJI_CLIP
 from tests.support.ldm import unet_as_ldm
 from tests.support.nemo import clip_nemo, unet_as_nemo
@@ -54,7 +54,7 @@ def files(small: Path, tmp_path: Path) -> Path:
             entry.size = len(data)
             tar.addfile(entry, io.BytesIO(data))
     clip_nemo(tmp_path / "reward_model.nemo")
-    api.convert_reward(tmp_path / "reward_model.nemo", tmp_path / "reward_model", str(EMOJI_CLIP))
+    convert_reward(tmp_path / "reward_model.nemo", tmp_path / "reward_model", str(EMOJI_CLIP))
     (tmp_path / "sd15.yaml").write_text(f"""
 model: {{path: {small}, lora: {{rank: 2, alpha: 2}}}}
 device: cpu

@@ -59,7 +59,9 @@ def test_clip_is_any_model_and_needs_its_path(checkpoint: Path) -> None:
 def test_offline_it_says_what_to_download(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("draftplus.rewards.checkpoints.why_offline", lambda: "HF_HUB_OFFLINE is set")
-    with pytest.raises(UserError, match=r"(?s)no preprocessor_config.json.*\nRun: hf download nobody/nothing "):
+    with pytest.raises(
+        UserError, match=r"(?s)no preprocessor_config.json.*\nRun: hf download nobody/nothing tokenizer.json "
+    ):
         load_clip("nobody/nothing")
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from draftplus import api, load_reward, train_reward
+from draftplus import api, describe_reward, load_reward, train_reward
 from draftplus.config import load_reward_config
 from draftplus.data.pair_split import evenly, split_by_file, split_by_share, weights
 from draftplus.data.pairs import caption_key, read_pairs
@@ -477,6 +477,6 @@ def test_a_continued_run_keeps_what_shapes_it(recipe: list[str], made: Path, tmp
 
 
 def test_dry_run_says_what_to_expect(recipe: list[str]) -> None:
-    told = api.describe_reward(recipe[0], recipe[1:])
+    told = describe_reward(recipe[0], recipe[1:])
     assert "48 to train on, of 8 captions" in told and "12 pairs of 2 captions" in told and "expected time" in told
     assert not Path(load_reward_config(recipe[0], recipe[1:]).output_dir).exists()

@@ -86,7 +86,7 @@ def score(
     targets: Sequence[str | Path], rewards: Sequence[str], overrides: Sequence[str], prompts: str | Path | None,
     prompt: str | None, skip: int, output: Path | None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Scores the pictures of targets. The arguments, and what is returned, are those of `api.score`."""
+    """Scores the pictures of targets. The arguments, and what is returned, are those of `api.rewards.score`."""
     check_output(output)
     if not targets:
         raise UserError("no pictures given; name files, directories or .tar files, or --pairs FILE")

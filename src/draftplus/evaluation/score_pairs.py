@@ -21,7 +21,7 @@ TIE = 0.5
 def score_pairs(
     source: str | Path, rewards: Sequence[str], overrides: Sequence[str], skip: int, output: Path | None
 ) -> dict[str, Any]:
-    """Scores both pictures of pairs. The arguments, and what is returned, are those of `api.score_pairs`."""
+    """Scores both pictures of pairs. The arguments, and what is returned, are those of `api.rewards.score_pairs`."""
     check_output(output)
     config = settings_of(overrides)
     with progress("reading pairs", None):

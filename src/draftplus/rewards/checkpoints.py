@@ -20,6 +20,7 @@ from draftplus.hub import by_hand, why_offline
 from draftplus.weights import read_state_dict
 
 WEIGHTS = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+PROCESSOR = "tokenizer.json tokenizer_config.json preprocessor_config.json"  # the small files of a checkpoint
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -47,10 +48,10 @@ def lacks(path: str, name: str) -> str:
     return f"'{path}' has no {name}" + ("" if Path(path).is_dir() else " on the hub or in the local cache")
 
 
-def to_fetch(path: str, key: str) -> str:
-    """A second line for such a message: where the hub cannot be reached, how to get its files, and which key is then
-    to name their directory."""
-    return "" if Path(path).is_dir() or why_offline() is None else f"\nRun: {by_hand(path, key=key)}"
+def to_fetch(path: str, key: str, files: str | None = None) -> str:
+    """A second line for such a message: where the hub cannot be reached, how to get its files (None: all), and which
+    key is then to name their directory."""
+    return "" if Path(path).is_dir() or why_offline() is None else f"\nRun: {by_hand(path, file=files, key=key)}"
 
 
 def has_file(path: str, name: str, revision: str | None = None) -> bool:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from draftplus.errors import UserError, notice
-from draftplus.rewards.checkpoints import first, has_file, lacks, load_frozen, locate, to_fetch
+from draftplus.rewards.checkpoints import PROCESSOR, first, has_file, lacks, load_frozen, locate, to_fetch
 from draftplus.rewards.dropout import Dropout, check_rate
 from draftplus.rewards.preprocessing import Preprocessing, has_preprocessing, preprocess, read_preprocessing
 from draftplus.types import Reward
@@ -120,7 +120,7 @@ def load_tokenizer(source: str, revision: str | None) -> Any:
         # transformers would make an empty tokenizer, for which all prompts are the same
         raise UserError(
             f"{lacks(source, 'tokenizer.json')}: set args.processor to a checkpoint that has it."
-            + to_fetch(source, "args.processor")
+            + to_fetch(source, "args.processor", PROCESSOR)
         )
     try:  # unless told not to, transformers would ask on the terminal whether to run code of the checkpoint's
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)

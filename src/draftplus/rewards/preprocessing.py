@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from draftplus.errors import UserError
-from draftplus.rewards.checkpoints import lacks, read_json, to_fetch
+from draftplus.rewards.checkpoints import PROCESSOR, lacks, read_json, to_fetch
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -60,7 +60,7 @@ def read_preprocessing(path: str, revision: str | None = None) -> Preprocessing:
     if config is None:
         raise UserError(
             f"{lacks(path, _FILES[0])}: set args.processor to a checkpoint that has it."
-            + to_fetch(path, "args.processor")
+            + to_fetch(path, "args.processor", PROCESSOR)
         )
     resample = config.get("resample", 3)
     if resample not in _FILTERS:

@@ -29,9 +29,9 @@ def convert(
     ] = None,
 ) -> None:
     """Convert a reward of NeMo-Aligner to a CLIPModel directory, which the path of a CLIP reward loads."""
-    from draftplus import api
+    from draftplus.api import rewards
     from draftplus.progress import progress
 
     with progress(f"converting {file.name}", None):
-        directory = api.convert_reward(file, output, processor)
+        directory = rewards.convert_reward(file, output, processor)
     print("\n".join(str(path) for path in sorted(directory.iterdir())))

@@ -59,16 +59,16 @@ def score(
     """Score pictures on disk, or say which of two is better, by any rewards."""
     settings = [text for text in arguments or [] if "=" in text and not Path(text).exists()]
     targets = [text for text in arguments or [] if text not in settings]
-    from draftplus import api
+    from draftplus.api import rewards
 
     if skip < 0:
         raise UserError(f"--skip is {skip}; it must be at least 0")
     if pairs is not None and (targets or prompts is not None or prompt is not None):
         raise UserError("--pairs FILE names pictures and captions itself; leave out TARGETS, --prompts and --prompt")
     if pairs is not None:
-        told = api.score_pairs(pairs, reward or [], settings, skip, output)
+        told = rewards.score_pairs(pairs, reward or [], settings, skip, output)
     else:
-        told = api.score(targets, reward or [], settings, prompts, prompt, skip, output)
+        told = rewards.score(targets, reward or [], settings, prompts, prompt, skip, output)
     if as_json:
         print(json.dumps(told, ensure_ascii=False, indent=1))
     else:

@@ -37,13 +37,13 @@ def train(
     if target and "=" in target and not Path(target).exists():
         settings = [target, *(settings or [])]
         target = None
-    from draftplus import api
+    from draftplus.api import rewards
     from draftplus.distributed import is_main_process
 
     if dry_run:
-        told = api.describe_reward(target, settings or [])
+        told = rewards.describe_reward(target, settings or [])
     else:
-        run = api.train_reward(target, settings or [])
+        run = rewards.train_reward(target, settings or [])
         told = f"reward: {run / 'reward'}\nreport: {run / 'report.html'}"
     if is_main_process():
         print(told)

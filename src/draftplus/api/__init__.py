@@ -10,28 +10,20 @@ from typing import Any
 from torch import Tensor
 
 from draftplus.build import build_model, build_reward, quiet_libraries
-from draftplus.config import Config, ModelConfig, RewardConfig, RewardTrainConfig, trusting
-from draftplus.data.pack import PackRules
-from draftplus.data.pack import pack_prompts as _pack_prompts
-from draftplus.data.show import describe_prompts
+from draftplus.config import Config, ModelConfig, RewardConfig, trusting
 from draftplus.distributed import is_main_process, pick_device
 from draftplus.errors import UserError
 from draftplus.evaluation.evaluate import compare
 from draftplus.evaluation.gallery import make_gallery, write_gallery
 from draftplus.evaluation.generate import Knobs
-from draftplus.evaluation.score import score as _score
-from draftplus.evaluation.score_pairs import score_pairs as _score_pairs
 from draftplus.publish import export_run
 from draftplus.report import write_report
-from draftplus.rewards.nemo import convert_nemo
-from draftplus.runs.plan import plan_reward_run, plan_run
+from draftplus.runs.plan import plan_run
 from draftplus.sweeps.grid import written_grid
 from draftplus.sweeps.launch import run_sweep
 from draftplus.sweeps.plan import Plan, plan_sweep
 from draftplus.training.dry_run import describe as _describe
-from draftplus.training.dry_run import describe_reward as _describe_reward
 from draftplus.training.train import train as _train
-from draftplus.training.train import train_reward as _train_reward
 from draftplus.types import Model, Reward
 
 
@@ -70,36 +62,13 @@ def train(recipe: Config | str | Path = "emoji", overrides: Sequence[str] = (), 
     """
     with trusting(trust):
         config, run = plan_run(recipe, overrides)
-    _train(config, run, _report_so_far)
+    _train(config, run, report_so_far)
     if is_main_process():
         write_report(run)
     return run
 
 
-def train_reward(target: RewardTrainConfig | str | Path | None = None, overrides: Sequence[str] = ()) -> Path:
-    """Trains a reward on preference pairs, or continues, and writes the report. Returns the run directory, in which
-    reward/ is a `CLIPModel` directory, the best by validation: `reward.clip.path` loads it.
-
-    target: a configuration, a file of pairs, a YAML file, or a run directory. overrides: `key=value` strings.
-
-    Raises UserError for a user's mistake.
-    """
-    config, run = plan_reward_run(target, overrides)
-    _train_reward(config, run, _report_so_far)
-    if is_main_process():
-        write_report(run)
-    return run
-
-
-def describe_reward(target: RewardTrainConfig | str | Path | None = None, overrides: Sequence[str] = ()) -> str:
-    """What `train_reward` would do with these arguments. It takes one step, whose result is thrown away.
-
-    Raises UserError for everything that `train_reward` would reject before its first step.
-    """
-    return _describe_reward(*plan_reward_run(target, overrides))
-
-
-def _report_so_far(run: Path) -> None:
+def report_so_far(run: Path) -> None:
     """Writes the report of a run that goes on, so that it can be looked at. No fault of a page ends a training."""
     try:
         write_report(run)
@@ -194,75 +163,15 @@ def evaluate(
     """
     with trusting(trust):
         return compare(
-            _listed(targets), _listed(overrides), Path(output), None if prompts is None else _listed(prompts),
-            images_per_prompt, list(seeds) if seeds is not None else None, _listed(rewards), _listed(metrics),
+            listed(targets), listed(overrides), Path(output), None if prompts is None else listed(prompts),
+            images_per_prompt, list(seeds) if seeds is not None else None, listed(rewards), listed(metrics),
             features, Knobs(lora_scale, anneal), None if latents is None else Path(latents),
         )  # fmt: skip
 
 
-def score(
-    targets: str | Path | Sequence[str | Path] = (),
-    rewards: str | Sequence[str] = (),
-    overrides: str | Sequence[str] = (),
-    prompts: str | Path | None = None,
-    prompt: str | None = None,
-    skip: int = 10,
-    output: str | Path | None = None,
-) -> dict[str, Any]:
-    """Scores pictures on disk: files, directories with all below them, and .tar files.
-
-    rewards: by name. overrides: `key=value` strings, such as reward.clip_score.path=my_clip, device=cpu and
-    train.sampling_batch_size=4. prompts: a file of a prompt for each picture, in their order, or by name where it has a
-    field file, file_name, image, name or key; else `prompt` is that of all; else the .txt beside each picture is its
-    own. skip: how many pictures that cannot be read are left out before that is an error.
-
-    Returns {"rewards": {name: settings, mean, standard_deviation, lowest, highest, and the files whose score is
-    "not_finite"}, "pictures": [{file, prompt, reward/<name>}], "skipped": [{file, reason}], "left_out": [file]}. It is
-    written to `output` too, where that is a .json file; "pictures" alone where it is a .jsonl file.
-
-    Raises UserError for a user's mistake.
-    """
-    wanted = [targets] if isinstance(targets, (str, Path)) else list(targets)
-    file = None if output is None else Path(output)
-    return _score(wanted, _listed(rewards), _listed(overrides), prompts, prompt, skip, file)
-
-
-def score_pairs(
-    pairs: str | Path,
-    rewards: str | Sequence[str] = (),
-    overrides: str | Sequence[str] = (),
-    skip: int = 10,
-    output: str | Path | None = None,
-) -> dict[str, Any]:
-    """Says which of two pictures each reward prefers, and how often the label agrees, where there is one.
-
-    pairs: files that `data.pairs.read_pairs` reads. skip: how many pairs with a picture that cannot be read are left
-    out before that is an error. rewards, overrides, output: as for `score`.
-
-    Returns {"rewards": {name: settings, first_wins, second_wins, ties, accuracy over the `labelled` pairs that are no
-    ties, its standard_error, and the pairs with a score that is "not_finite"}, "pairs": [{pair, caption, label,
-    reward/<name>: both scores}], "skipped": [{file, reason}]}. label: how much the first is preferred, null where that
-    is not known.
-
-    Raises UserError for a user's mistake.
-    """
-    return _score_pairs(pairs, _listed(rewards), _listed(overrides), skip, None if output is None else Path(output))
-
-
-def _listed(texts: str | Sequence[str]) -> list[str]:
+def listed(texts: str | Sequence[str]) -> list[str]:
+    """A list of texts, of one text a list of it."""
     return [texts] if isinstance(texts, str) else list(texts)
-
-
-def convert_reward(file: str | Path, output: str | Path, processor: str | None = None) -> Path:
-    """Writes a reward of NeMo-Aligner, a CLIP in a .nemo file, as a `CLIPModel` directory with all that scoring needs,
-    and returns it: `load_reward("pickscore", path=...)` loads it.
-
-    processor: directory or hub id of the tokenizer; None: the one that the file names, else CLIP ViT-H/14's.
-
-    Raises UserError for a user's mistake.
-    """
-    quiet_libraries()
-    return convert_nemo(file, output, processor)
 
 
 def export(target: str, format: str = "diffusers", output: str | Path | None = None) -> Path:
@@ -313,29 +222,3 @@ def run_planned(planned: Plan, jobs: int | None = None) -> Path | None:
         if all(entry.status == "failed" for entry in manifest.runs):  # and left nothing; why is told run by run
             return None
         raise
-
-
-def pack_prompts(
-    sources: str | Path | Sequence[str | Path],
-    output: str | Path,
-    column: str | None = None,
-    rules: PackRules | None = None,
-    overwrite: bool = False,
-) -> dict[str, Any]:
-    """Writes prompts of files, built-in sets and data sets of the hub as shards for `data.prompts`.
-
-    output: a directory, or a range of names in one, such as `prompts/{00000..00015}.tar`. column: of what has columns.
-    rules: what is dropped and held out. overwrite: whether packed prompts that are there are replaced.
-
-    Returns the summary, which is in `output`/pack.json too. Raises UserError for a user's mistake.
-    """
-    listed = [sources] if isinstance(sources, (str, Path)) else sources
-    return _pack_prompts(listed, output, column, rules, overwrite)
-
-
-def show_prompts(source: str | Path, column: str | None = None, examples: int = 5) -> dict[str, Any]:
-    """What is in a source of prompts: counts, lengths, duplicates, held-out part, examples.
-
-    Raises UserError for a user's mistake.
-    """
-    return describe_prompts(source, column, examples)
