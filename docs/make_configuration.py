@@ -6,7 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from draftplus.config import CHANGEABLE, all_keys, facts_of
+from draftplus.config import CHANGEABLE, RewardTrainConfig, all_keys, facts_of
 from draftplus.config.schema import RewardConfig
 
 PAGE = Path(__file__).with_name("configuration.md")
@@ -67,6 +67,15 @@ edited, that is told, and only the keys above are taken from it. `draftplus trai
 the settings of RUN, and then any key may change.
 """
 
+REWARD = """\
+## Training a reward
+
+`draftplus reward train` has keys of its own; see [training a reward](reward_training.md). Its recipes and runs are told
+from those of fine-tuning by the key `task`.
+
+| key | default | meaning |
+|---|---|---|"""
+
 NOTES = {
     "model": "See [models](models.md).",
     "sampler": "How images are sampled: in training, in evaluation and in `draftplus generate`.",
@@ -91,6 +100,8 @@ def page() -> str:
     for section, told in rows.items():
         note = [NOTES[section], ""] if section in NOTES else []
         parts.append("\n".join([f"## {section}", "", *note, "| key | default | meaning |", "|---|---|---|", *told, ""]))
+    told = [_row(key, field) for key, field in all_keys(RewardTrainConfig)]
+    parts.append("\n".join([REWARD, *told, ""]))
     parts.append(CONTINUING.format(keys="\n".join(f"- `{key}`" for key in CHANGEABLE)))
     return "\n".join(parts)
 

@@ -10,22 +10,28 @@ from typing import Any
 from torch import Tensor
 
 from draftplus.build import build_model, build_reward, quiet_libraries
-from draftplus.config import Config, ModelConfig, RewardConfig, trusting
+from draftplus.config import Config, ModelConfig, RewardConfig, RewardTrainConfig, trusting
+from draftplus.data.pack import PackRules
+from draftplus.data.pack import pack_prompts as _pack_prompts
+from draftplus.data.show import describe_prompts
 from draftplus.distributed import is_main_process, pick_device
 from draftplus.errors import UserError
 from draftplus.evaluation.evaluate import compare
 from draftplus.evaluation.gallery import make_gallery, write_gallery
 from draftplus.evaluation.generate import Knobs
 from draftplus.evaluation.score import score as _score
+from draftplus.evaluation.score_pairs import score_pairs as _score_pairs
 from draftplus.publish import export_run
 from draftplus.report import write_report
 from draftplus.rewards.nemo import convert_nemo
-from draftplus.runs.plan import plan_run
+from draftplus.runs.plan import plan_reward_run, plan_run
 from draftplus.sweeps.grid import written_grid
 from draftplus.sweeps.launch import run_sweep
 from draftplus.sweeps.plan import Plan, plan_sweep
 from draftplus.training.dry_run import describe as _describe
+from draftplus.training.dry_run import describe_reward as _describe_reward
 from draftplus.training.train import train as _train
+from draftplus.training.train import train_reward as _train_reward
 from draftplus.types import Model, Reward
 
 
@@ -68,6 +74,29 @@ def train(recipe: Config | str | Path = "emoji", overrides: Sequence[str] = (), 
     if is_main_process():
         write_report(run)
     return run
+
+
+def train_reward(target: RewardTrainConfig | str | Path | None = None, overrides: Sequence[str] = ()) -> Path:
+    """Trains a reward on preference pairs, or continues, and writes the report. Returns the run directory, in which
+    reward/ is a `CLIPModel` directory, the best by validation: `reward.clip.path` loads it.
+
+    target: a configuration, a file of pairs, a YAML file, or a run directory. overrides: `key=value` strings.
+
+    Raises UserError for a user's mistake.
+    """
+    config, run = plan_reward_run(target, overrides)
+    _train_reward(config, run, _report_so_far)
+    if is_main_process():
+        write_report(run)
+    return run
+
+
+def describe_reward(target: RewardTrainConfig | str | Path | None = None, overrides: Sequence[str] = ()) -> str:
+    """What `train_reward` would do with these arguments. It takes one step, whose result is thrown away.
+
+    Raises UserError for everything that `train_reward` would reject before its first step.
+    """
+    return _describe_reward(*plan_reward_run(target, overrides))
 
 
 def _report_so_far(run: Path) -> None:
@@ -198,6 +227,28 @@ def score(
     return _score(wanted, _listed(rewards), _listed(overrides), prompts, prompt, skip, file)
 
 
+def score_pairs(
+    pairs: str | Path,
+    rewards: str | Sequence[str] = (),
+    overrides: str | Sequence[str] = (),
+    skip: int = 10,
+    output: str | Path | None = None,
+) -> dict[str, Any]:
+    """Says which of two pictures each reward prefers, and how often the label agrees, where there is one.
+
+    pairs: files that `data.pairs.read_pairs` reads. skip: how many pairs with a picture that cannot be read are left
+    out before that is an error. rewards, overrides, output: as for `score`.
+
+    Returns {"rewards": {name: settings, first_wins, second_wins, ties, accuracy over the `labelled` pairs that are no
+    ties, its standard_error, and the pairs with a score that is "not_finite"}, "pairs": [{pair, caption, label,
+    reward/<name>: both scores}], "skipped": [{file, reason}]}. label: how much the first is preferred, null where that
+    is not known.
+
+    Raises UserError for a user's mistake.
+    """
+    return _score_pairs(pairs, _listed(rewards), _listed(overrides), skip, None if output is None else Path(output))
+
+
 def _listed(texts: str | Sequence[str]) -> list[str]:
     return [texts] if isinstance(texts, str) else list(texts)
 
@@ -262,3 +313,29 @@ def run_planned(planned: Plan, jobs: int | None = None) -> Path | None:
         if all(entry.status == "failed" for entry in manifest.runs):  # and left nothing; why is told run by run
             return None
         raise
+
+
+def pack_prompts(
+    sources: str | Path | Sequence[str | Path],
+    output: str | Path,
+    column: str | None = None,
+    rules: PackRules | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Writes prompts of files, built-in sets and data sets of the hub as shards for `data.prompts`.
+
+    output: a directory, or a range of names in one, such as `prompts/{00000..00015}.tar`. column: of what has columns.
+    rules: what is dropped and held out. overwrite: whether packed prompts that are there are replaced.
+
+    Returns the summary, which is in `output`/pack.json too. Raises UserError for a user's mistake.
+    """
+    listed = [sources] if isinstance(sources, (str, Path)) else sources
+    return _pack_prompts(listed, output, column, rules, overwrite)
+
+
+def show_prompts(source: str | Path, column: str | None = None, examples: int = 5) -> dict[str, Any]:
+    """What is in a source of prompts: counts, lengths, duplicates, held-out part, examples.
+
+    Raises UserError for a user's mistake.
+    """
+    return describe_prompts(source, column, examples)

@@ -38,6 +38,7 @@ REWARDS = {
     "clip": "draftplus.rewards.clip:load_clip",
     "hpsv2": "draftplus.rewards.hpsv2:load_hpsv2",
     "aesthetic": "draftplus.rewards.aesthetic:load_aesthetic",
+    "image_reward": "draftplus.rewards.image_reward:load_image_reward",
     "jpeg_compressibility": "draftplus.rewards.jpeg:load_jpeg_compressibility",
     "jpeg_incompressibility": "draftplus.rewards.jpeg:load_jpeg_incompressibility",
     "dissimilarity": "draftplus.rewards.dissimilarity:load_dissimilarity",

@@ -21,7 +21,7 @@ def test_all_commands_are_tested_here() -> None:
     assert [command.callback.__name__ for command in cli.app.registered_commands if command.callback] == COMMANDS
 
 
-@pytest.mark.parametrize("command", [[], *([one] for one in COMMANDS)])
+@pytest.mark.parametrize("command", [[], *([one] for one in COMMANDS), ["data"], ["data", "pack"], ["data", "show"]])
 def test_help_has_an_example(draftplus: Callable[..., Any], command: list[str]) -> None:
     printed = draftplus(*command, "--help")
     assert (printed.code, printed.err) == (0, "")
@@ -58,6 +58,8 @@ def test_the_version(draftplus: Callable[..., Any]) -> None:
         ["generate", "--help"],
         ["evaluate", "--help"],
         ["sweep", "--help"],
+        ["data", "--help"],
+        ["data", "pack", "--help"],
         ["--version"],
     ],
 )

@@ -7,6 +7,7 @@ import tracemalloc
 
 import pytest
 
+from draftplus.data.near import folded
 from draftplus.data.prompts import PromptSet, hold_out, load_prompts, normalized, read_prompts
 from draftplus.errors import UserError
 
@@ -29,6 +30,12 @@ def test_animals_are_the_45_of_the_protocol_with_others_held_out():
     assert len(animals.train) == 45 and "a cat" in animals.train and "a kangaroo" in animals.train
     assert len(animals.held_out) >= 6 and not shared(animals)
     assert read_prompts("animals") == animals.train + animals.held_out
+
+
+def test_parti_is_built_in_and_holds_a_tenth_out():
+    parti = load_prompts("parti")
+    assert (len(parti.train), len(parti.held_out)) == (1467, 164) and not shared(parti)
+    assert {folded(one) for one in parti.train}.isdisjoint(folded(one) for one in parti.held_out)
 
 
 def test_txt_leaves_out_empty_lines_only(tmp_path):

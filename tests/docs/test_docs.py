@@ -15,8 +15,9 @@ import typer
 
 from draftplus.build import METRICS, REWARDS, build_metric, is_reward, refuse_unknown_reward
 from draftplus.cli import CommandLineError, app
+from draftplus.cli.reward.train import train as train_reward
 from draftplus.cli.shared import read_seeds
-from draftplus.config import all_keys, load_config, recipe_names, trusting
+from draftplus.config import COMMANDS, all_keys, load_config, load_reward_config, recipe_names, trusting
 from draftplus.errors import UserError
 from draftplus.sweeps.grid import expand, parse_grid, with_variants
 
@@ -70,7 +71,7 @@ def test_links_lead_to_files_and_headings(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_keys_that_are_named_exist(page):
-    keys = {key for key, _ in all_keys()} | {"model.lora"}
+    keys = {key for schema in COMMANDS for key, _ in all_keys(schema)} | {"model.lora"}
     groups = {key.partition(".")[0] for key in keys if "." in key} - {"reward", "eval"}
     pattern = rf"`((?:{'|'.join(groups)})\.[a-z_.]+)(?:=[^`]*)?`"
     named = re.findall(pattern, page.read_text(encoding="utf-8"))
@@ -99,7 +100,8 @@ def test_every_command_is_shown_and_read():
     """The reader of code blocks finds the commands in them, also those behind a prompt, torchrun or a broken line."""
     text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
     shown = {shlex.split(line)[0] for line in commands_shown(text)}
-    assert shown == {command.callback.__name__ for command in app.registered_commands}
+    groups = {group.name for group in app.registered_groups}
+    assert shown == {command.callback.__name__ for command in app.registered_commands} | groups
     block = """
     ```console
     $ draftplus generate emoji --prompt "a cat"
@@ -160,7 +162,13 @@ def check_command(line: str) -> None:
     """
     root = typer.main.get_command(app)
     name, command, arguments = root.resolve_command(root.context_class(root), shlex.split(line, comments=True))
+    if isinstance(command, type(root)) and arguments:  # a command of `draftplus reward`
+        name, command, arguments = command.resolve_command(command.context_class(command), arguments)
     given = command.make_context(name, arguments).params
+    if command.callback is train_reward:
+        settings = [text for text in (given["target"], *(given["settings"] or [])) if text and "=" in text]
+        load_reward_config(None, settings)
+        return
     recipe = given.get("recipe", given.get("target"))
     recipe = recipe if recipe in recipe_names() else "emoji"
     texts = [given.get("target"), *(given.get("settings") or []), *given.get("arguments", [])]

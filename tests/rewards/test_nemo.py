@@ -137,7 +137,7 @@ def test_another_files_content(tmp_path: Path) -> None:
     refused(spoilt(tmp_path, {"target": "nemo.collections.nlp.models.MegatronGPTModel"}), "MegatronGPTModel", "CLIP")
     tuned = {"target": "nemo_aligner.MegatronSDDRaFTPModel", "unet_config": {}, "peft": {}}
     refused(spoilt(tmp_path, tuned), "MegatronSDDRaFTPModel", "docs/from-nemo-aligner.md")
-    refused(spoilt(tmp_path, ["a list"]), "not a CLIP")
+    refused(spoilt(tmp_path, ["a list"]), "expected keys and values, found list")
 
 
 def test_code_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -146,7 +146,7 @@ def test_code_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     write_nemo(config, clip_config(), {"model_weights.ckpt": clip_weights()})
     text = config.read_bytes()
     config.write_bytes(text.replace(b"activation: gelu", b"activation: !!a!", 1))
-    refused(config, "not plain YAML")
+    refused(config, "config.nemo, model_config.yaml in it", "line")
     assert capsys.readouterr().out == ""
 
 

@@ -205,3 +205,20 @@ def clip_nemo(file: Path, layout: str = "legacy", activation: str = "gelu", rank
     weights = {f"mp_rank_{i:02d}/model_weights.ckpt": rank for i, rank in enumerate(ranks)}
     whole = weights or {"model_weights.ckpt": clip_weights(layout)}
     return write_nemo(file, clip_config(layout, activation), whole)
+
+
+def unet_as_nemo(state: Mapping[str, Tensor], prefix: str = "model.model.diffusion_model.") -> dict[str, Tensor]:
+    """A UNet's state in the original names as NeMo's own has it.
+
+    Its norms stand where they are used, at the beginning of attention and of the feed-forward network, and its group
+    norms are followed by their activation without a place of its own.
+    """
+    moved = {"norm1": "attn1.norm", "norm2": "attn2.norm", "norm3": "ff.net.0", "ff.net.0": "ff.net.1",
+             "ff.net.2": "ff.net.3", "in_layers.2": "in_layers.1", "out_layers.3": "out_layers.2",
+             "out.2": "out.1"}  # fmt: skip
+    found = {}
+    for name, tensor in state.items():
+        bare = f".{name.removeprefix('model.diffusion_model.')}"
+        part = next((part for part in moved if f".{part}." in bare), None)
+        found[prefix + (bare.replace(f".{part}.", f".{moved[part]}.") if part else bare)[1:]] = tensor
+    return found

@@ -24,6 +24,16 @@ def brightness(images: Tensor, prompts: Sequence[str], gain: float = 100.0) -> T
     return gain * images.mean((1, 2, 3))
 
 
+def affine(images: Tensor, prompts: Sequence[str], gain: float = 1.0, offset: float = 0.0) -> Tensor:
+    """Redness in another unit, from another zero."""
+    return gain * redness(images, prompts) + offset
+
+
+def constant(images: Tensor, prompts: Sequence[str], value: float = 0.5) -> Tensor:
+    """The same for all images, with a gradient of zero."""
+    return value + 0 * images.mean((1, 2, 3))
+
+
 def by_prompt(images: Tensor, prompts: Sequence[str]) -> Tensor:
     """Another weighting of the colours for every prompt, so that a score against the wrong one shows."""
     numbers = [sum(map(ord, prompt)) for prompt in prompts]

@@ -38,8 +38,8 @@ RULES = {
     "right caption over another's": 1.0,
     "clean over blurred": 1.0,
     "clean over noisy": 1.0,
-    "another style or background": 0.5,
-    "its mirror image": 0.5,
+    "another style": 0.5,
+    "another background": 0.5,
 }
 
 # (steps, guidance scale) of the model's own pictures: as it is meant to be used, hurried, and without guidance.
@@ -48,7 +48,12 @@ DRAWN = {"own": (10, 1.75), "hurried": (3, 1.75), "unguided": (6, 1.0)}
 
 @dataclass(frozen=True)
 class Item:
-    """A caption with every picture that was made for it, by name: "own", "hurried", "unguided", "render", "other"."""
+    """A caption with every picture that was made for it, by name.
+
+    "own", "hurried" and "unguided" are the model's, from the same noise (DRAWN). Of renders, there is one on the
+    background of "own" ("render"), on that of "unguided" ("on unguided"), and on any ("recoloured"); "restyled" is
+    another render, on the background of "own".
+    """
 
     animal: str
     style: str | None
@@ -90,34 +95,49 @@ def draw(texts: list[str], steps: int, guidance: float, seed: int) -> list[Image
     return images
 
 
-def renders(build: Path, said: list[tuple], source: random.Random) -> list[Image.Image]:
-    """A render of each caption, through the model's autoencoder.
+def renders(build: Path, said: list[tuple], grounds: torch.Tensor, seed: int) -> list[Image.Image]:
+    """A render of each caption on these colours (n, 3) in [0, 1], through the model's autoencoder.
 
-    What is not named is drawn at random. Through the autoencoder, because a preference for sharper pixels than its
-    decoder can make would ask of the denoiser what it cannot do.
+    The same seed gives the same pictures at the same place; a style that is not named is drawn. Through the
+    autoencoder, because a preference for sharper pixels than its decoder makes would ask of the denoiser what it cannot
+    do.
     """
-    from data import COLOURS, Pictures, draw_images
+    from data import Pictures, draw_images
     from diffusers import AutoencoderKL
 
-    pictures = Pictures.load(build / "pictures.safetensors")
+    pictures, source = Pictures.load(build / "pictures.safetensors"), random.Random(seed)
     rows: dict[tuple[str, str], list[int]] = {}
     for i, row in enumerate(pictures.rows):
         rows.setdefault((row.subject, row.style), []).append(i)
-    chosen, colours = [], []
-    for animal, style, ground in said:
+    chosen = []
+    for animal, style, _ in said:
         # a style that the model did not see with this animal is shown only where the caption names it
         styles = [s for s in STYLES if (animal, s) in rows and not is_held_out(animal, s)]
-        named = style if (animal, style) in rows else source.choice(styles)
-        chosen.append(source.choice(rows[animal, named]))
-        colours.append(list(BACKGROUNDS).index(ground or source.choice(list(BACKGROUNDS))))
+        drawn = source.choice(styles)
+        chosen.append(source.choice(rows[animal, style if (animal, style) in rows else drawn]))
     autoencoder = AutoencoderKL.from_pretrained(MODEL / "vae")
-    generator, images = torch.Generator().manual_seed(source.randrange(2**31)), []
+    generator, images = torch.Generator().manual_seed(seed), []
     with torch.no_grad():
-        for part, ground in zip(torch.tensor(chosen).split(16), COLOURS[colours].split(16), strict=True):
-            plain = draw_images(pictures, part, ground, generator)
-            decoded = autoencoder(plain * 2 - 1).sample / 2 + 0.5
+        for part, ground in zip(torch.tensor(chosen).split(16), grounds.split(16), strict=True):
+            decoded = autoencoder(draw_images(pictures, part, ground, generator) * 2 - 1).sample / 2 + 0.5
             images += [to_image(x) for x in decoded]
     return images
+
+
+def grounds_of(said: list[tuple], images: list[Image.Image]) -> torch.Tensor:
+    """The background (n, 3) in [0, 1] that a caption names, or else that of its picture: the median of its border."""
+    colours = []
+    for (_, _, ground), image in zip(said, images, strict=True):
+        pixels = np.asarray(image)
+        border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+        colours.append(BACKGROUNDS[ground] if ground else tuple(np.median(border, 0)))
+    return torch.tensor(colours, dtype=torch.float32) / 255
+
+
+def any_grounds(said: list[tuple], source: random.Random) -> torch.Tensor:
+    """The background (n, 3) in [0, 1] that a caption names, or else any of those that have a name."""
+    names = [ground or source.choice(list(BACKGROUNDS)) for _, _, ground in said]
+    return torch.tensor([BACKGROUNDS[name] for name in names]) / 255
 
 
 def to_image(pixels: torch.Tensor) -> Image.Image:
@@ -133,26 +153,28 @@ def blurred(image: Image.Image, source: random.Random) -> Image.Image:
     return image.filter(ImageFilter.GaussianBlur(source.uniform(0.7, 2.5)))
 
 
-def mirrored(image: Image.Image) -> Image.Image:
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-
-
 def compare(item: Item, strangers: list[Item], source: random.Random) -> Iterator[tuple[str, Image.Image, Image.Image]]:
-    """The pairs of one caption: rule, better picture, worse picture. strangers: items of other animals."""
+    """The pairs of one caption: rule, better picture, worse picture. strangers: items of other animals.
+
+    A render is compared with what the model draws on the same background. If it were not, or if guidance alone were
+    preferred, which deepens colours, the reward would learn which backgrounds are in the better pictures.
+    """
     own, stranger = item.pictures["own"], source.choice(strangers).pictures
     best = item.pictures.get("render", own)
-    yield "guided over unguided", own, item.pictures["unguided"]
     yield "more steps over fewer", own, item.pictures["hurried"]
     yield "right caption over another's", own, stranger["own"]
     yield "clean over blurred", best, blurred(best, source)
     yield "clean over noisy", own, noisy(own, source)
-    yield "its mirror image", best, mirrored(best)
-    if "render" in item.pictures:
-        yield "render over the model's own", best, own
-        yield "render over an unguided one", best, item.pictures["unguided"]
-        yield "right caption over another's", best, stranger["render"]
-        if item.style is None or item.ground is None:
-            yield "another style or background", best, item.pictures["other"]
+    if "render" not in item.pictures:
+        yield "guided over unguided", own, item.pictures["unguided"]
+        return
+    yield "render over the model's own", best, own
+    yield "render over an unguided one", item.pictures["on unguided"], item.pictures["unguided"]
+    yield "right caption over another's", best, stranger["render"]
+    if item.ground is None:
+        yield "another background", best, item.pictures["recoloured"]
+    if item.style is None:
+        yield "another style", best, item.pictures["restyled"]
 
 
 def make_items(animals: list[str], count: int, seed: int, held_out: bool, build: Path | None) -> list[Item]:
@@ -162,7 +184,11 @@ def make_items(animals: list[str], count: int, seed: int, held_out: bool, build:
     texts = [prompt(*one) for one in said]
     drawn = {name: draw(texts, steps, guidance, 1000 * seed) for name, (steps, guidance) in DRAWN.items()}
     if build is not None:
-        drawn |= {name: renders(build, said, source) for name in ("render", "other")}
+        own, any_ground = grounds_of(said, drawn["own"]), any_grounds(said, source)
+        drawn["render"] = renders(build, said, own, seed)
+        drawn["on unguided"] = renders(build, said, grounds_of(said, drawn["unguided"]), seed)
+        drawn["recoloured"] = renders(build, said, any_ground, seed)
+        drawn["restyled"] = renders(build, said, own, seed + 1)
     return [Item(*one, {name: images[i] for name, images in drawn.items()}) for i, one in enumerate(said)]
 
 

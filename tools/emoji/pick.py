@@ -10,7 +10,8 @@ pairs (pairs.py), not in the prompts. It needs the stages fetch, render and judg
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -33,15 +34,20 @@ TRAINING = ("train.steps=40", "optim.lr=3e-3", "objective.kl_coeff=1", "eval.eve
 FIRST_SEED = 100
 
 
-def pictures(target: str | Path, file: Path, images: int, settings: Sequence[str]) -> torch.Tensor:
+def pictures(target: Callable[[], str], file: Path, images: int, settings: Sequence[str]) -> torch.Tensor:
     """The held-out animals, `images` of each from the same noise for every target: (15·images, 3, 64, 64)."""
     if not file.exists():
         prompts, seeds = [prompt(animal) for animal in HELD_OUT], range(FIRST_SEED, FIRST_SEED + images)
-        made = draftplus.generate(str(target), prompts, seeds, settings)
+        made = draftplus.generate(target(), prompts, seeds, settings)
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file({"images": made.contiguous()}, file.with_suffix(".tmp"))
         file.with_suffix(".tmp").rename(file)
     return load_file(file)["images"]
+
+
+def trained(run: Path, overrides: Sequence[str]) -> str:
+    """The run of these overrides, in which it is trained on if it is not finished."""
+    return str(draftplus.train("emoji", [f"output_dir={run.parent}", f"name={run.name}", *overrides]))
 
 
 @torch.no_grad()
@@ -83,16 +89,16 @@ def main() -> None:
     judge = load_judge(arguments.build_dir / "judge.pt")
     rewards = {name: draftplus.load_reward("emoji_clip", path) for name, path in places.items()}
     sampler = [*SETTINGS, *(one for one in arguments.set if one.startswith("sampler."))]
-    base = pictures("emoji", arguments.out / "base.safetensors", arguments.images, sampler)
+    base = pictures(lambda: "emoji", arguments.out / "base.safetensors", arguments.images, sampler)
     before = measure(base, judge, rewards)
     grids, rows = [base], [row("base model", [before], before)]
     for name, path in places.items():
         made = []
         for seed in arguments.seeds:
             chosen = [] if path is None else [f"reward.emoji_clip.path={path}"]
-            place = [f"output_dir={arguments.out}", f"name={name}-seed{seed}", f"seed={seed}"]
-            run = draftplus.train("emoji", [*SETTINGS, *TRAINING, *chosen, *place, *arguments.set])
-            made.append(pictures(run, run / "held-out.safetensors", arguments.images, sampler))
+            run, overrides = arguments.out / f"{name}-seed{seed}", [*chosen, f"seed={seed}", *arguments.set]
+            train = partial(trained, run, [*SETTINGS, *TRAINING, *overrides])
+            made.append(pictures(train, run / "held-out.safetensors", arguments.images, sampler))
         grids.append(made[0])
         rows.append(row(name, [measure(images, judge, rewards) for images in made], before))
     print("\n| reward | " + " | ".join(before) + " |\n|" + " --- |" * (len(before) + 1))

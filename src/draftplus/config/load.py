@@ -90,8 +90,11 @@ def load_reward_run_config(run: Path, overrides: Sequence[str] = ()) -> RewardTr
 
 
 def trains_reward(run: Path) -> bool:
-    """Whether a run directory is one of `draftplus reward train`."""
-    return (run / "config.yaml").is_file() and read_yaml(run / "config.yaml").get("task") == REWARD
+    """Whether a run directory is one of `draftplus reward train`; one whose config.yaml cannot be read is not."""
+    try:
+        return (run / "config.yaml").is_file() and read_yaml(run / "config.yaml").get("task") == REWARD
+    except UserError:
+        return False
 
 
 def _run_layers(run: Path) -> list[_Layer]:

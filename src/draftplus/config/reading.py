@@ -16,8 +16,8 @@ _PLAIN = re.compile(r"[\w./:+-]+")  # text that needs no quotes, unless YAML rea
 _REFERENCE = re.compile(r"(?<!\\)(?:\\\\)*\$\{")  # not escaped; the rule is OmegaConf's
 
 
-def read_yaml(path: str | Path) -> dict[Any, Any]:
-    """The keys and values of a YAML file.
+def read_yaml(path: str | Path, literally: bool = False) -> dict[Any, Any]:
+    """The keys and values of a YAML file. literally: its references are texts like others, and are not refused.
 
     Raises UserError for a file that has something else, naming line and column; none of its content is in the message.
     """
@@ -32,7 +32,7 @@ def read_yaml(path: str | Path) -> dict[Any, Any]:
         raise UserError(f"{path}: expected keys and values, found {type(tree).__name__}")
     if list(tree.values()) == [None] and ":" not in text:  # OmegaConf makes a key of a text alone
         raise UserError(f"{path}: not a YAML file of keys and values, such as 'seed: 1'")
-    plain: dict[Any, Any] = each_text(tree, lambda text: _unescaped(text, f"{path}: "))
+    plain: dict[Any, Any] = each_text(tree, lambda text: text if literally else _unescaped(text, f"{path}: "))
     return plain
 
 

@@ -73,6 +73,11 @@ class RewardEvalConfig:
 
 
 @dataclass
+class RewardCheckpointConfig(CheckpointConfig):
+    keep: int = _key(2, "number of checkpoints to keep; the weights of the best validation are always kept", above=0)
+
+
+@dataclass
 class RewardStopConfig:
     patience: int | None = _key(
         5, "end the run after this many validations in a row without a better one; null: never", above=0
@@ -96,7 +101,7 @@ class RewardTrainConfig:
     optim: RewardOptimConfig = _key(RewardOptimConfig)
     train: RewardStepsConfig = _key(RewardStepsConfig)
     eval: RewardEvalConfig = _key(RewardEvalConfig, affects="record")
-    checkpoint: CheckpointConfig = _key(CheckpointConfig, affects="record")
+    checkpoint: RewardCheckpointConfig = _key(RewardCheckpointConfig, affects="record")
     stop: RewardStopConfig = _key(RewardStopConfig, affects="conduct")
     parallel: ParallelConfig = _key(ParallelConfig, affects="conduct")
     log: LogConfig = _key(LogConfig, affects="record")

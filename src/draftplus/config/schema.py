@@ -164,7 +164,7 @@ class RewardConfig:
 class DataConfig:
     prompts: str = _key(
         "animals",
-        "training prompts: a built-in set, a .txt, .jsonl, .json, .csv, .tsv, .parquet or .tar file, or shards",
+        "training prompts: a built-in set, a .txt, .jsonl, .json, .csv, .tsv, .parquet or .tar file, shards, or packed",
         file=True,
     )
     column: str | None = _key(
@@ -181,6 +181,10 @@ class OptimConfig:
         [0.9, 0.999], "betas of AdamW", at_least=0, below=1, each=True, count=2, hint="such as [0.9, 0.999]"
     )
     warmup_steps: int = _key(0, "steps over which the learning rate rises linearly to optim.lr", at_least=0)
+    decay_steps: int | None = _key(
+        None, "steps after the warm-up over which the learning rate falls linearly to 0; null: it stays", above=0,
+        added=True,
+    )  # fmt: skip
     grad_clip: float | None = _key(10.0, "gradients are clipped to this norm; null: no clipping", above=0)
     ema: float | None = _key(
         None, "decay of the moving average of the weights, which is then evaluated and exported; null: no average",

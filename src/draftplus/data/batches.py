@@ -7,16 +7,22 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Generic, TypeVar
 
 from draftplus import rng
 from draftplus.errors import UserError
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
-class Batch:
-    """One rank's share of a step: n prompts, and their n positions in the global batch, which address the noise."""
+class Batch(Generic[T]):
+    """One rank's share of a step: n prompts, and their n positions in the global batch, which address the noise.
 
-    prompts: list[str]
+    Of a training of a reward, pairs stand in the place of prompts.
+    """
+
+    prompts: list[T]
     indices: list[int]
 
     def __len__(self) -> int:
@@ -24,14 +30,14 @@ class Batch:
 
 
 def batch(
-    prompts: Sequence[str],
+    prompts: Sequence[T],
     step: int,
     seed: int,
     global_batch_size: int,
     images_per_prompt: int = 1,
     rank: int = 0,
     world_size: int = 1,
-) -> Batch:
+) -> Batch[T]:
     """The share of `rank` in step `step`, counted from 0. Needs sizes that `check_batch_sizes` accepts.
 
     The steps cut one endless stream into global batches: the prompts in an order drawn from (seed, epoch), epoch after
@@ -54,7 +60,7 @@ def visited(
     return list(dict.fromkeys(prompts if whole_epoch else _stream(prompts, seed, places)))
 
 
-def _stream(prompts: Sequence[str], seed: int, positions: Sequence[int]) -> list[str]:
+def _stream(prompts: Sequence[T], seed: int, positions: Sequence[int]) -> list[T]:
     places = [divmod(position, len(prompts)) for position in positions]  # (epoch, place in it)
     return [prompts[_order(len(prompts), seed, epoch)[place]] for epoch, place in places]
 

@@ -12,7 +12,6 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -233,30 +232,11 @@ def _field(names: Sequence[str], column: str | None, where: str) -> str:
     if field is None:
         raise UserError(
             f"{where}: none of the fields {', '.join(FIELDS)}, but only {present}: "
-            "rename the field that holds the prompt, or name it with data.column."
+            "rename the field that holds the prompt, or name it with data.column (of draftplus data: --column)."
         )
     if names.count(field) > 1:
         raise UserError(f"{where}: two columns are named '{field}'; rename one of them.")
     return field
-
-
-def columns_of(path: Path) -> list[str]:
-    """The fields that a file names, in the order in which they come; none for text and archives.
-
-    Of lines of JSON, those of the first 1,000. Raises UserError for what cannot be read.
-    """
-    kind = (kind_of(path) or "").removesuffix(".gz")
-    if kind in (".csv", ".tsv"):
-        with opened_text(path, newline="") as file:
-            return [name.strip() for name in next(csv.reader(file, delimiter="," if kind == ".csv" else "\t"), [])]
-    if kind == ".parquet":
-        from pyarrow import parquet
-
-        return list(parquet.read_schema(path).names)
-    if kind == ".jsonl":
-        objects = (parsed(line, str(path), "") for _, line in islice(lines(path), 1000) if line.strip())
-        return list(dict.fromkeys(name for one in objects if isinstance(one, dict) for name in one))
-    return []
 
 
 def parsed(text: str, where: str, wanted: str) -> Any:

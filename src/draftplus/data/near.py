@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import unicodedata
 import zlib
-from array import array
 from collections.abc import Callable, Sequence
+from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,8 @@ from numpy.typing import NDArray
 HASHES = 128  # of MinHash
 MISSED = 0.01  # at most this share of the pairs that are just as similar as asked for is not found
 LEAST = 0.5  # what is less similar than this has too little in common to be called near
+CHUNK = 2**12  # prompts that are hashed together
+CACHED = 2**14  # prompts whose pairs of words are kept
 MOST_COMPARED = 16  # prompts with which one is compared because they share one band
 
 
@@ -47,24 +50,27 @@ def near_duplicates(
     0.5 to 1. Prompts are taken in order, and compared with those that were not found to repeat another.
 
     Which to compare is found by MinHash in bands (Broder 1997; Leskovec et al., Mining of Massive Datasets, 3.4): at
-    least 99% of the pairs at the threshold, and more of those above it. What is found is compared exactly, apart from
-    collisions of 64-bit hashes; where more than 16 share a band, with the first 16. The result depends on the prompts,
-    their order and the threshold only.
+    least 99% of the pairs at the threshold, and more of those above it. What is found is compared exactly; where more
+    than 16 share a band, with the first 16. The result depends on the prompts, their order and the threshold only.
 
-    advance: told how many of the `bands_of` bands are done.
+    advance: told how many prompts were hashed.
     """
-    shingles, starts = _shingles(prompts)
     bands, rows = bands_of(threshold)
-    draw = np.random.Generator(np.random.PCG64(0)).integers(0, 2**63, (2, bands * rows), np.uint64)
-    buckets = np.full((bands, len(prompts)), -1, np.int32)
-    for band in range(bands):
-        key = np.zeros(len(prompts), np.uint64)
-        for row in range(band * rows, (band + 1) * rows):
-            mixed = _mixed(shingles ^ draw[0, row])
-            key = _mixed(key * np.uint64(0x9E3779B97F4A7C15) + np.minimum.reduceat(mixed, starts[:-1]))
-        buckets[band] = _shared(key)
-        advance(band + 1, "")
-    return _repeats(buckets, shingles, starts, threshold)
+    factors, terms = np.random.Generator(np.random.PCG64(0)).integers(0, 2**63, (2, bands * rows), np.uint64)
+    factors |= np.uint64(1)
+    keys = np.empty((bands, len(prompts)), np.uint64)
+    for begin in range(0, len(prompts), CHUNK):
+        shingles, starts = _shingles(prompts[begin : begin + CHUNK])
+        for band in range(bands):
+            key = np.zeros(len(starts), np.uint64)
+            for row in range(band * rows, (band + 1) * rows):
+                key = _mixed(key + np.minimum.reduceat(shingles * factors[row] + terms[row], starts))
+            keys[band, begin : begin + CHUNK] = key
+        advance(begin + len(starts), "")
+    advance(len(prompts), "comparing")
+    buckets = np.stack([_shared(row) for row in keys])
+    del keys
+    return _repeats(buckets, prompts, threshold)
 
 
 def bands_of(threshold: float) -> tuple[int, int]:
@@ -77,21 +83,17 @@ def bands_of(threshold: float) -> tuple[int, int]:
 
 
 def _shingles(prompts: Sequence[str]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-    """The hashes of all prompts' shingles one after another, and where each prompt's begin, and the end."""
-    words, counts = array("L"), array("q")
-    for prompt in prompts:
-        before = len(words)
-        words.extend(map(zlib.crc32, folded(prompt).encode().split(b" ")))
-        counts.append(len(words) - before)
-    hashes = np.frombuffer(words, np.dtype(f"u{words.itemsize}")).astype(np.uint64)
-    count = np.frombuffer(counts, np.int64)
+    """The hashes of all prompts' shingles one after another, and where each prompt's begin."""
+    words = [folded(prompt).encode().split(b" ") for prompt in prompts]
+    hashes = np.array([zlib.crc32(word) for some in words for word in some], np.uint64)
+    count = np.array([len(some) for some in words])
     last = np.cumsum(count) - 1
     following = np.roll(hashes, -1)
     following[last] = 0  # a prompt of one word
     kept = np.ones(len(hashes), bool)
     kept[last[count > 1]] = False
     pairs = (hashes << np.uint64(32) | following)[kept]
-    return _mixed(pairs), np.concatenate([[0], np.cumsum(np.maximum(count - 1, 1))])
+    return _mixed(pairs), np.concatenate([[0], np.cumsum(np.maximum(count - 1, 1))[:-1]])
 
 
 def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -103,7 +105,7 @@ def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 def _shared(keys: NDArray[np.uint64]) -> NDArray[np.int32]:
     """For each key the number of its bucket; -1 where no other has that key."""
-    order = np.argsort(keys, kind="stable")
+    order = np.argsort(keys)
     changes = np.concatenate([[True], keys[order][1:] != keys[order][:-1]])
     bucket = np.cumsum(changes) - 1
     found = np.empty(len(keys), np.int32)
@@ -111,22 +113,25 @@ def _shared(keys: NDArray[np.uint64]) -> NDArray[np.int32]:
     return found
 
 
-def _repeats(
-    buckets: NDArray[np.int32], shingles: NDArray[np.uint64], starts: NDArray[np.int64], threshold: float
-) -> NDArray[np.int64]:
-    repeats = np.full(buckets.shape[1], -1, np.int64)
-    kept: dict[tuple[int, int], list[int]] = {}
-    sets: dict[int, set[int]] = {}  # of those that are kept
+def _repeats(buckets: NDArray[np.int32], prompts: Sequence[str], threshold: float) -> NDArray[np.int64]:
+    repeats = np.full(len(prompts), -1, np.int64)
+    kept: dict[int, list[int]] = {}
+
+    @lru_cache(maxsize=CACHED)
+    def pairs_of(number: int) -> set[tuple[str, ...]]:
+        words = folded(prompts[number]).split()
+        return set(pairwise(words)) if len(words) > 1 else {(words[0],)}
+
     for number in np.flatnonzero((buckets >= 0).any(0)).tolist():
-        places = [(band, bucket) for band, bucket in enumerate(buckets[:, number].tolist()) if bucket >= 0]
-        mine = set(shingles[starts[number] : starts[number + 1]].tolist())
+        shared = enumerate(buckets[:, number].tolist())
+        places = [band * len(prompts) + bucket for band, bucket in shared if bucket >= 0]
+        mine = pairs_of(number)
         for other in sorted({other for place in places for other in kept.get(place, ())}):
-            both = len(mine & sets[other])
-            if both >= threshold * (len(mine) + len(sets[other]) - both):
+            both = len(mine & pairs_of(other))
+            if both >= threshold * (len(mine) + len(pairs_of(other)) - both):
                 repeats[number] = other
                 break
         else:
-            sets[number] = mine
             for place in places:
                 there = kept.setdefault(place, [])
                 if len(there) < MOST_COMPARED:

@@ -10,9 +10,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from draftplus.data.formats import MOST_LINES, Row
-from draftplus.data.near import LEAST, bands_of, folded, near_duplicates
-from draftplus.data.prompts import BUILT_IN, load_prompts, rows_of
+from draftplus.data.formats import MOST_LINES, SPLITS, Row
+from draftplus.data.glance import rows_in
+from draftplus.data.index import read_index
+from draftplus.data.near import LEAST, folded, near_duplicates
+from draftplus.data.prompts import BUILT_IN, load_prompts, prompt_files, rows_of
 from draftplus.data.remote import is_remote, remote_rows
 from draftplus.data.shards import SUMMARY, refuse_target, shard_names, write_shards
 from draftplus.errors import UserError, printable
@@ -24,7 +26,7 @@ OFTEN = 10_000  # prompts from one look at the clock to the next
 
 
 @dataclass(frozen=True)
-class Rules:
+class PackRules:
     """What is kept of the prompts, and where it goes; the defaults are those of the command.
 
     near: the similarity from which on a prompt repeats another (`near_duplicates`); None: only what is equal but for
@@ -85,7 +87,7 @@ class Dropped:
 
 
 def pack_prompts(
-    sources: Sequence[str | Path], output: str | Path, column: str | None = None, rules: Rules | None = None,
+    sources: Sequence[str | Path], output: str | Path, column: str | None = None, rules: PackRules | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Writes the prompts of sources, one after another, as tar shards that WebDataset, NeMo-Aligner and training read.
@@ -101,7 +103,7 @@ def pack_prompts(
     Returns the summary: what was read, kept and dropped, and why. Raises UserError for what cannot be read, for a
     source without usable prompts, and an output that is there already.
     """
-    rules = rules or Rules()
+    rules = rules or PackRules()
     rules.check()
     directory, names = shard_names(output)
     refuse_target(directory, overwrite)
@@ -124,24 +126,36 @@ def pack_prompts(
 
 
 def all_rows(source: str | Path, column: str | None) -> Iterator[Row]:
-    """The rows of any source of prompts: built in, on the hub, or of files."""
+    """The rows of any source of prompts: built in, packed, on the hub, or of files."""
+    split: tuple[Sequence[str], Sequence[str]] | None = None if is_remote(source) else read_index(source)
     if str(source) in BUILT_IN:
         prompts = load_prompts(source, column)
-        for split, some in (("train", prompts.train), ("held_out", prompts.held_out)):
-            for number, prompt in enumerate(some, 1):
-                yield Row(prompt, split, f"{source} {split} {number}")
-    else:
+        split = prompts.train, prompts.held_out
+    if split is None:
         yield from remote_rows(str(source), column) if is_remote(source) else rows_of(source, column)
+        return
+    for name, some in zip(SPLITS, split, strict=True):
+        for number, prompt in enumerate(some, 1):
+            yield Row(prompt, name, f"{source} {name} {number}")
 
 
-def _read(sources: Sequence[str | Path], column: str | None, rules: Rules, dropped: Dropped) -> tuple[int, Kept]:
+def expected(sources: Sequence[str | Path]) -> int | None:
+    """About how many rows there are, by which to tell the time; None where that would take as long as reading them."""
+    if any(is_remote(source) for source in sources):
+        return None
+    files = [file for source in sources if str(source) not in BUILT_IN for file in prompt_files(source)]
+    return sum(map(rows_in, files)) or None
+
+
+def _read(sources: Sequence[str | Path], column: str | None, rules: PackRules, dropped: Dropped) -> tuple[int, Kept]:
     read, prompts, held_out = 0, list[str](), list[bool]()
-    with progress("reading prompts", None) as advance:
+    total = expected(sources)
+    with progress("reading prompts", total, unit="prompts") as advance:
         for source in sources:
             for row in all_rows(source, column):
                 read += 1
                 if read % OFTEN == 0:
-                    advance(read, f"{read:,} read")
+                    advance(min(read, total or read), f"{read:,} read" * (not total))
                 fault = _fault(row, rules)
                 if fault is None:
                     prompts.append(row.prompt)
@@ -151,7 +165,7 @@ def _read(sources: Sequence[str | Path], column: str | None, rules: Rules, dropp
     return read, Kept(prompts, held_out)
 
 
-def _fault(row: Row, rules: Rules) -> str | None:
+def _fault(row: Row, rules: PackRules) -> str | None:
     """Why a row is not kept, in a few words; None where it is."""
     if row.fault is not None:
         return "unusable"
@@ -169,7 +183,7 @@ def _fault(row: Row, rules: Rules) -> str | None:
     return None
 
 
-def _without_repeats(kept: Kept, rules: Rules, dropped: Dropped) -> Kept:
+def _without_repeats(kept: Kept, rules: PackRules, dropped: Dropped) -> Kept:
     if any(kept.held_out):  # those that are held out first, so that they are the ones that stay
         order = sorted(range(len(kept.prompts)), key=lambda i: not kept.held_out[i])
         kept = Kept([kept.prompts[i] for i in order], [kept.held_out[i] for i in order])
@@ -192,7 +206,7 @@ def _without_repeats(kept: Kept, rules: Rules, dropped: Dropped) -> Kept:
     kept = Kept([kept.prompts[i] for i in stays], [kept.held_out[i] for i in stays])
     if rules.near is None or not kept.prompts:
         return kept
-    with progress("finding near duplicates", bands_of(rules.near)[0], unit="bands") as advance:
+    with progress("finding near duplicates", len(kept.prompts), unit="prompts") as advance:
         repeats = near_duplicates(kept.prompts, rules.near, advance).tolist()
     for number, before in enumerate(repeats):
         if before >= 0:
@@ -202,7 +216,7 @@ def _without_repeats(kept: Kept, rules: Rules, dropped: Dropped) -> Kept:
     return Kept([kept.prompts[i] for i in stays], [kept.held_out[i] for i in stays])
 
 
-def _split(kept: Kept, rules: Rules) -> tuple[list[str], list[str]]:
+def _split(kept: Kept, rules: PackRules) -> tuple[list[str], list[str]]:
     """The prompts to train on, and those that are held out."""
     held_out = kept.held_out
     if rules.held_out is not None or not any(held_out):

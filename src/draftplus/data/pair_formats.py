@@ -34,7 +34,7 @@ def kind_of(path: Path) -> str | None:
     return next((kind for kind in READERS if path.name.lower().endswith(kind)), None)
 
 
-def _parquet(path: Path, copy: IO[bytes]) -> Iterator[Found]:
+def _parquet(path: Path, copy: IO[bytes], labelled: bool) -> Iterator[Found]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -43,9 +43,9 @@ def _parquet(path: Path, copy: IO[bytes]) -> Iterator[Found]:
     try:
         with parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            _refuse_lacking(COLUMNS, names, f"'{path}'", "column")
+            _refuse_lacking(_wanted(COLUMNS, labelled), names, f"'{path}'", "column")
             number = 0
-            for batch in file.iter_batches(64, columns=[*COLUMNS, *({"has_label"} & set(names))]):
+            for batch in file.iter_batches(64, columns=[name for name in (*COLUMNS, "has_label") if name in names]):
                 for row in batch.to_pylist():
                     number += 1
                     where = f"{path}, row {number}"
@@ -69,12 +69,12 @@ def _copied(data: bytes, copy: IO[bytes]) -> Place:
     return place
 
 
-def _jsonl(path: Path, copy: IO[bytes]) -> Iterator[Found]:
+def _jsonl(path: Path, copy: IO[bytes], labelled: bool) -> Iterator[Found]:
     for number, line in lines(path):
         if line.strip():
             where = f"{path}, line {number}"
             row = _object(parsed(line, where, f"; each line must be an object such as {_EXAMPLE}"), where)
-            _refuse_lacking(COLUMNS, row, where, "field")
+            _refuse_lacking(_wanted(COLUMNS, labelled), row, where, "field")
             first, second = (_below(path.parent, row[name], name, where) for name in COLUMNS[:2])
             yield row, (first, second), where
 
@@ -89,7 +89,7 @@ def _below(directory: Path, name: Any, field: str, where: str) -> Place:
     return Place(str(directory / name))
 
 
-def _tar(path: Path, copy: IO[bytes]) -> Iterator[Found]:
+def _tar(path: Path, copy: IO[bytes], labelled: bool) -> Iterator[Found]:
     plain = path.name.lower().endswith(".tar")
     words: dict[str, Mapping[str, Any]] = {}
     pictures: dict[str, dict[str, Place]] = {}
@@ -121,7 +121,7 @@ def _tar(path: Path, copy: IO[bytes]) -> Iterator[Found]:
         if lacking or sample not in words:
             raise UserError(f"{path}: sample {sample} has no {sample}.{f'{lacking[0]}.jpg' if lacking else 'json'}.")
         where = f"{path}, member {sample}.json"
-        _refuse_lacking(WORDS, words[sample], where, "field")
+        _refuse_lacking(_wanted(WORDS, labelled), words[sample], where, "field")
         yield words[sample], (known["0"], known["1"]), where
 
 
@@ -131,6 +131,10 @@ def _object(value: Any, where: str) -> Mapping[str, Any]:
     return value
 
 
+def _wanted(names: Sequence[str], labelled: bool) -> list[str]:
+    return [name for name in names if labelled or not name.startswith("label_")]
+
+
 def _refuse_lacking(wanted: Sequence[str], there: Sequence[str] | Mapping[str, Any], where: str, what: str) -> None:
     absent = [name for name in wanted if name not in there]
     if absent:
@@ -138,6 +142,6 @@ def _refuse_lacking(wanted: Sequence[str], there: Sequence[str] | Mapping[str, A
         raise UserError(f"{where} has no {what} {', '.join(absent)}, but {has}; pairs have {', '.join(wanted)}.")
 
 
-READERS: dict[str, Callable[[Path, IO[bytes]], Iterator[Found]]] = {
+READERS: dict[str, Callable[[Path, IO[bytes], bool], Iterator[Found]]] = {
     ".parquet": _parquet, ".jsonl": _jsonl, **dict.fromkeys(TARS, _tar)
 }  # fmt: skip

@@ -42,6 +42,12 @@ class _Pair(NamedTuple):
     pictures: tuple[Place, Place]
     where: str
 
+    @property
+    def told(self) -> tuple[object, ...]:
+        """What it is, wherever it lies: caption, label, and the size or the name of each picture's file."""
+        files = [Path(one.file).name if one.size is None else one.size for one in self.pictures]
+        return self.caption, self.label, *files
+
 
 @dataclass
 class Pairs(Sequence[_Pair]):
@@ -62,7 +68,8 @@ class Pairs(Sequence[_Pair]):
         return self.rows[index].caption
 
     def label(self, index: int) -> float:
-        """How much the first picture is preferred, in [0, 1]; 0.5 is a tie. The second's is the rest of 1."""
+        """How much the first picture is preferred, in [0, 1]; 0.5 is a tie, NaN where it is not known. The second's is
+        the rest of 1."""
         return self.rows[index].label
 
     def where(self, index: int) -> str:
@@ -128,8 +135,10 @@ class Broken:
         notice(f"{where}: a picture cannot be read ({reason}), so the pair is left out")
 
 
-def read_pairs(source: str | Path) -> Pairs:
+def read_pairs(source: str | Path, labelled: bool = True) -> Pairs:
     """The pairs of files: a file, all of a directory, or those that a pattern or range names.
+
+    labelled: whether each must have a label; else those that have none are kept, with NaN.
 
     - .parquet, with the columns jpg_0 and jpg_1 (encoded pictures), label_0, label_1 and caption, as in Pick-a-Pic;
       rows whose has_label is false are left out.
@@ -148,11 +157,11 @@ def read_pairs(source: str | Path) -> Pairs:
             raise UserError(f"cannot read pairs from '{path}': give {_KNOWN}.")
         before = len(pairs)
         try:
-            for fields, pictures, where in READERS[kind](path, copy):
-                if fields.get("has_label") is False:
+            for fields, pictures, where in READERS[kind](path, copy, labelled):
+                if fields.get("has_label") is False and labelled:
                     pairs.unlabelled += 1
                     continue
-                pairs.rows.append(_Pair(_caption(fields, where), _label(fields, where), pictures, where))
+                pairs.rows.append(_Pair(_caption(fields, where), _label(fields, where, labelled), pictures, where))
         except OSError as error:
             if isinstance(error, PermissionError):
                 raise
@@ -197,8 +206,10 @@ def _caption(fields: Mapping[str, Any], where: str) -> str:
     return caption.strip()
 
 
-def _label(fields: Mapping[str, Any], where: str) -> float:
-    labels = [fields[name] for name in WORDS[:2]]
+def _label(fields: Mapping[str, Any], where: str, labelled: bool) -> float:
+    labels: list[Any] = [fields.get(name) for name in WORDS[:2]]
+    if not labelled and (labels == [None, None] or fields.get("has_label") is False):
+        return math.nan
     for name, label in zip(WORDS, labels, strict=False):
         if isinstance(label, bool) or not isinstance(label, (int, float)) or not 0 <= label <= 1:
             raise UserError(f"{where}: {name} is {short(label)}; it must be a number from 0 to 1.")

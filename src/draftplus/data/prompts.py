@@ -12,6 +12,7 @@ from pathlib import Path
 
 from draftplus.data.formats import READERS, TARS, Row, kind_of
 from draftplus.data.index import INDEX, read_index
+from draftplus.data.remote import is_remote
 from draftplus.errors import UserError
 
 BUILT_IN = ("animals", "parti")
@@ -114,6 +115,8 @@ def prompt_files(source: str | Path) -> list[Path]:
 
     UserError for a source that names none.
     """
+    if is_remote(source):
+        raise UserError(f"'{source}' is on the hub: fetch its prompts first, by draftplus data pack '{source}' -o DIR")
     path = Path(source).expanduser()
     if path.is_dir():
         shards = sorted(one for one in path.iterdir() if one.name.lower().endswith(TARS))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import re
 import shutil
 import tarfile
@@ -45,6 +46,9 @@ def refuse_target(directory: Path, overwrite: bool) -> None:
     """UserError for a directory that is there, unless it holds nothing, or packed prompts that may be replaced."""
     if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
         raise UserError(f"output '{directory}' is not a directory; name another one")
+    above = next(one for one in directory.absolute().parents if one.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):  # before hours of reading
+        raise UserError(f"output '{directory}' cannot be made: {above} cannot be written to; name another one")
     if not directory.exists() or not any(directory.iterdir()):
         return
     if not overwrite:
@@ -127,7 +131,7 @@ def _whole(directory: Path) -> Iterator[Path]:
     shutil.rmtree(building, ignore_errors=True)
     try:
         building.mkdir(parents=True)
-    except (FileExistsError, NotADirectoryError) as error:
+    except OSError as error:
         raise UserError(f"output '{directory}' cannot be made ({error.strerror}); name another one") from None
     try:
         yield building

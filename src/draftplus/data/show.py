@@ -8,10 +8,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from draftplus.data.formats import columns_of
+from draftplus.data.glance import columns_of
 from draftplus.data.index import INDEX
 from draftplus.data.near import folded
-from draftplus.data.pack import OFTEN, all_rows
+from draftplus.data.pack import OFTEN, all_rows, expected
 from draftplus.data.prompts import BUILT_IN, load_prompts, prompt_files
 from draftplus.data.remote import is_remote
 from draftplus.errors import UserError
@@ -35,7 +35,8 @@ def describe_prompts(source: str | Path, column: str | None = None, examples: in
     exact, same = Counter[bytes](), set[bytes]()
     words, characters, texts = list[int](), list[int](), list[str]()
     unusable, first_fault, step = 0, None, 1
-    with progress("reading prompts", None) as advance:
+    total = expected([source])
+    with progress("reading prompts", total, unit="prompts") as advance:
         for row in all_rows(source, column):
             if row.fault is not None:
                 unusable, first_fault = unusable + 1, first_fault or row.fault
@@ -50,7 +51,7 @@ def describe_prompts(source: str | Path, column: str | None = None, examples: in
             words.append(len(row.prompt.split()))
             characters.append(len(row.prompt))
             if len(words) % OFTEN == 0:
-                advance(len(words), f"{len(words):,} read")
+                advance(min(len(words), total or len(words)), f"{len(words):,} read" * (not total))
     train, held_out, refused = _as_trained(source, column)
     return {
         "source": str(source), "files": [str(file) for file in files],

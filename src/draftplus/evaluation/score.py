@@ -17,23 +17,24 @@ from torch import Tensor
 from draftplus import __version__
 from draftplus.build import METRICS, build_reward, compares_images, quiet_libraries, refuse_unknown_reward
 from draftplus.config import Config, RewardConfig, flatten, given_by, is_below, load_config
+from draftplus.data.pictures import Undecodable
 from draftplus.distributed import pick_device
 from draftplus.errors import UserError
 from draftplus.evaluation.captions import captioned
 from draftplus.evaluation.chunks import SAMPLING_BATCH
 from draftplus.evaluation.scores import Rewards, score_images
-from draftplus.evaluation.stored import Undecodable, find_pictures, read_pictures
+from draftplus.evaluation.stored import find_pictures, read_pictures
 from draftplus.progress import Advance, progress
 from draftplus.runs.files import write_text
 from draftplus.runs.journal import finite
 from draftplus.runs.rows import reward_key
 
 SETTINGS = ("reward", "device", "data.column", "train.sampling_batch_size")  # that mean something here
-WAITING = 2**25  # pixels of pictures that wait for others of their size, 400 MB
+WAITING = 2**26  # pixels of pictures that wait for others of their size, 200 MB
 
 
 class Item(NamedTuple):
-    """A picture to score: its place in the result, its image (3, H, W) in [0, 1], and its prompt."""
+    """A picture to score: its place in the result, its image (3, H, W) uint8, and its prompt."""
 
     place: int
     image: Tensor
@@ -53,7 +54,7 @@ class Scorers:
         """The scores of each item by its place, and by reward."""
         found: dict[int, dict[str, float]] = {}
         for batch in by_size(items, self.batch_size):
-            images, prompts = torch.stack([item.image for item in batch]), [item.prompt for item in batch]
+            images, prompts = torch.stack([item.image for item in batch]) / 255, [item.prompt for item in batch]
             values = score_images(self.rewards, images, prompts, self.device, self.batch_size)
             for row, item in enumerate(batch):
                 found[item.place] = {reward_key(name): float(scores[row]) for name, scores in values.items()}
@@ -67,17 +68,18 @@ class Scorers:
 
 @dataclass
 class Skipped:
-    """The pictures that could not be read, of which there may be some."""
+    """What could not be read, pictures or pairs of them, of which there may be some."""
 
     most: int
+    what: str = "pictures"
     told: list[dict[str, str]] = field(default_factory=list)
 
     def add(self, picture: object, reason: object) -> None:
         """Raises UserError where it is one too many."""
         self.told.append({"file": str(picture), "reason": str(reason)})
         if len(self.told) > self.most:
-            first = "{file}: {reason}".format(**self.told[0])
-            raise UserError(f"{len(self.told)} pictures cannot be read, more than --skip {self.most}; first {first}")
+            many = f"{len(self.told)} {self.what} cannot be read, more than --skip {self.most} allows"
+            raise UserError("{many}; the first is {file}: {reason}".format(many=many, **self.told[0]))
 
 
 def score(

@@ -1,39 +1,23 @@
-"""Pictures on disk: files, directories and tar archives, as the images that rewards take."""
+"""Pictures on disk: files, directories and tar archives."""
 
 from __future__ import annotations
 
-import gzip
-import io
-import lzma
-import math
 import re
-import tarfile
-import warnings
-import zlib
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import IO, Any
 
-import numpy
-import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from draftplus.data.formats import TARS
+from draftplus.data.formats import DAMAGED_TAR, TARS, members
+from draftplus.data.pictures import MOST_BYTES, SUFFIXES, Undecodable, decode
+from draftplus.data.text import decoded
 from draftplus.errors import UserError
 
-# those that PIL reads in its own process: it hands EPS, say, to another program
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif")
-MOST_PIXELS = 64_000_000  # 768 MB as float32
-MOST_BYTES = 256_000_000  # of a file
-LONGEST_TEXT = 100_000  # bytes of a caption
-
-
-class Undecodable(Exception):
-    """A picture that is not read, and why."""
+LONGEST_CAPTION = 100_000  # bytes
 
 
 @dataclass(frozen=True)
@@ -93,113 +77,67 @@ def _by_number(path: Path, directory: Path) -> list[tuple[bool, int, str]]:
 def _beside(picture: Path, directory: Path) -> Stored:
     sidecar, caption = picture.with_suffix(".txt"), None
     if sidecar.is_file() and sidecar != picture:
-        with sidecar.open("rb") as file:
-            caption = _text(file, str(sidecar))
+        caption = _caption(sidecar.read_bytes, sidecar.stat().st_size, str(sidecar))
     return Stored(picture.relative_to(directory).as_posix(), picture, None, caption)
 
 
-def _text(file: IO[bytes], where: str) -> str:
-    data = file.read(LONGEST_TEXT + 1)
-    if len(data) > LONGEST_TEXT:
-        raise UserError(f"{where} is longer than {LONGEST_TEXT:,} bytes, so it is no caption of a picture; remove it")
-    try:
-        return " ".join(data.decode("utf-8-sig").split())
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+def _caption(read: Callable[[], bytes], size: int, where: str) -> str:
+    if size > LONGEST_CAPTION:
+        raise UserError(f"{where} has {size:,} bytes, so it is no caption of a picture; remove or rename it")
+    return " ".join(decoded(read(), where).split())
 
 
 def _inside(path: Path) -> list[Stored]:
     pictures, captions = [], {}
-    for member, file in _members(path):
-        key, _, suffix = member.name.rpartition(".")
-        if suffix.lower() == "txt":
-            captions[key] = _text(file, f"{path}/{member.name}")
-        elif _is_picture(member.name):
-            pictures.append(member.name)
-    twice = next(
-        (name for name, before in zip(sorted(pictures)[1:], sorted(pictures), strict=False) if name == before), ""
-    )
-    if twice:
-        raise UserError(f"'{path}' has two members named {twice}; rename or remove one of them")
+    with _whole(path):
+        for member, read in members(path):
+            key, _, suffix = member.name.rpartition(".")
+            if not member.isreg():  # no link is followed
+                continue
+            if suffix.lower() == "txt":
+                captions[key] = _caption(read, member.size, f"{path}, member {member.name}")
+            elif _is_picture(member.name):
+                pictures.append(member.name)
+    for name, count in Counter(pictures).items():
+        if count > 1:
+            raise UserError(f"'{path}' has {count} members named {name}; rename or remove all but one")
     return [Stored(name, path, name, captions.get(name.rpartition(".")[0])) for name in pictures]
 
 
-def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, IO[bytes]]]:
-    """The files in an archive, compressed or not, each with its content, which is good until the next is taken.
-
-    Raises UserError where the archive is cut short or damaged.
-    """
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """Raises UserError for an archive that is cut short or damaged."""
     try:
-        with tarfile.open(path, "r:*") as tar:
-            end = 0
-            while (member := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # else a million of them stay in memory
-                end = member.offset_data + math.ceil(member.size / tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-                file = tar.extractfile(member) if member.isreg() else None  # no link is followed
-                if file is not None:
-                    yield member, file
-            # a cut between two members looks like the end, but for the block of zeros that stands there
-            stream: Any = tar.fileobj
-            stream.seek(end)
-            if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError(f"neither a member nor the end mark at byte {end}")
-    except (tarfile.TarError, EOFError, ValueError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
+        yield
+    except DAMAGED_TAR as error:
         reason = str(error).partition("\n")[0].rstrip(":") or type(error).__name__
         raise UserError(f"'{path}' is truncated or not a tar file ({reason}); download or create it again") from error
 
 
 def read_pictures(pictures: Sequence[Stored]) -> Iterator[tuple[Stored, Tensor | Undecodable]]:
-    """Each picture as an image (3, H, W) in [0, 1], or why it is not read; of a tar's pictures in its order."""
-    for file, group in groupby(pictures, key=lambda one: one.file):
-        wanted = list(group)
-        if wanted[0].member is None:
-            for one in wanted:
-                try:
-                    with file.open("rb") as opened:
-                        yield one, decoded(opened, file.stat().st_size)
-                except (Undecodable, OSError) as error:
-                    yield one, Undecodable(str(error))
+    """Each picture as (3, H, W) uint8, or why it is not read; those of a tar in its order."""
+    for path, group in groupby(pictures, key=lambda one: one.file):
+        wanted = {one.member: one for one in group}
+        if None in wanted:
+            yield wanted[None], _file(path)
             continue
-        by_name = {one.member: one for one in wanted}
-        for member, content in _members(file):
-            if member.name in by_name:
-                try:
-                    yield by_name[member.name], decoded(content, member.size)
-                except Undecodable as error:
-                    yield by_name[member.name], error
+        with _whole(path):
+            for member, read in members(path):
+                if member.isreg() and member.name in wanted:
+                    yield wanted[member.name], _decoded(read, member.size)
 
 
-def decoded(file: IO[bytes], size: int) -> Tensor:
-    """A picture as (3, H, W) float32 in [0, 1]: turned as its EXIF data say, transparency on white, the first frame.
-
-    Greys of 16 bits keep them. Raises Undecodable for what is damaged, too large, or of 32 bits, whose range is not
-    known.
-    """
-    if size > MOST_BYTES:
-        raise Undecodable(f"{size:,} bytes, more than {MOST_BYTES:,}")
+def _file(path: Path) -> Tensor | Undecodable:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of PIL's own limit, and of damaged EXIF data
-            picture: Image.Image = Image.open(io.BytesIO(file.read()), formats=FORMATS)
-            width, height = picture.size
-            if width * height > MOST_PIXELS:
-                raise Undecodable(f"{width} x {height} pixels, more than {MOST_PIXELS:,}")
-            picture = ImageOps.exif_transpose(picture)
-            if picture.mode in ("I", "F"):
-                raise Undecodable(f"pixels of 32 bits (PIL's mode {picture.mode}); save it with 8 or 16")
-            if picture.mode.startswith("I;16"):
-                grey = torch.from_numpy(numpy.asarray(picture).astype(numpy.float32) / 65535)
-                return grey.expand(3, *grey.shape).clone()
-            if picture.has_transparency_data:
-                above = picture.convert("RGBA")
-                picture = Image.alpha_composite(Image.new("RGBA", above.size, "white"), above)
-            pixels = numpy.asarray(picture.convert("RGB"))  # (H, W, 3)
-    except UnidentifiedImageError:
-        raise Undecodable("not a picture of a known format") from None
-    except Image.DecompressionBombError as error:
-        raise Undecodable(str(error)) from None
-    except Undecodable:
-        raise
-    except Exception as error:  # decoders raise anything on damaged files
-        raise Undecodable(f"damaged ({str(error) or type(error).__name__})") from None
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous().float() / 255
+        return _decoded(path.read_bytes, path.stat().st_size)
+    except OSError as error:
+        return Undecodable(error.strerror or str(error))
+
+
+def _decoded(read: Callable[[], bytes], size: int) -> Tensor | Undecodable:
+    if size > MOST_BYTES:
+        return Undecodable(f"{size:,} bytes, more than {MOST_BYTES:,}")
+    try:
+        return decode(read())
+    except Undecodable as error:
+        return error

@@ -19,6 +19,7 @@ from draftplus.errors import UserError, is_out_of_memory
 from draftplus.hub import by_hand
 from draftplus.models import files, fitting
 from draftplus.models.files import Stored
+from draftplus.models.nemo import as_original, refuse_whole
 from draftplus.weights import first_line, read_state_dict
 
 SINGLE_FILE = (".safetensors", ".ckpt")
@@ -73,6 +74,7 @@ def directory_of(path: str) -> str:
     Raises UserError for a directory that is missing or contains something else.
     """
     path = os.path.expanduser(path)  # keeps a leading ./
+    refuse_whole(path)
     if looks_local(path) and not Path(path).is_dir():
         raise UserError(f"model.path '{path}': no such directory; give a diffusers directory, a hub id, or emoji")
     if Path(path).is_dir() and not (Path(path) / "model_index.json").is_file():
@@ -185,7 +187,7 @@ def _replacement(cls: Any, source: Source, name: str, dtype: torch.dtype, given:
             files.check(given, stored)
         with loading(key, replacement):
             return _from_folder(cls, given, "", dtype, stored)
-    state = read_state_dict(given)
+    state = as_original(read_state_dict(given))
     with loading(key, replacement):
         return _from_tensors(cls, _only(name, state) or state, source.directory, name, dtype)
 
@@ -247,7 +249,7 @@ def _known_names(like: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _taken_for(state: Mapping[str, Tensor]) -> str:
     """What a file of weights is that does not fit, as far as its names tell."""
-    if any("lora" in key.lower() for key in state):
+    if any("lora" in key.lower() or ".adapter_layer." in key for key in state):
         return ", which are an adapter's (LoRA)"
     kind = model_like(state)
     return f", which are like those of {kind}" if kind is not None else ""

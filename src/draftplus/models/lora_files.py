@@ -19,10 +19,11 @@ from diffusers.utils import (
 from torch import Tensor
 
 from draftplus.errors import UserError
+from draftplus.models.nemo import read_adapter
 from draftplus.weights import first_line, read_header, read_state_dict
 
 LORA_FILE = LORA_WEIGHT_NAME_SAFE
-PICKLES = (".bin", ".pt", ".pth")
+PICKLES = (".bin", ".pt", ".pth", ".nemo")
 NOT_LORA = ("scheduler", "optimizer", "checkpoint")  # in whose names stock diffusers looks for no adapter
 KINDS = {"dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "lokr_": "LoKr", "hada_": "LoHa"}  # by part of a name
 UP = re.compile(r"lora.*[._](B|up)\b.*weight$")  # in every spelling, what writes a layer's outputs
@@ -106,12 +107,15 @@ def _holds_lora(file: Path) -> bool:
 
 
 def read_lora(file: Path, pipeline: Any, config: Any = None) -> LoraFile:
-    """Reads a LoRA file: safetensors, or a pickle of tensors alone, in any spelling that stock diffusers converts.
+    """Reads a LoRA file: safetensors, or a pickle of tensors alone, in any spelling that stock diffusers converts; or
+    NeMo's.
 
     pipeline: the class of the stock pipeline that it is for. config: of that one's denoiser.
 
     Raises UserError for one that is damaged or would run code, that is no LoRA, or of a kind that is more than a LoRA.
     """
+    if file.suffix == ".nemo":
+        return LoraFile(file, *read_adapter(file, config), None)
     state = read_state_dict(file, tensors_only=True)
     metadata = _metadata(file)
     kind = next((told for name in state for part, told in KINDS.items() if part in name), None)

@@ -15,7 +15,7 @@ from draftplus.runs.rows import reward_key, reward_names
 
 def curves(run: Run) -> str:
     """HTML of every curve that the run has numbers for."""
-    charts = [*_training_reward(run), *_held_out_rewards(run), *_kl(run), *_diversity(run), *_gradient(run)]
+    charts = [*_training_reward(run), *_held_out_rewards(run), *_kl(run), *_diversity(run), *gradient(run)]
     figures = "".join(
         f"<figure><figcaption><strong>{escape(chart.title)}</strong> {escape(chart.note)}</figcaption>"
         f"{draw(chart, f'chart{i}')}</figure>"
@@ -24,7 +24,7 @@ def curves(run: Run) -> str:
     return figures or "<p>There is nothing to draw yet.</p>"
 
 
-def _curve(run: Run, key: str, title: str, note: str, level: tuple[float, str] | None = None) -> list[Chart]:
+def curve(run: Run, key: str, title: str, note: str, level: tuple[float, str] | None = None) -> list[Chart]:
     """A per-step quantity, smoothed where it is long enough to need it."""
     steps, values = summary.series(run, key)
     if not any(map(math.isfinite, values)):
@@ -40,10 +40,10 @@ def _training_reward(run: Run) -> list[Chart]:
     rewards = run.config.get("reward")
     several = isinstance(rewards, dict) and len(rewards) > 1
     note = "The weighted sum that is optimised, on the training prompts." if several else "On the training prompts."
-    charts = _curve(run, "reward", "Training reward", note)
+    charts = curve(run, "reward", "Training reward", note)
     if several:
         for name in reward_names(key for row in run.steps for key in row):
-            charts += _curve(
+            charts += curve(
                 run, reward_key(name), f"Training reward, {name}", "One of the rewards, without its weight."
             )
     return charts
@@ -61,23 +61,23 @@ def _held_out_rewards(run: Run) -> list[Chart]:
         complete = len(errors) == len(rows) > 1 and any(map(math.isfinite, errors))
         note = "On prompts and seeds that are never used in training."
         note += " Bars are one standard error of the paired gain over images." if complete else ""
-        note += _marks(run, steps)
+        note += marks(run, steps)
         charts.append(
             Chart(
                 f"Held-out reward, {name}", note, steps, values,
                 errors=errors if complete else None, level=_start(steps, values), markers=True,
-                best=run.best.get("step"), stopped=_stopped(run, steps),
+                best=run.best.get("step"), stopped=stopped_at(run, steps),
             )
         )  # fmt: skip
     return charts
 
 
-def _stopped(run: Run, steps: Sequence[int]) -> int | None:
+def stopped_at(run: Run, steps: Sequence[int]) -> int | None:
     """The last evaluated step of a run that a guard ended."""
     return steps[-1] if run.stopped else None
 
 
-def _marks(run: Run, steps: Sequence[int]) -> str:
+def marks(run: Run, steps: Sequence[int]) -> str:
     told = " ★ marks the best evaluation." if run.best.get("step") in steps else ""
     return f"{told} × marks where a guard ended the run." if run.stopped else told
 
@@ -89,7 +89,7 @@ def _start(steps: Sequence[int], values: Sequence[float]) -> tuple[float, str]:
 def _kl(run: Run) -> list[Chart]:
     if not any(summary.series(run, "kl")[1]):  # without the term it is not evaluated
         return []
-    return _curve(run, "kl", "KL", "Distance from the frozen model's prediction, over the steps that carry gradient.")
+    return curve(run, "kl", "KL", "Distance from the frozen model's prediction, over the steps that carry gradient.")
 
 
 def _diversity(run: Run) -> list[Chart]:
@@ -100,17 +100,17 @@ def _diversity(run: Run) -> list[Chart]:
     floor = summary.number(flatten(run.config).get("stop.diversity_floor"))
     level = _start(steps, values) if floor is None else (values[0] * floor, "floor below which the run ends")
     note += " × marks where a guard ended the run." if run.stopped else ""
-    stopped = _stopped(run, steps)
+    stopped = stopped_at(run, steps)
     return [Chart("Diversity", note, steps, values, level=level, markers=True, from_zero=True, stopped=stopped)]
 
 
-def _gradient(run: Run) -> list[Chart]:
+def gradient(run: Run) -> list[Chart]:
     clip = summary.number(flatten(run.config).get("optim.grad_clip"))
     _, values = summary.series(run, "grad_norm")
     in_reach = clip is not None and max((v for v in values if math.isfinite(v)), default=0.0) > 0.5 * clip
     level = (clip, "clipped above") if clip is not None and in_reach else None
     note = "Before clipping." if clip is None or in_reach else f"Before clipping, which starts at {clip:g}."
-    charts = _curve(run, "grad_norm", "Gradient norm", note, level)
-    return charts + _curve(
+    charts = curve(run, "grad_norm", "Gradient norm", note, level)
+    return charts + curve(
         run, "clipped_fraction", "Saturated pixel values", "The fraction at 0 or 1, where no gradient passes."
     )

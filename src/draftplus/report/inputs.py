@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from draftplus.config import trains_reward
 from draftplus.errors import UserError
 from draftplus.report.read import Run, loads, read_run
 from draftplus.runs.rows import MetricRow, read_target
@@ -90,6 +91,9 @@ def _read_run(path: Path, found: Inputs, seen: set[Path]) -> None:
     if path.resolve() in seen:
         return
     seen.add(path.resolve())
+    if trains_reward(path):
+        found.problems.append(f"{path}: trains a reward, which has a page of its own: draftplus report {path}")
+        return
     try:
         run = read_run(path)
     except (UserError, OSError) as error:

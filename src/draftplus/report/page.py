@@ -29,15 +29,15 @@ def render(run: Run) -> str:
         style=(files / "report.css").read_text(encoding="utf-8"),
         name=escape(run.name),
         method=escape(method_in_words(run.config, run.last_sigma)),
-        progress=escape(_progress(run)),
-        missing=_missing(run),
+        progress=escape(progress_of(run)),
+        missing=missing(run),
         cards=_cards(run),
         rewards=_rewards(run),
         pictures=before_and_after(run),
         charts=curves(run),
-        configuration=_configuration(run),
+        configuration=configuration(run),
         repeat=escape(repeat_command(run)),
-        generate=escape(shlex.join(["draftplus", "generate", str(_near(run.directory)), "--prompt", _a_prompt(run)])),
+        generate=escape(shlex.join(["draftplus", "generate", str(near(run.directory)), "--prompt", _a_prompt(run)])),
         version=escape(__version__),
         script=(files / "pictures.js").read_text(encoding="utf-8"),
     )
@@ -45,10 +45,10 @@ def render(run: Run) -> str:
 
 def repeat_command(run: Run) -> str:
     """The command that repeats the run under another name."""
-    return shlex.join(["draftplus", "train", str(_near(run.directory) / "config.yaml"), f"name={run.name}-again"])
+    return shlex.join(["draftplus", "train", str(near(run.directory) / "config.yaml"), f"name={run.name}-again"])
 
 
-def _near(path: Path) -> Path:
+def near(path: Path) -> Path:
     """The path as seen from the working directory, where it lies inside."""
     here = Path.cwd()
     return path.resolve().relative_to(here) if path.resolve().is_relative_to(here) else path
@@ -63,7 +63,7 @@ def _planned_steps(run: Run) -> object:
     return None if keys.get("train.epochs") else keys.get("train.steps")  # epochs, where given, decide
 
 
-def _progress(run: Run) -> str:
+def progress_of(run: Run) -> str:
     planned = _planned_steps(run)
     if not run.steps and not run.running:
         return "No training step is recorded."
@@ -84,7 +84,7 @@ def _progress(run: Run) -> str:
     return f"{text}."
 
 
-def _missing(run: Run) -> str:
+def missing(run: Run) -> str:
     if not run.missing:
         return ""
     items = "".join(f"<li>{escape(item)}</li>" for item in run.missing)
@@ -93,22 +93,22 @@ def _missing(run: Run) -> str:
 
 def _cards(run: Run) -> str:
     cards = [
-        _card(f"Held-out reward, {change.name}", _arrow(change), _gain(change))
+        card(f"Held-out reward, {change.name}", _arrow(change), _gain(change))
         for change in summary.reward_changes(run)[:2]
     ]
     diversity = summary.diversity_change(run)
     if diversity is not None:
-        cards.append(_card("Diversity, LPIPS", _arrow(diversity), _ratio(diversity, run)))
+        cards.append(card("Diversity, LPIPS", _arrow(diversity), _ratio(diversity, run)))
     seconds = summary.training_seconds(run)
     if seconds is not None:
         total, median = seconds
         evaluations = summary.evaluation_seconds(run)
         detail = f"{median:.2f} s per step" + (f"; evaluations {duration(evaluations)} more" if evaluations else "")
-        cards.append(_card("Training time", duration(total), detail))
+        cards.append(card("Training time", duration(total), detail))
     return "".join(cards) or "<p>No numbers are recorded yet.</p>"
 
 
-def _card(title: str, value: str, detail: str) -> str:
+def card(title: str, value: str, detail: str) -> str:
     return (
         f'<div class="card"><h3>{escape(title)}</h3><p class="value">{escape(value)}</p>'
         f'<p class="detail">{escape(detail)}</p></div>'
@@ -156,11 +156,11 @@ def _rewards(run: Run) -> str:
     )
 
 
-def _configuration(run: Run) -> str:
+def configuration(run: Run, schema: Any = Config) -> str:
     """Every key in sections; a value that is not the default's is marked."""
     if not run.config:
         return "<p>No configuration was found.</p>"
-    defaults = flatten(to_dict(Config()))
+    defaults = flatten(to_dict(schema()))
 
     def row(section: str, key: str, value: Any) -> str:
         kind = "default" if key in defaults and defaults[key] == value else "changed"

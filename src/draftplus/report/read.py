@@ -66,12 +66,12 @@ def read_run(directory: Path) -> Run:
         raise UserError(f"{directory}: no such run directory")
     run = Run(directory, running=is_held(directory))
     run.config, run.last_sigma = _read_config(run), _last_sigma(directory)
-    run.steps = _read_rows(run, "metrics.jsonl", "no training curves", _not_numbers)
-    evaluated = _read_rows(run, "eval.jsonl", "no held-out numbers", ill_formed)
+    run.steps = read_rows(run, "metrics.jsonl", "no training curves", not_numbers)
+    evaluated = read_rows(run, "eval.jsonl", "no held-out numbers", ill_formed)
     run.evaluations = [read_evaluation(row) for row in evaluated]
     _read_samples(run)
-    run.best = _read_object(run, "best.json")
-    run.stopped = _read_object(run, "stopped.json")
+    run.best = read_object(run, "best.json")
+    run.stopped = read_object(run, "stopped.json")
     if not (run.config or run.steps or run.evaluations or run.samples or run.grids):
         raise UserError(
             f"{directory}: not a run directory; it has no config.yaml, metrics.jsonl, eval.jsonl or samples/"
@@ -132,11 +132,11 @@ def _shown(text: str) -> float:
     return number if abs(number := float(text)) < LARGEST else math.copysign(math.inf, number)
 
 
-def _not_numbers(row: Mapping[str, Any]) -> list[str]:
+def not_numbers(row: Mapping[str, Any]) -> list[str]:
     return [key for key, value in row.items() if not are_numbers([value])]
 
 
-def _read_rows(
+def read_rows(
     run: Run, name: str, consequence: str, ill_formed: Callable[[Mapping[str, Any]], Sequence[str]]
 ) -> list[dict[str, Any]]:
     """The rows in order of step; a step that was written twice counts as written last.
@@ -172,15 +172,15 @@ def _read_samples(run: Run) -> None:
             continue
         step = int(match[1])
         named = {path: m for path in sorted(directory.glob("*.png")) if (m := SAMPLE_FILE.fullmatch(path.name))}
-        huge = {path for path in named if _is_huge(path)}
+        huge = {path for path in named if is_huge(path)}
         run.missing += [f"{path.relative_to(run.directory)} (a picture too large to be read)" for path in sorted(huge)]
-        broken += [path for path in named if path not in huge and not _is_whole(path)]
+        broken += [path for path in named if path not in huge and not is_whole(path)]
         left_out = {*huge, *broken}
         pictures = {(int(m["prompt"]), int(m["seed"])): path for path, m in named.items() if path not in left_out}
         if pictures:
             run.samples[step] = pictures
         grid = directory / "grid.png"
-        if grid.is_file() and not _is_huge(grid) and _is_whole(grid):
+        if grid.is_file() and not is_huge(grid) and is_whole(grid):
             run.grids[step] = directory / "grid.png"
     if broken:
         first = broken[0].relative_to(run.directory)
@@ -188,14 +188,14 @@ def _read_samples(run: Run) -> None:
     if not run.samples and not run.grids:
         run.missing.append("samples/ (no pictures)")
         return
-    prompts = _read_json(run, "samples/prompts.json")
+    prompts = read_json(run, "samples/prompts.json")
     if isinstance(prompts, list):
         run.prompts = [str(prompt) for prompt in prompts]
     else:
         run.missing.append("samples/prompts.json (prompts are shown by number)")
 
 
-def _is_huge(path: Path) -> bool:
+def is_huge(path: Path) -> bool:
     """Whether Pillow refuses a picture for its size, which may be an attack on the reader's memory."""
     try:
         with Image.open(path):
@@ -206,7 +206,7 @@ def _is_huge(path: Path) -> bool:
         return False
 
 
-def _is_whole(path: Path) -> bool:
+def is_whole(path: Path) -> bool:
     """Whether a PNG file is all there, by its checksums; a copy or a write that broke off is not."""
     try:
         state = path.stat()
@@ -227,8 +227,8 @@ def _checked(path: Path, size: int, changed: int) -> bool:
         return False
 
 
-def _read_object(run: Run, name: str) -> dict[str, Any]:
-    value = _read_json(run, name)
+def read_object(run: Run, name: str) -> dict[str, Any]:
+    value = read_json(run, name)
     if isinstance(value, dict) and type(value.get("step")) is not int:
         run.missing.append(f"{name} (without a step)")
         return {}
@@ -239,7 +239,7 @@ def _read_object(run: Run, name: str) -> dict[str, Any]:
     return {}
 
 
-def _read_json(run: Run, name: str) -> Any:
+def read_json(run: Run, name: str) -> Any:
     path = run.directory / name
     if not path.is_file():
         return None

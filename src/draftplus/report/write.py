@@ -6,8 +6,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from draftplus.config import trains_reward
 from draftplus.errors import UserError
-from draftplus.report import comparison, page
+from draftplus.report import comparison, page, pairs
 from draftplus.report.inputs import has_anything_of_a_run, read_inputs
 from draftplus.report.read import read_run
 
@@ -17,8 +18,9 @@ FIGURES = "figures"
 def write_report(inputs: Path | Sequence[Path], output: Path | None = None, figures: bool | None = None) -> Path:
     """Writes the report and returns its path.
 
-    inputs: a run gives the page of that run; a sweep, or several runs, sweeps and eval.json files give the page that
-    compares them. output: null means report.html in the one directory that was given, else in the working directory.
+    inputs: a run gives the page of that run, also one that trains a reward; a sweep, or several runs, sweeps and
+    eval.json files give the page that compares them. output: null means report.html in the one directory that was
+    given, else in the working directory.
     figures: whether the figures are also written as PNG and SVG, to the folder `figures` beside the page; null means of
     a comparison only. Whatever an input lacks is named in the page.
 
@@ -33,7 +35,9 @@ def write_report(inputs: Path | Sequence[Path], output: Path | None = None, figu
     if at.exists() and not at.is_file():
         raise UserError(f"the output '{at}' is a device, pipe or socket; give the name of a file")
     single = len(paths) == 1 and has_anything_of_a_run(paths[0])
-    if single:
+    if single and trains_reward(paths[0]):
+        text, drawings = pairs.render(pairs.read_training(paths[0])), None
+    elif single:
         run = read_run(paths[0])
         text = page.render(run)
         drawings = comparison.Report([run], [], [], run.name) if figures and run.config else None

@@ -1,23 +1,13 @@
-"""A reward of NeMo-Aligner, a `.nemo` file with a CLIP, as a transformers `CLIPModel` with tokenizer and preprocessing.
-
-A `.nemo` file is a tar of `model_config.yaml` and `model_weights.ckpt`, the latter once for each process where it was
-saved under tensor parallelism.
-"""
+"""A reward of NeMo-Aligner, a CLIP in a `.nemo` file, as a transformers `CLIPModel` directory."""
 
 from __future__ import annotations
 
-import os
-import re
-import shutil
-import tarfile
 import tempfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from draftplus.errors import UserError
@@ -26,10 +16,7 @@ from draftplus.rewards.checkpoints import first, fit, locate
 from draftplus.rewards.clip import CLIP_H, load_tokenizer
 from draftplus.rewards.megatron import as_clip_model
 from draftplus.rewards.preprocessing import CLIP_MEAN, CLIP_STD
-from draftplus.weights import read_state_dict
-
-CONFIG, WEIGHTS = "model_config.yaml", "model_weights.ckpt"
-RANK = re.compile(rf"mp_rank_\d+/{re.escape(WEIGHTS)}")
+from draftplus.weights import read_nemo_part, unpacked_nemo
 
 # settings of a tower whose other values a `CLIPModel` has no place for
 PLAIN: dict[str, tuple[Any, ...]] = {
@@ -58,13 +45,10 @@ def convert_nemo(file: str | Path, output: str | Path, processor: str | None = N
     file, output = Path(file).expanduser(), Path(output).expanduser()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"-o '{output}' exists and is not an empty directory; give another")
-    if not file.is_file():
-        raise UserError(f"'{file}': no such file; give a .nemo file, a tar with {CONFIG} and {WEIGHTS}")
-    with tempfile.TemporaryDirectory() as scratch:
-        ranks = _unpacked(file, Path(scratch))
-        config = _config(file, Path(scratch) / CONFIG)
+    with unpacked_nemo(file) as (config, parts):
+        _check(str(file), config)
         tokenizer = _tokenizer(processor or _named_tokenizer(config))
-        tensors = as_clip_model([_read(file, rank) for rank in ranks], config, str(file))
+        tensors = as_clip_model([read_nemo_part(file, part) for part in parts], config, str(file))
     model = _model(file, config, tensors)
     if len(tokenizer) > model.config.text_config.vocab_size:
         raise UserError(
@@ -75,55 +59,8 @@ def convert_nemo(file: str | Path, output: str | Path, processor: str | None = N
     return output
 
 
-def _unpacked(file: Path, directory: Path) -> list[Path]:
-    """Unpacks the configuration and the weights; returns the weights' files, one for each tensor-parallel process."""
-    try:
-        with tarfile.open(file) as tar:
-            members = {os.path.normpath(member.name): member for member in tar}
-            wanted = _weights_in(file, members)
-            for name in [CONFIG, *wanted]:
-                source = tar.extractfile(members[name])
-                if source is None:
-                    raise UserError(f"'{file}': {name} in it is not a file, but a folder or a link")
-                (directory / name).parent.mkdir(parents=True, exist_ok=True)
-                with (directory / name).open("wb") as target:
-                    shutil.copyfileobj(source, target, 2**24)
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of the file
-            raise
-        raise UserError(
-            f"'{file}' is damaged, or not a .nemo file, which is a tar with {CONFIG} and {WEIGHTS}: {first(error)}"
-        ) from error
-    return [directory / name for name in wanted]
-
-
-def _weights_in(file: Path, members: Mapping[str, Any]) -> list[str]:
-    """The names of the weights' files in a .nemo file. Raises UserError where they are stored in another way."""
-    if CONFIG not in members:
-        raise UserError(f"'{file}' is not a .nemo file: it has no {CONFIG}")
-    if WEIGHTS in members:
-        return [WEIGHTS]
-    ranks = sorted(name for name in members if RANK.fullmatch(name))
-    if ranks:
-        return ranks
-    again = (
-        f"; in NeMo, restore it on one GPU with tensor_model_parallel_size=1 and pipeline_model_parallel_size=1, "
-        f"torch.save(model.state_dict(), '{WEIGHTS}'), and pack that file with {CONFIG} into a tar"
-    )
-    if any(name.startswith("tp_rank_") for name in members):
-        raise UserError(f"'{file}' is divided for pipeline parallelism (tp_rank_…_pp_rank_…){again}")
-    if any(name.startswith("model_weights/") for name in members):
-        raise UserError(f"'{file}' holds a distributed checkpoint (model_weights/), which only NeMo reads{again}")
-    raise UserError(f"'{file}' is not a .nemo file of one model: it has no {WEIGHTS}")
-
-
-def _config(file: Path, path: Path) -> dict[str, Any]:
-    """The configuration of a CLIP. Raises UserError for another model's, or one that a `CLIPModel` cannot have."""
-    try:
-        read = OmegaConf.to_container(OmegaConf.load(path))  # by a safe loader; references stay as they are
-    except Exception as error:  # yaml's errors share no base class with OmegaConf's
-        raise UserError(f"'{file}': {CONFIG} in it is not plain YAML: {first(error)}") from error
-    config: dict[str, Any] = {str(key): value for key, value in read.items()} if isinstance(read, dict) else {}
+def _check(file: str, config: dict[str, Any]) -> None:
+    """Raises UserError for the configuration of another model than a CLIP, or of one that a `CLIPModel` cannot be."""
     if not all(isinstance(config.get(tower), dict) for tower in ("vision", "text")):
         target = str(config.get("target", "something else")).rpartition(".")[2]
         adapter = "peft" in config or "unet_config" in config
@@ -148,17 +85,18 @@ def _config(file: Path, path: Path) -> dict[str, Any]:
     if _number(file, config["vision"], "vision", "img_h") != _number(file, config["vision"], "vision", "img_w"):
         raise UserError(f"'{file}' is for images that are not square, which a CLIPModel cannot take")
     _number(file, config["vision"], "vision", "patch_dim")
-    return config
 
 
-def _number(file: Path, settings: Mapping[str, Any], tower: str, key: str) -> int:
+def _number(file: str, settings: Mapping[str, Any], tower: str, key: str) -> int:
     value = settings.get(key)
     if not isinstance(value, int) or value < 1:
-        raise UserError(f"'{file}': {CONFIG} in it has {tower}.{key} {value}, where a number above 0 is expected")
+        raise UserError(
+            f"'{file}': model_config.yaml in it has {tower}.{key} {value}, where a number above 0 is expected"
+        )
     return value
 
 
-def _epsilon(file: Path, tower: str, value: Any) -> float:
+def _epsilon(file: str, tower: str, value: Any) -> float:
     try:
         return float(value)
     except (TypeError, ValueError):
@@ -178,13 +116,6 @@ def _tokenizer(source: str) -> Any:
         reason = first(error).partition(": set args")[0].rstrip(".").replace("reward weights", "the tokenizer of")
         by_hub = "" if Path(source).expanduser().exists() else f".\nRun: {by_hand(source, key='--processor')}"
         raise UserError(f"{reason}; give a directory that has the tokenizer as --processor{by_hub}") from error
-
-
-def _read(file: Path, weights: Path) -> dict[str, Tensor]:
-    try:
-        return read_state_dict(weights)
-    except UserError as error:
-        raise UserError(str(error).replace(str(weights), f"'{file}', {WEIGHTS} in it")) from error
 
 
 def _model(file: Path, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> Any:

@@ -21,14 +21,16 @@ BEGUN = {".lock", "config.yaml", ORIGIN, SCALES, "samples", "tensorboard"}  # wh
 
 @dataclass(frozen=True)
 class WeightNames:
-    """Where a run keeps the weights that it trained. each: those of every evaluation. result: those it ends with."""
+    """Where a run keeps the weights that it trained. each: those of every evaluation. result: those that it ends with,
+    or, where `best`, those of the evaluation that best.json names."""
 
     each: str
     result: str
+    best: bool = False
 
 
 ADAPTERS = WeightNames("adapters", "adapter")
-REWARDS = WeightNames("rewards", "reward")  # of a run that trains a reward
+REWARDS = WeightNames("rewards", "reward", best=True)  # of a run that trains a reward
 
 
 def is_run(target: str | Path) -> bool:

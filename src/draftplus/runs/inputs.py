@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from draftplus.build import REWARDS, reward_loader
-from draftplus.config import Config, ModelConfig, RewardConfig, values
+from draftplus.config import AnyConfig, Config, ModelConfig, RewardConfig, RewardTrainConfig, values
 from draftplus.config.trust import sources
+from draftplus.data.pairs import Pairs
 from draftplus.distributed import World
 from draftplus.errors import UserError
 from draftplus.models.families import model_path
@@ -18,15 +19,15 @@ from draftplus.models.loading import REPLACED
 from draftplus.models.single_file import PACKAGED
 from draftplus.models.stock import ABSENT, index_of
 from draftplus.rewards.arguments import parameters_of
-from draftplus.runs.checksums import files_hash, named_hash, texts_hash
+from draftplus.runs.checksums import files_hash, named_hash, text_hash, texts_hash
 from draftplus.runs.directory import saved_steps
-from draftplus.runs.origin import ORIGIN, read_origin
+from draftplus.runs.origin import ORIGIN, REWARD_MODELS, read_origin
 
 PARTS = re.compile(r"(unet|transformer|vae|text_encoder|tokenizer|scheduler)(_\d)?")  # the folders of a model
 CONFIGS = (".json", ".txt", ".model", ".jinja")
 
 
-def file_keys(config: Config) -> set[str]:
+def file_keys(config: AnyConfig) -> set[str]:
     """The keys that name files or directories, those of its rewards too."""
     return {key for key, facts, _ in values(config) if facts.file}
 
@@ -52,17 +53,43 @@ def same_inputs(config: Config, run: Path, prompts: Sequence[str], here: World) 
 
     Raises UserError where the run is continued, and one of them is not what it was.
     """
-    told = here.gather(_looked_at(config, run, prompts) if here.is_main else None)[0]
+
+    def hashes() -> dict[str, str]:
+        now = {"data.prompts": texts_hash(prompts), **model_hashes(config.model)}
+        for name, reward in config.reward.items():
+            now |= _reward(name, reward)
+        return now
+
+    return _agreed(config, run, hashes, here)
+
+
+def same_reward_inputs(
+    config: RewardTrainConfig, run: Path, pairs: Pairs, validation: Pairs, here: World
+) -> Mapping[str, str]:
+    """`same_inputs` of a run that trains a reward. Of pictures in files of their own, names alone are looked at."""
+
+    def hashes() -> dict[str, str]:
+        now = {"data.pairs": text_hash([row.told for row in pairs])}
+        if config.data.validation is not None:
+            now["data.validation"] = text_hash([row.told for row in validation])
+        for key, path in (("model.path", config.model.path), ("model.processor", config.model.processor)):
+            if path not in (None, *REWARD_MODELS):
+                now[key] = source_hash(str(path), config.model.revision, "config.json")
+        return now
+
+    return _agreed(config, run, hashes, here)
+
+
+def _agreed(config: AnyConfig, run: Path, hashes: Callable[[], dict[str, str]], here: World) -> Mapping[str, str]:
+    told = here.gather(_looked_at(config, run, hashes) if here.is_main else None)[0]
     if isinstance(told, UserError):
         raise told
     assert isinstance(told, dict)
     return told
 
 
-def _looked_at(config: Config, run: Path, prompts: Sequence[str]) -> dict[str, str] | UserError:
-    now = {"data.prompts": texts_hash(prompts), **model_hashes(config.model)}
-    for name, reward in config.reward.items():
-        now |= _reward(name, reward)
+def _looked_at(config: AnyConfig, run: Path, hashes: Callable[[], dict[str, str]]) -> dict[str, str] | UserError:
+    now = hashes()
     before = read_origin(run) if saved_steps(run / "checkpoints") else None
     files = file_keys(config)
     for key in sorted(now.keys() | before.inputs.keys()) if before else ():

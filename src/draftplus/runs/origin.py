@@ -17,8 +17,10 @@ from draftplus.config import (
     AnyConfig,
     Config,
     ModelConfig,
+    RewardTrainConfig,
     flatten,
     is_below,
+    load_reward_run_config,
     load_run_config,
     read_yaml,
     to_dict,
@@ -79,12 +81,24 @@ def run_config(run: Path, overrides: Sequence[str] = (), code: Collection[str] |
 
     Raises UserError as `load_run_config` does.
     """
-    for key, (then, now) in edited(run).items():
-        _tell(f"{run / 'config.yaml'} was edited or damaged since draftplus wrote it: {key} was {then}, is {now}")
+    _tell_of_edits(run, edited(run))
     config = load_run_config(run, overrides, code)
     if "sigmas" not in read_yaml(run / "config.yaml").get("sampler", {}):
         config.sampler.solver = former_solver(config.sampler.solver, config.model)
     return config
+
+
+def reward_run_config(run: Path, overrides: Sequence[str] = ()) -> RewardTrainConfig:
+    """`run_config` of a run that trains a reward."""
+    now = flatten(to_dict(load_reward_run_config(run)))
+    before = read_origin(run)
+    _tell_of_edits(run, {} if before is None else differences(before.config, now))
+    return load_reward_run_config(run, overrides)
+
+
+def _tell_of_edits(run: Path, changed: Mapping[str, tuple[Any, Any]]) -> None:
+    for key, (then, now) in changed.items():
+        _tell(f"{run / 'config.yaml'} was edited or damaged since draftplus wrote it: {key} was {then}, is {now}")
 
 
 def former_solver(solver: str, model: ModelConfig) -> str:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from draftplus.build import compares_images
 from draftplus.config import (
-    CHANGEABLE,
+    AnyConfig,
     Config,
+    RewardTrainConfig,
+    changeable_keys,
     flatten,
     given_by,
     is_below,
     load_config,
+    load_reward_config,
     refuse_bad_name,
     run_name,
     shaping_keys,
@@ -22,9 +27,9 @@ from draftplus.config import (
 from draftplus.diffusion.methods import check_method
 from draftplus.errors import UserError
 from draftplus.models.families import resolve
-from draftplus.runs.directory import is_run, saved_steps
+from draftplus.runs.directory import REWARDS, is_run, saved_steps
 from draftplus.runs.inputs import file_keys
-from draftplus.runs.origin import absolute_paths, differences, former_solver, read_origin, run_config
+from draftplus.runs.origin import absolute_paths, differences, former_solver, read_origin, reward_run_config, run_config
 
 
 def plan_run(target: Config | str | Path | None, overrides: Sequence[str]) -> tuple[Config, Path]:
@@ -51,9 +56,7 @@ def plan_run(target: Config | str | Path | None, overrides: Sequence[str]) -> tu
     if is_run(run) and saved_steps(run / "checkpoints"):  # without one there is nothing to continue
         _refuse_changes(config, run)
     elif (run / "adapter").is_dir():  # a run that was killed before its first checkpoint has none, and starts anew
-        raise UserError(
-            f"{run} holds a result but no checkpoint to continue from; choose another name=, or remove the directory"
-        )
+        raise _without_checkpoint(run)
     return config, run
 
 
@@ -68,17 +71,62 @@ def settled(config: Config) -> Config:
     return config
 
 
+def plan_reward_run(
+    target: RewardTrainConfig | str | Path | None, overrides: Sequence[str]
+) -> tuple[RewardTrainConfig, Path]:
+    """As `plan_run`, of a run that trains a reward. target: a configuration, pairs, a recipe, or a run directory.
+
+    Raises UserError as it does.
+    """
+    if target is not None and not isinstance(target, RewardTrainConfig) and is_run(target):
+        run = Path(target) if Path(target).name else Path(target).resolve()
+        config, given = reward_run_config(run, overrides), given_by(overrides, RewardTrainConfig)
+        if given.get("name") is not None:
+            refuse_bad_name("name", given["name"])
+        run = Path(given.get("output_dir") or run.parent) / (given.get("name") or run.name)
+        config.output_dir, config.name = str(run.parent), run.name
+    else:
+        if target is None or isinstance(target, RewardTrainConfig):
+            config, stem = load_reward_config(None, overrides, target), "reward"
+        elif Path(target).suffix.lower() in (".yaml", ".yml"):
+            config, stem = load_reward_config(target, overrides), Path(target).stem
+        else:
+            config, stem = load_reward_config(None, [f"data.pairs={json.dumps(str(target))}", *overrides]), "reward"
+        config.name = run_name(config, stem)
+        run = Path(config.output_dir) / config.name
+    if is_run(run) and saved_steps(run / "checkpoints"):
+        origin = read_origin(run)
+        then = dict(origin.config) if origin else flatten(to_dict(absolute_paths(reward_run_config(run))))
+        _refuse_differences(config, run, then, origin is not None, shaping_keys(config))
+    elif (run / REWARDS.result).is_dir():
+        raise _without_checkpoint(run)
+    return config, run
+
+
+def _without_checkpoint(run: Path) -> UserError:
+    return UserError(
+        f"{run} holds a result but no checkpoint to continue from; choose another name=, or remove the directory"
+    )
+
+
 def _refuse_changes(config: Config, run: Path) -> None:
     origin = read_origin(run)
     then = dict(origin.config) if origin else flatten(to_dict(absolute_paths(resolve(run_config(run, code=())))))
     if "sampler.sigmas" not in then:
         then["sampler.solver"] = former_solver(then["sampler.solver"], config.model)
-    now = flatten(to_dict(absolute_paths(config)))
-    shaping, files = shaping_keys(config, compares_images(config.reward)), file_keys(config)
+    _refuse_differences(config, run, then, origin is not None, shaping_keys(config, compares_images(config.reward)))
+
+
+def _refuse_differences(
+    config: AnyConfig, run: Path, then: Mapping[str, Any], hashed: bool, shaping: Collection[str]
+) -> None:
+    """hashed: whether the content of files is known, which then decides, once the run starts."""
+    now, files = flatten(to_dict(absolute_paths(config))), file_keys(config)
     for key, (old, new) in differences(then, now).items():
-        if origin and key in files:  # its content decides, which is looked at once the run starts
+        if hashed and key in files:
             continue
-        if key in shaping or not is_below(key, CHANGEABLE):  # `shaping` lacks new keys that are as they always were
+        # `shaping` lacks new keys that are as they always were
+        if key in shaping or not is_below(key, changeable_keys(type(config))):
             before, mend = f"with {key}={written(old)}", f"set {key}={written(old)}"
             if key not in then:
                 before, mend = f"without {key}", "leave it out"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -131,7 +133,12 @@ def drive(
         write_stopped(run, state.step, stopped)
         if stopped is not None:
             print(f"stopped after step {state.step}: {stopped}", file=sys.stderr)
-    _save_weights(task, state, run / weights.result, here)
+    best = here.gather(_best_weights(run, weights) if here.is_main else None)[0]
+    if best is None:
+        _save_weights(task, state, run / weights.result, here)
+    elif here.is_main:
+        with whole_directory(run / weights.result, checksums=True) as building:
+            shutil.copytree(best, building, dirs_exist_ok=True)
     here.barrier()
 
 
@@ -153,7 +160,8 @@ def _step(task: Task, state: State, config: AnyConfig, abandonable: Abandonable,
 
 
 def _measured(row: Row) -> str:
-    known = (("held-out reward", row.get("reward")), ("LPIPS", row.get("lpips")))
+    names = {"reward": "held-out reward", "lpips": "LPIPS", "loss": "validation loss", "accuracy": "accuracy"}
+    known = [(name, row.get(key)) for key, name in names.items()]
     return ", ".join(f"{name} {value:.4g}" for name, value in known if isinstance(value, float))
 
 
@@ -164,6 +172,14 @@ def _save_weights(task: Task, state: State, target: Path, here: World) -> None:
             return
         with whole_directory(target, checksums=True) as building:
             task.save(building)
+
+
+def _best_weights(run: Path, weights: WeightNames) -> Path | None:
+    """The weights that best.json names, where these are the result."""
+    if not weights.best or not (run / "best.json").is_file():
+        return None
+    step = json.loads((run / "best.json").read_text(encoding="utf-8"))["step"]
+    return run / weights.each / step_name(step)
 
 
 def _log(loggers: Sequence[journal.Logger], prefix: str, row: Row, step: int) -> None:

@@ -6,7 +6,9 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-from draftplus.config import Config, to_yaml
+from draftplus.config import Config, RewardTrainConfig, to_yaml
+from draftplus.data.pair_split import evenly, is_tie
+from draftplus.data.pairs import caption_key
 from draftplus.diffusion.methods import METHODS
 from draftplus.diffusion.objectives import plan
 from draftplus.diffusion.problem import Problem
@@ -14,6 +16,7 @@ from draftplus.distributed import world
 from draftplus.evaluation.scale import base_jobs, normalised
 from draftplus.training.fine_tuning import fine_tuning
 from draftplus.training.placement import make_placement
+from draftplus.training.preference import preference
 from draftplus.training.state import initial_state
 
 
@@ -54,6 +57,34 @@ def describe(config: Config, run: Path) -> str:
             + (", each doubled by guidance" if doubled else ""),
             f"expected time         {_clock(task.total * seconds + evaluating)}: {task.total} steps of "
             f"{seconds:.1f} s, {evaluations} evaluations of {images} images",
+        ]
+    )
+
+
+def describe_reward(config: RewardTrainConfig, run: Path) -> str:
+    """The same of a training of a reward."""
+    with world(config.device) as here:
+        task = preference(config, run, make_placement(config.parallel.mode, here), here)
+        state = initial_state(task.parameters, config.optim)
+        began = time.perf_counter()
+        task.step(state, nullcontext)
+        seconds = time.perf_counter() - began
+    split, validations = task.split, 1 + -(-task.total // config.eval.every)
+    validated = len(evenly(split.validation_rows, config.eval.max_pairs))
+    # without gradient a pair costs a third
+    validating = validations * validated / config.train.global_batch_size * seconds / 3
+    ties = sum(is_tie(split.train.label(row)) for row in split.train_rows)
+    captions = [len({caption_key(pairs.caption(row)) for row in rows}) for pairs, rows in split.sides()]
+    return "\n".join(
+        [
+            to_yaml(config).rstrip(),
+            "",
+            f"run directory         {run}",
+            f"trained parameters    {sum(parameter.numel() for parameter in task.parameters.values()):,}",
+            f"pairs                 {len(split.train_rows)} to train on, of {captions[0]} captions; {ties} ties",
+            f"validation            {validated} pairs of {captions[1]} captions",
+            f"expected time         {_clock(task.total * seconds + validating)}: {task.total} steps of "
+            f"{seconds:.1f} s, {validations} validations",
         ]
     )
 

@@ -20,8 +20,11 @@ def make_optimizer(parameters: Parameters, config: OptimConfig) -> torch.optim.A
 
 
 def learning_rate(config: OptimConfig, step: int) -> float:
-    """Of the update after `step` complete ones: a linear rise over the warm-up, then constant."""
-    return config.lr * min(1.0, (step + 1) / (config.warmup_steps + 1))
+    """Of the update after `step` complete ones: a linear rise over the warm-up, then constant or a fall to 0."""
+    rate = config.lr * min(1.0, (step + 1) / (config.warmup_steps + 1))
+    if config.decay_steps is None:
+        return rate
+    return rate * min(1.0, max(0.0, 1 - (step - config.warmup_steps) / config.decay_steps))
 
 
 def gradient_norm(parameters: Parameters, limit: float | None) -> float:

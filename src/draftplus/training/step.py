@@ -46,7 +46,7 @@ class Setup:
     here: World
     placement: Placement
 
-    def share(self, step: int) -> Batch:
+    def share(self, step: int) -> Batch[str]:
         """This process's images of a step."""
         size, per_prompt = self.config.train.global_batch_size, self.config.data.images_per_prompt
         return batch(self.prompts, step, self.config.seed, size, per_prompt, self.here.rank, self.here.size)
@@ -153,7 +153,7 @@ def precisely(setup: Setup, planned: StepPlan) -> Iterator[None]:
 
 
 def _tail(
-    setup: Setup, step: int, planned: StepPlan, start: Rollout, share: Batch, conditioning: Conditioning
+    setup: Setup, step: int, planned: StepPlan, start: Rollout, share: Batch[str], conditioning: Conditioning
 ) -> Metrics:
     problem, sizes, seed = setup.problem, setup.config.train, setup.config.seed
     metrics: Metrics | None = None

@@ -1,4 +1,4 @@
-"""What `draftplus train` does."""
+"""What `draftplus train` and `draftplus reward train` do."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from pathlib import Path
 
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from draftplus.config import Config
+from draftplus.config import Config, RewardTrainConfig
 from draftplus.distributed import world
-from draftplus.runs.directory import locked
+from draftplus.runs.directory import REWARDS, locked
 from draftplus.training.drive import drive
 from draftplus.training.fine_tuning import fine_tuning
 from draftplus.training.placement import make_placement
+from draftplus.training.preference import preference
 
 # without that of cuDNN, whose gradient is NaN under gradient checkpointing (FLUX.1 in bfloat16, torch 2.11, H200)
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -32,4 +33,14 @@ def train(config: Config, run: Path, told: Callable[[Path], None] | None = None)
         with locked(run) if here.is_main else nullcontext(), sdpa_kernel(ATTENTION):
             task = fine_tuning(config, run, placement, here)
             drive(task, config, run, placement, here, told)
+    return run
+
+
+def train_reward(config: RewardTrainConfig, run: Path, told: Callable[[Path], None] | None = None) -> Path:
+    """Trains a reward on preference pairs, or continues, as `train` does a diffusion model."""
+    with world(config.device) as here:
+        placement = make_placement(config.parallel.mode, here)
+        with locked(run) if here.is_main else nullcontext():
+            task = preference(config, run, placement, here)
+            drive(task, config, run, placement, here, told, REWARDS)
     return run

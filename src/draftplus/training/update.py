@@ -14,15 +14,18 @@ from draftplus.training.placement import Placement
 from draftplus.training.state import State
 
 MOST_SKIPPED_IN_A_ROW = 10
+MEND = "lower optim.lr, or use model.dtype=float32"
 ROUNDING = 1e-7  # of the weights' norm; a smaller gradient at the first step is float32's rounding, not the loss's
 
 
 def update(
-    state: State, config: OptimConfig, means: Mapping[str, float], placement: Placement, learns: bool = True
-) -> float:
+    state: State, config: OptimConfig, means: Mapping[str, float], placement: Placement, learns: bool = True,
+    mend: str = MEND,
+) -> float:  # fmt: skip
     """Moves the weights, and their average where there is one, and empties the gradients. Returns the gradient's norm.
 
     means: the numbers of this update, `loss` among them. learns: False where the loss may rightly have no gradient.
+    mend: what to do about numbers that are not finite.
     Raises UserError for numbers that are not finite at the first step, or ten times in a row, and for a gradient that
     is none at the first step: Adam would make updates of full size of its rounding.
     """
@@ -43,12 +46,12 @@ def update(
                 state.ema.update(state.parameters)
             state.skipped_in_a_row = 0
     else:
-        skip(state, means, norm)
+        skip(state, means, norm, mend)
     state.optimizer.zero_grad(set_to_none=True)
     return norm
 
 
-def skip(state: State, means: Mapping[str, float], norm: float) -> None:
+def skip(state: State, means: Mapping[str, float], norm: float, mend: str = MEND) -> None:
     """Counts an update that is not made. Raises as `update` does, and then counts nothing: its step is done again."""
     if state.step > 0 and state.skipped_in_a_row + 1 < MOST_SKIPPED_IN_A_ROW:
         state.skipped += 1
@@ -61,5 +64,5 @@ def skip(state: State, means: Mapping[str, float], norm: float) -> None:
     if "clipped_fraction" in bad:  # without an image there is no reward to blame
         raise Overflow(f"the images are not finite {when} {at}; use model.dtype=float32. This step was discarded")
     what = f"reward '{rewards[0]}' is" if rewards else f"{', '.join(bad)} is"
-    remedy = "check what it returns for images in [0, 1]" if rewards else "lower optim.lr, or use model.dtype=float32"
+    remedy = "check what it returns for images in [0, 1]" if rewards else mend
     raise UserError(f"{what} not finite {when} {at}; {remedy}. This step was discarded")

@@ -62,12 +62,12 @@ def pack(
 ) -> None:
     """Pack prompts into tar shards without duplicates and with a held-out part. What is dropped is told."""
     from draftplus.config import refuse_nobodys_home
-    from draftplus.data.pack import Rules, pack_prompts
+    from draftplus.data.pack import PackRules, pack_prompts
 
     for option, path in (("SOURCE", source) for source in sources):
         refuse_nobodys_home(option, path)
     refuse_nobodys_home("--output", str(output))
-    rules = Rules(
+    rules = PackRules(
         min_words, max_words, min_characters, max_characters, keep_duplicates, near, held_out, seed, shard_size
     )
     told = pack_prompts(sources, output, column, rules, overwrite)

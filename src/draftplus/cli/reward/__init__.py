@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from draftplus.cli.reward import convert, score
+from draftplus.cli.reward import convert, score, train
 from draftplus.cli.shared import examples
 
 app = typer.Typer()
@@ -21,4 +21,5 @@ def _root(context: typer.Context) -> None:
 
 
 app.command(epilog=score.EXAMPLES)(score.score)
+app.command(epilog=train.EXAMPLES)(train.train)
 app.command(epilog=convert.EXAMPLES)(convert.convert)

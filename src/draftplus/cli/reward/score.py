@@ -61,11 +61,18 @@ def score(
     targets = [text for text in arguments or [] if text not in settings]
     from draftplus import api
 
-    told = api.score(targets, reward or [], settings, prompts, prompt, skip, output)
+    if skip < 0:
+        raise UserError(f"--skip is {skip}; it must be at least 0")
+    if pairs is not None and (targets or prompts is not None or prompt is not None):
+        raise UserError("--pairs FILE names pictures and captions itself; leave out TARGETS, --prompts and --prompt")
+    if pairs is not None:
+        told = api.score_pairs(pairs, reward or [], settings, skip, output)
+    else:
+        told = api.score(targets, reward or [], settings, prompts, prompt, skip, output)
     if as_json:
         print(json.dumps(told, ensure_ascii=False, indent=1))
     else:
-        print_scores(told)
+        (print_scores if pairs is None else print_pairs)(told)
         if output is not None:
             print(f"all scores: {output}")
     refuse_not_finite(told)
@@ -88,17 +95,51 @@ def print_scores(told: dict[str, Any]) -> None:
     if len(rows) <= MOST_ROWS:
         print_table(
             ["", *rewards, "prompt"],
-            [[row["file"], *(number(row[REWARD + name]) for name in rewards), row["prompt"]] for row in rows],
+            [[row["file"], *(_number(row[REWARD + name]) for name in rewards), row["prompt"]] for row in rows],
         )
         print()
     columns = {"mean": "mean", "deviation": "standard_deviation", "lowest": "lowest", "highest": "highest"}
     print_table(
-        ["", *columns], [[name, *(number(one[key]) for key in columns.values())] for name, one in rewards.items()]
+        ["", *columns], [[name, *(_number(one[key]) for key in columns.values())] for name, one in rewards.items()]
     )
     print(f"{len(rows)} pictures")
     print_skipped(told)
     if told["left_out"]:
         print(f"{len(told['left_out'])} left out, which --prompts does not name: {', '.join(told['left_out'][:3])}")
+
+
+def print_pairs(told: dict[str, Any]) -> None:
+    """Prints both scores of each pair, where these are not too many, and how often each wins."""
+    rows, rewards = told["pairs"], told["rewards"]
+    if len(rows) <= MOST_ROWS:
+        print_table(
+            ["", *rewards, "label", "prompt"],
+            [
+                [row["pair"], *(_compared(row[REWARD + name]) for name in rewards), _number(row["label"], "-"),
+                 row["caption"]]
+                for row in rows
+            ],
+        )  # fmt: skip
+        print()
+    counts = {"first wins": "first_wins", "second wins": "second_wins", "ties": "ties"}
+    print_table(
+        ["", *counts, "accuracy"],
+        [[name, *(str(one[key]) for key in counts.values()), _accuracy(one)] for name, one in rewards.items()],
+    )
+    print(f"{len(rows)} pairs")
+    print_skipped(told)
+
+
+def _compared(scores: list[float | None]) -> str:
+    first, second = scores
+    sign = "?" if first is None or second is None else ">" if first > second else "<" if first < second else "="
+    return f"{_number(first)} {sign} {_number(second)}"
+
+
+def _accuracy(one: dict[str, Any]) -> str:
+    if one["accuracy"] is None:
+        return "no labels"
+    return f"{one['accuracy']:.3f} ± {one['standard_error']:.3f} over {one['labelled']} labels that are no ties"
 
 
 def print_skipped(told: dict[str, Any]) -> None:
@@ -122,6 +163,5 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
     Console(width=max(sum(len(cell) + 2 for cell in row) for row in [header, *rows]) + 200).print(table)
 
 
-def number(value: float | None) -> str:
-    """A score with four decimals."""
-    return "not finite" if value is None else f"{value:.4f}"
+def _number(value: float | None, absent: str = "not finite") -> str:
+    return absent if value is None else f"{value:.4f}"
