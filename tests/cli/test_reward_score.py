@@ -91,8 +91,8 @@ def test_one_prompt_and_all_outputs(draftplus: Callable[..., Any], pictures: Pat
     command = ["reward", "score", pictures, *BY_PROMPT, "--reward", f"{REWARDS}:redness", "--prompt", "a fox"]
     printed = draftplus(*command, "-o", tmp_path / "scores.json")
     assert (printed.code, printed.err) == (0, ""), printed
-    for name, score in known.items():
-        assert any(line.startswith(str(pictures / name)) and f"{score:.4f}" in line for line in printed.out.split("\n"))
+    for name, value in known.items():
+        assert any(line.startswith(str(pictures / name)) and f"{value:.4f}" in line for line in printed.out.split("\n"))
     told = json.loads((tmp_path / "scores.json").read_text())
     assert scores(told, pictures) == pytest.approx(known, rel=1e-5)
     summary = told["rewards"][f"{REWARDS}:by_prompt"]
