@@ -38,9 +38,9 @@ from torch import Tensor
 
 from benchmarks.step import RETURN_MEMORY, status
 from draftplus.build import quiet_libraries
-from draftplus.rewards import aesthetic, clip, hpsv2
+from draftplus.rewards import aesthetic, clip, hpsv2, image_reward
 from draftplus.types import Reward
-from tests.support import originals
+from tests.support import originals, published
 
 MIB = 2**10  # of the kB in which Linux counts
 TOLERANCE = 0.15
@@ -140,15 +140,22 @@ CASES = {
         "about 1 to 10, mostly 4 to 7",
         "Apache-2.0; its CLIP: MIT",
     ),
+    "image_reward": Case(
+        lambda directory: published.save_image_reward(directory, published.image_reward()),
+        lambda directory: published.save_image_reward(directory, published.true_size_image_reward()),
+        image_reward.load_image_reward,
+        "about −2 to 2",
+        "Apache-2.0",
+    ),
 }
 
 
 def exactness(name: str, directory: Path) -> dict[str, float]:
     case = CASES[name]
     case.small(directory)
-    found = originals.errors(name, case.load(directory))
+    found = (published.errors if name == "image_reward" else originals.errors)(name, case.load(directory))
     gradient, difference = originals.slopes(case.load(directory, dtype=torch.float64), 96, 64)
-    plain = found.pop((224, 224))
+    plain = found.pop(published.SIZES[0] if name == "image_reward" else (224, 224))
     return {"plain": plain, "resized": max(found.values()), "gradient": abs(gradient / difference - 1)}
 
 

@@ -39,6 +39,7 @@ REWARDS = {
     "hpsv2": "draftplus.rewards.hpsv2:load_hpsv2",
     "aesthetic": "draftplus.rewards.aesthetic:load_aesthetic",
     "image_reward": "draftplus.rewards.image_reward:load_image_reward",
+    "mps": "draftplus.rewards.mps:load_mps",
     "jpeg_compressibility": "draftplus.rewards.jpeg:load_jpeg_compressibility",
     "jpeg_incompressibility": "draftplus.rewards.jpeg:load_jpeg_incompressibility",
     "dissimilarity": "draftplus.rewards.dissimilarity:load_dissimilarity",

@@ -25,9 +25,10 @@ RANGE = max(map(max, ORIGINAL["scores"])) - min(map(min, ORIGINAL["scores"]))
 
 def save(directory: Path, tensors: dict[str, Tensor] | None = None) -> Path:
     """A directory with the published file and the vocabulary."""
-    torch.save(published.image_reward() if tensors is None else tensors, directory / "ImageReward.pt")
-    published.save_bert_vocabulary(directory)
-    (directory / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer", "do_lower_case": true}')
+    if tensors is None or "mlp.layers.0.weight" in tensors:
+        return published.save_image_reward(directory, tensors or published.image_reward())
+    published.save_image_reward(directory, published.image_reward())
+    torch.save(tensors, directory / "ImageReward.pt")
     return directory
 
 

@@ -5,7 +5,8 @@ Read by the tests and, in the environments of the original packages, by the scri
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -55,10 +56,36 @@ BERT_VOCABULARY = [
 ]  # fmt: skip
 
 
-def save_bert_vocabulary(directory: Path) -> Path:
+def save_bert_vocabulary(directory: Path, words: int = len(BERT_VOCABULARY)) -> Path:
     """vocab.txt as bert-base-uncased has it, with few words; what else is published there says the defaults."""
-    (directory / "vocab.txt").write_text("\n".join(BERT_VOCABULARY) + "\n", encoding="utf-8")
+    unused = [f"[unused{i}]" for i in range(words - len(BERT_VOCABULARY))]
+    (directory / "vocab.txt").write_text("\n".join(BERT_VOCABULARY + unused) + "\n", encoding="utf-8")
     return directory / "vocab.txt"
+
+
+def save_image_reward(directory: Path, tensors: Mapping[str, Tensor]) -> Path:
+    """A directory with the published file and the tokenizer that goes with it."""
+    torch.save(dict(tensors), directory / "ImageReward.pt")
+    save_bert_vocabulary(directory, len(tensors["blip.text_encoder.embeddings.word_embeddings.weight"]) - 2)
+    (directory / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer", "do_lower_case": true}')
+    return directory
+
+
+def true_size_image_reward() -> dict[str, Tensor]:
+    return image_reward(1024, 768, (24, 12), 30524, 14, 512)
+
+
+def errors(name: str, reward: Callable[[Tensor, Sequence[str]], Tensor]) -> dict[tuple[int, int], float]:
+    """By size of the pictures, the first of which is not resized: the largest difference from the original's scores, as
+    a share of their range.
+    """
+    says = json.loads((Path(__file__).parents[1] / "parity" / "originals" / f"{name}.json").read_text())
+    spread = max(map(max, says["scores"])) - min(map(min, says["scores"]))
+    found = {}
+    for picture, size, expected in zip(pictures(), says["sizes"], says["scores"], strict=True):
+        pixels = torch.from_numpy(picture).permute(2, 0, 1).expand(len(PROMPTS), -1, -1, -1) / 255
+        found[tuple(size)] = (reward(pixels, PROMPTS) - torch.tensor(expected)).abs().max().item() / spread
+    return found
 
 
 def image_reward(
@@ -71,12 +98,7 @@ def image_reward(
     """
     shapes: dict[str, Sequence[int]] = {}
 
-    def linear(name: str, out: int, into: int) -> None:
-        shapes.update({f"{name}.weight": (out, into), f"{name}.bias": (out,)})
-
-    def norm(name: str, width: int) -> None:
-        shapes.update({f"{name}.weight": (width,), f"{name}.bias": (width,)})
-
+    linear, norm = _into(shapes)
     eye, reader = "blip.visual_encoder", "blip.text_encoder"
     shapes.update({f"{eye}.cls_token": (1, 1, vision), f"{eye}.pos_embed": (1, grid * grid + 1, vision)})
     shapes.update({f"{eye}.patch_embed.proj.weight": (vision, 3, 16, 16), f"{eye}.patch_embed.proj.bias": (vision,)})
@@ -107,3 +129,80 @@ def image_reward(
         linear(f"mlp.layers.{i}", out, into)
     count = {f"{reader}.embeddings.position_ids": torch.arange(positions)[None]}  # the one that is not float
     return drawn(shapes) | count
+
+
+def mps(layers: int = 2, width: int = 128, text: int = 64, vision: int = 64, words: int = 1536) -> dict[str, Tensor]:
+    """model.safetensors of the conversion that imscore reads: tensors by name, in float32; of the tiny `MPS_CONFIG`.
+
+    layers: of cross-attention. width: of the projections, in heads of 64. text, vision: widths of the two towers.
+    """
+    shapes: dict[str, Sequence[int]] = {}
+    linear, norm = _into(shapes)
+    shapes["mps.model.logit_scale"] = ()
+    shapes["mps.model.text_model.embeddings.token_embedding.weight"] = (words, text)
+    shapes["mps.model.text_model.embeddings.position_embedding.weight"] = (77, text)
+    shapes["mps.model.vision_model.embeddings.class_embedding"] = (vision,)
+    shapes["mps.model.vision_model.embeddings.patch_embedding.weight"] = (vision, 3, 16, 16)
+    shapes["mps.model.vision_model.embeddings.position_embedding.weight"] = (17, vision)
+    norm("mps.model.vision_model.pre_layrnorm", vision)
+    for tower, wide in (("text_model", text), ("vision_model", vision)):
+        for i in range(2):
+            layer = f"mps.model.{tower}.encoder.layers.{i}"
+            for one in ("q_proj", "k_proj", "v_proj", "out_proj"):
+                linear(f"{layer}.self_attn.{one}", wide, wide)
+            norm(f"{layer}.layer_norm1", wide)
+            linear(f"{layer}.mlp.fc1", 2 * wide, wide)
+            linear(f"{layer}.mlp.fc2", wide, 2 * wide)
+            norm(f"{layer}.layer_norm2", wide)
+    norm("mps.model.text_model.final_layer_norm", text)
+    norm("mps.model.vision_model.post_layernorm", vision)
+    shapes["mps.model.visual_projection.weight"] = (width, vision)
+    shapes["mps.model.text_projection.weight"] = (width, text)
+    for i in range(layers):
+        cross, within = (f"mps.cross_model.layers.{i}.{j}.fn" for j in range(2))
+        for block in (cross, within):
+            norm(f"{block}.norm", width)
+        shapes.update({f"{cross}.to_q.weight": (width, width), f"{cross}.to_kv.weight": (128, width)})
+        shapes.update({f"{cross}.to_out.weight": (width, width), f"{cross}.ff.0.weight": (8 * width, width)})
+        shapes[f"{cross}.ff.2.weight"] = (width, 4 * width)
+        shapes[f"{within}.fused_attn_ff_proj.weight"] = (width + 128 + 8 * width, width)
+        shapes.update({f"{within}.attn_out.weight": (width, width), f"{within}.ff_out.1.weight": (width, 4 * width)})
+    tensors = drawn(shapes) | {"mps.model.logit_scale": torch.tensor(4.6052)}
+    # one direction tells most words from some: these are unlike the condition, and not read
+    direction = torch.tensor([1.0, -1.0]).repeat(text // 2) / text**0.5
+    embeddings = tensors["mps.model.text_model.embeddings.token_embedding.weight"]
+    embeddings += 20 * direction
+    embeddings[MPS_UNREAD] -= 40 * direction
+    bias = tensors["mps.cross_model.layers.0.0.fn.norm.bias"]  # any of this width
+    tensors["mps.model.text_projection.weight"] += 3 * torch.outer(bias / bias.norm(), direction)
+    for i in range(layers):
+        tensors[f"mps.cross_model.layers.{i}.1.fn.rotary_emb.inv_freq"] = 10000 ** -(torch.arange(0, 64, 2) / 64)
+    return tensors
+
+
+MPS_CONFIG = {
+    "model_type": "clip",
+    "projection_dim": 128,
+    "text_config": {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "vocab_size": 1536, "max_position_embeddings": 77, "hidden_act": "gelu", "bos_token_id": 0, "eos_token_id": 2,
+    },
+    "vision_config": {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "image_size": 64, "patch_size": 16, "hidden_act": "gelu",
+    },
+}  # fmt: skip
+MPS_UNREAD = [551, 555, 852, 316]  # ids of words of `PROMPTS`, and not of the condition
+MPS_PREPROCESSING = {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}}
+
+
+def _into(shapes: dict[str, Sequence[int]]) -> tuple[Callable[[str, int, int], None], Callable[[str, int], None]]:
+    """Functions that add the shapes of a linear layer, and of a norm."""
+
+    def linear(name: str, out: int, into: int) -> None:
+        shapes.update({f"{name}.weight": (out, into), f"{name}.bias": (out,)})
+
+    def norm(name: str, width: int) -> None:
+        shapes.update({f"{name}.weight": (width,), f"{name}.bias": (width,)})
+
+    return linear, norm

@@ -25,24 +25,28 @@ class Captions:
         self.tokenizer = tokenizer
         self.length = length
         self._told = False
-        self._cached = lru_cache(_CACHED)(self._tokens)
+        self._cached = lru_cache(_CACHED)(self._told_and_cut)
 
     def __call__(self, prompt: str) -> tuple[Tensor, Tensor]:
         """The (length,) ids and the (length,) mask, 1 where a token is and 0 where padding is."""
         return self._cached(prompt)
 
-    def _tokens(self, prompt: str) -> tuple[Tensor, Tensor]:
-        whole = len(self.tokenizer(prompt).input_ids)
+    def tokens(self, text: str) -> tuple[Tensor, Tensor]:
+        """Likewise for a text that is not the user's, of whose cut nobody is told."""
+        tokens = self.tokenizer(
+            text, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
+        )
+        return tokens.input_ids[0], tokens.attention_mask[0]
+
+    def _told_and_cut(self, prompt: str) -> tuple[Tensor, Tensor]:
+        whole = len(self.tokenizer(prompt, verbose=False).input_ids)
         if whole > self.length and not self._told:
             self._told = True
             notice(
                 f"a prompt has {whole} tokens, and reward '{self.reward}' reads the first {self.length}; its end, and "
                 f"that of other long prompts, has no effect: {prompt[:60]!r}…"
             )
-        tokens = self.tokenizer(
-            prompt, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
-        )
-        return tokens.input_ids[0], tokens.attention_mask[0]
+        return self.tokens(prompt)
 
 
 def has_tokenizer(directory: str | Path) -> bool:
