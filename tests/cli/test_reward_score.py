@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from draftplus import api
-from draftplus.api.rewards import score, score_pairs
+from draftplus.api import rewards as scoring
 from draftplus.data.pictures import decode
 from draftplus.errors import UserError
 from draftplus.evaluation.score import Item, by_size
@@ -72,17 +72,17 @@ def test_prompts_from_everywhere_are_the_same(pictures: Path, tmp_path: Path) ->
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "prompts.csv").write_text("prompt,file\n" + "".join(f"{t},{n}\n" for n, t in PROMPTS.items()))
     for name in ("prompts.txt", "prompts.jsonl", "prompts.csv"):
-        told = score(pictures, BY_PROMPT[1], ["device=cpu"], tmp_path / name)
+        told = scoring.score(pictures, BY_PROMPT[1], ["device=cpu"], tmp_path / name)
         assert list(scores(told, pictures)) == list(PROMPTS), name
         assert scores(told, pictures) == pytest.approx(known, rel=1e-5), name
     for name, text in PROMPTS.items():
         (pictures / name).with_suffix(".txt").write_text(f"{text}\n")
-    assert scores(score(pictures, BY_PROMPT[1]), pictures) == pytest.approx(known, rel=1e-5)
+    assert scores(scoring.score(pictures, BY_PROMPT[1]), pictures) == pytest.approx(known, rel=1e-5)
     for mode, name in (("w", "shard.tar"), ("w:gz", "shard.tar.gz")):
         path = as_tar(pictures, tmp_path / name, mode)
-        found = scores(score(path, BY_PROMPT[1]), path / "shard")
+        found = scores(scoring.score(path, BY_PROMPT[1]), path / "shard")
         assert found == pytest.approx(known, rel=1e-5)
-    together = score([pictures / "2.png", pictures, path], BY_PROMPT[1])["pictures"]
+    together = scoring.score([pictures / "2.png", pictures, path], BY_PROMPT[1])["pictures"]
     assert len(together) == 6, "a picture that is named twice is scored once"
 
 
@@ -91,8 +91,8 @@ def test_one_prompt_and_all_outputs(draftplus: Callable[..., Any], pictures: Pat
     command = ["reward", "score", pictures, *BY_PROMPT, "--reward", f"{REWARDS}:redness", "--prompt", "a fox"]
     printed = draftplus(*command, "-o", tmp_path / "scores.json")
     assert (printed.code, printed.err) == (0, ""), printed
-    for name, value in known.items():
-        assert any(line.startswith(str(pictures / name)) and f"{value:.4f}" in line for line in printed.out.split("\n"))
+    for name, score in known.items():
+        assert any(line.startswith(str(pictures / name)) and f"{score:.4f}" in line for line in printed.out.split("\n"))
     told = json.loads((tmp_path / "scores.json").read_text())
     assert scores(told, pictures) == pytest.approx(known, rel=1e-5)
     summary = told["rewards"][f"{REWARDS}:by_prompt"]
@@ -109,7 +109,7 @@ def test_one_prompt_and_all_outputs(draftplus: Callable[..., Any], pictures: Pat
 def test_settings_reach_a_reward(pictures: Path) -> None:
     name = f"{REWARDS}:brightness"
     half, whole = (
-        score(pictures, overrides=[f"reward={{'{name}': {{args: {{gain: {gain}}}}}}}"], prompt="")
+        scoring.score(pictures, overrides=[f"reward={{'{name}': {{args: {{gain: {gain}}}}}}}"], prompt="")
         for gain in (50.0, 100.0)
     )
     assert half["rewards"][name]["args"] == {"gain": 50.0}
@@ -122,7 +122,7 @@ def test_what_is_generated_is_scored_as_it_was_made(small: Path, tmp_path: Path)
         tmp_path / "made", str(small), ["a cat", "a dog"], [0, 1], ["sampler.steps=2", "device=cpu"],
         rewards=[f"{REWARDS}:by_prompt"],
     )  # fmt: skip
-    told = score(tmp_path / "made", BY_PROMPT[1], prompts=tmp_path / "made" / "images.jsonl")
+    told = scoring.score(tmp_path / "made", BY_PROMPT[1], prompts=tmp_path / "made" / "images.jsonl")
     assert [row[KEY] for row in told["pictures"]] == pytest.approx([row[KEY] for row in rows], abs=0.05)
     assert told["left_out"] == [str(tmp_path / "made" / "grid.png")]
 
@@ -233,11 +233,11 @@ def test_pairs(draftplus: Callable[..., Any], pictures: Path, tmp_path: Path) ->
     assert len(told["skipped"]) == 1 and "gone.png" in told["skipped"][0]["reason"]
     assert "0.667" in printed.out and "skipped" in printed.out
     with pytest.raises(UserError, match="1 pairs cannot be read, more than --skip 0 allows"):
-        score_pairs(pairs, f"{REWARDS}:redness", skip=0)
+        scoring.score_pairs(pairs, f"{REWARDS}:redness", skip=0)
 
 
 def test_pairs_without_labels(pictures: Path) -> None:
-    told = score_pairs(write_pairs(pictures, labels=False), f"{REWARDS}:redness")
+    told = scoring.score_pairs(write_pairs(pictures, labels=False), f"{REWARDS}:redness")
     summary = told["rewards"][f"{REWARDS}:redness"]
     assert (summary["first_wins"], summary["accuracy"], summary["labelled"]) == (2, None, 0)
     assert {row["label"] for row in told["pairs"]} == {None}
@@ -247,5 +247,5 @@ def test_names_beside_one_another_do_not_mix(pictures: Path, tmp_path: Path) -> 
     """Two models' pictures of the same names have one file of prompts."""
     shutil.copytree(pictures, tmp_path / "other")
     (tmp_path / "names.csv").write_text("file,prompt\n" + "".join(f"{n},{t}\n" for n, t in PROMPTS.items()))
-    told = score([pictures, tmp_path / "other"], BY_PROMPT[1], prompts=tmp_path / "names.csv")
+    told = scoring.score([pictures, tmp_path / "other"], BY_PROMPT[1], prompts=tmp_path / "names.csv")
     assert [row["prompt"] for row in told["pictures"]] == 2 * list(PROMPTS.values())
