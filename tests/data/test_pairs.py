@@ -15,7 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from draftplus.data.pairs import Broken, BrokenPicture, caption_key, read_pairs
+from draftplus.data.pairs import Broken, caption_key, read_pairs
+from draftplus.data.pictures import Undecodable
 from draftplus.errors import UserError
 
 Rows = list[dict[str, Any]]
@@ -181,7 +182,7 @@ def test_broken_pictures_are_counted_up_to_a_limit(tmp_path: Path, capsys: pytes
     rows[2]["jpg_0"] = "pictures/gone.png"
     pairs, broken = read_pairs(as_jsonl(rows, tmp_path)), Broken(2, "data.max_broken")
     for i in range(3):
-        with pytest.raises(BrokenPicture) as reason:
+        with pytest.raises(Undecodable) as reason:
             pairs.pictures(i)
         if i < 2:
             broken.add(pairs.where(i), str(reason.value))
@@ -195,7 +196,7 @@ def test_damaged_bytes_inside_of_a_tar_are_a_broken_picture(tmp_path: Path) -> N
     rows = some_rows()
     rows[1]["jpg_0"] = gzip.compress(b"no picture")
     pairs = read_pairs(as_tar(rows, tmp_path))
-    with pytest.raises(BrokenPicture):
+    with pytest.raises(Undecodable):
         pairs.pictures(1)
     assert pairs.pictures(2)[0].shape == (3, 8, 6)
 

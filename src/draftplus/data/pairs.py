@@ -7,7 +7,6 @@ that is gone with the process.
 
 from __future__ import annotations
 
-import io
 import math
 import os
 import tempfile
@@ -17,23 +16,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-import numpy as np
-import torch
-from PIL import Image
 from torch import Tensor
 
 from draftplus.data.formats import short
 from draftplus.data.pair_formats import READERS, WORDS, Place, kind_of
+from draftplus.data.pictures import Undecodable, decode
 from draftplus.data.prompts import expanded, matching
 from draftplus.errors import UserError, notice
 
 ROUNDING = 1e-3  # by which two labels may miss the sum of one
-MOST_PIXELS = 64_000_000
 _KNOWN = "a .parquet, .jsonl or .tar file of pairs, a directory of these, or a pattern such as 'pairs/*.parquet'"
-
-
-class BrokenPicture(Exception):
-    """A picture that cannot be read, and why."""
 
 
 class _Pair(NamedTuple):
@@ -77,13 +69,13 @@ class Pairs(Sequence[_Pair]):
         return self.rows[index].where
 
     def bytes_of(self, index: int) -> tuple[bytes, bytes]:
-        """The two pictures' files. Raises BrokenPicture where one is missing."""
+        """The two pictures' files. Raises Undecodable where one is missing."""
         first, second = (self._bytes(place) for place in self.rows[index].pictures)
         return first, second
 
     def pictures(self, index: int) -> tuple[Tensor, Tensor]:
-        """Both pictures, each (3, H, W) uint8 RGB. Raises BrokenPicture where one does not decode."""
-        first, second = (decode_picture(data) for data in self.bytes_of(index))
+        """Both pictures, each (3, H, W) uint8 RGB. Raises Undecodable where one does not decode."""
+        first, second = (decode(data) for data in self.bytes_of(index))
         return first, second
 
     def _bytes(self, place: Place) -> bytes:
@@ -95,19 +87,7 @@ class Pairs(Sequence[_Pair]):
                 file.seek(place.start)
                 return file.read(-1 if place.size is None else place.size)
         except OSError as error:
-            raise BrokenPicture(f"{place.file}: {error.strerror or error}") from None
-
-
-def decode_picture(data: bytes) -> Tensor:
-    """A picture's file as (3, H, W) uint8 RGB, as PIL converts it. Raises BrokenPicture where it is none."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.width * image.height > MOST_PIXELS:
-                raise BrokenPicture(f"{image.width} x {image.height} pixels are too many")
-            array = np.array(image.convert("RGB"))  # (H, W, 3)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BrokenPicture(str(error).partition("\n")[0] or type(error).__name__) from None
-    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
+            raise Undecodable(f"{place.file}: {error.strerror or error}") from None
 
 
 @dataclass

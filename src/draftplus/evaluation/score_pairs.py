@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from draftplus import __version__
-from draftplus.data.pairs import BrokenPicture, Pairs, read_pairs
+from draftplus.data.pairs import Pairs, read_pairs
 from draftplus.data.pictures import Undecodable, decode
 from draftplus.errors import UserError
 from draftplus.evaluation.score import Item, Skipped, check_output, scorers_of, settings_of, written_scores
@@ -55,7 +55,7 @@ def _readable(pairs: Pairs, skipped: Skipped) -> Iterator[Item]:
     for index in range(len(pairs)):
         try:
             first, second = (decode(data) for data in pairs.bytes_of(index))
-        except (BrokenPicture, Undecodable) as error:
+        except Undecodable as error:
             skipped.add(pairs.where(index), error)
             continue
         yield Item(2 * index, first, pairs.caption(index))

@@ -59,8 +59,6 @@ def load_tokenizer(reward: str, source: str | Path, revision: str | None = None,
 
     UserError where there is none, naming what to download and where to put it, or where it would run code.
     """
-    from transformers import AutoTokenizer
-
     where = locate(source)
     if not any(has_file(where, name, revision) for name in _FILES):
         # transformers would make an empty tokenizer, for which all prompts are the same
@@ -69,10 +67,17 @@ def load_tokenizer(reward: str, source: str | Path, revision: str | None = None,
         mend = f"\nRun: {by_hand(where, revision, key=f'reward.{reward}.args.processor')}" if offline else ""
         absent = f"is not on this disk, and {offline}.{mend}" if offline else f"has none of {', '.join(_FILES)}."
         raise UserError(f"reward '{reward}' needs the tokenizer of '{where}', which {absent}")
+    tokenizer = open_tokenizer(where, revision)
+    tokenizer.add_tokens(list(added), special_tokens=True)
+    return tokenizer
+
+
+def open_tokenizer(where: str, revision: str | None) -> Any:
+    """The tokenizer of a checkpoint that has one. UserError where it is broken or would run code."""
+    from transformers import AutoTokenizer
+
     try:  # unless told not to, transformers would ask on the terminal whether to run code of the checkpoint's
-        tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False)
     except (ValueError, OSError) as error:
         code = "it would run code of its own" if "trust_remote_code" in str(error) else first(error)
         raise UserError(f"the tokenizer in '{where}' cannot be loaded: {code}.") from error
-    tokenizer.add_tokens(list(added), special_tokens=True)
-    return tokenizer

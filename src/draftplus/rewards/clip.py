@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from draftplus.errors import UserError, notice
-from draftplus.rewards.checkpoints import PROCESSOR, first, has_file, lacks, load_frozen, locate, to_fetch
+from draftplus.rewards.captions import open_tokenizer
+from draftplus.rewards.checkpoints import PROCESSOR, has_file, lacks, load_frozen, locate, to_fetch
 from draftplus.rewards.dropout import Dropout, check_rate
 from draftplus.rewards.preprocessing import Preprocessing, has_preprocessing, preprocess, read_preprocessing
 from draftplus.types import Reward
@@ -114,19 +115,13 @@ def _normalized(features: Tensor) -> Tensor:
 
 def load_tokenizer(source: str, revision: str | None) -> Any:
     """The tokenizer of a checkpoint. UserError where it has none, or one that would run code."""
-    from transformers import AutoTokenizer
-
     if not any(has_file(source, name, revision) for name in ("tokenizer.json", "vocab.json")):
         # transformers would make an empty tokenizer, for which all prompts are the same
         raise UserError(
             f"{lacks(source, 'tokenizer.json')}: set args.processor to a checkpoint that has it."
             + to_fetch(source, "args.processor", PROCESSOR)
         )
-    try:  # unless told not to, transformers would ask on the terminal whether to run code of the checkpoint's
-        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except (ValueError, OSError) as error:
-        code = "it would run code of its own" if "trust_remote_code" in str(error) else first(error)
-        raise UserError(f"the tokenizer in '{source}' cannot be loaded: {code}.") from error
+    return open_tokenizer(source, revision)
 
 
 def load_clip_reward(

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from draftplus.data.pairs import Broken, BrokenPicture, Pairs
+from draftplus.data.pairs import Broken, Pairs
+from draftplus.data.pictures import Undecodable
 from draftplus.rewards.preprocessing import Preprocessing, preprocess
 
 MOST_THREADS = 8
@@ -53,7 +54,7 @@ class PairPictures:
             try:
                 found.append(self._one(row))
                 places.append(place)
-            except BrokenPicture as reason:
+            except Undecodable as reason:
                 self.broken.add(self.pairs.where(row), str(reason))
         for row in rows:
             self.coming.pop(row, None)
