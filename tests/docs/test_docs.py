@@ -1,5 +1,6 @@
 """The documentation agrees with the code and with itself."""
 
+import inspect
 import itertools
 import re
 import shlex
@@ -165,7 +166,7 @@ def check_command(line: str) -> None:
     if isinstance(command, type(root)) and arguments:  # a command of `draftplus reward`
         name, command, arguments = command.resolve_command(command.context_class(command), arguments)
     given = command.make_context(name, arguments).params
-    if command.callback is train_reward:
+    if inspect.unwrap(command.callback) is train_reward:
         settings = [text for text in (given["target"], *(given["settings"] or [])) if text and "=" in text]
         load_reward_config(None, settings)
         return
