@@ -433,10 +433,12 @@ def test_a_layer_without_a_name_is_not_lost(tmp_path: Path, run: Path) -> None:
 def test_linspace_is_told(small: Path) -> None:
     """Where stock diffusers' DDIM goes to other levels than ours."""
     from draftplus.config import load_config
-    from draftplus.publish.usage import differs_from_stock, snippet
+    from draftplus.models.scheduler_file import differs_from_stock, scheduler_config
+    from draftplus.publish.usage import snippet
 
     def of(*settings: str) -> bool:
-        return differs_from_stock(load_config(None, [f"model.path={small}", *settings]))
+        config = load_config(None, [f"model.path={small}", *settings])
+        return differs_from_stock(scheduler_config(config.model), config.sampler)
 
     assert of("sampler.spacing=linspace") and not of() and not of("sampler.spacing=linspace", "sampler.solver=euler")
     config = load_config(None, [f"model.path={small}", "sampler.solver=dpmpp_2m", "sampler.eta=0.5"])

@@ -16,6 +16,7 @@ from draftplus.diffusion.objectives import plan
 from draftplus.distributed import World, world
 from draftplus.evaluation.held_out import EvaluationSet
 from draftplus.models.stable_diffusion import StableDiffusion
+from draftplus.rewards.combined import Combined
 from draftplus.training.fine_tuning import FineTuning
 from draftplus.training.placement import Replicated
 from draftplus.training.state import initial_state
@@ -84,7 +85,7 @@ def take_steps(
         train=TrainConfig(global_batch_size=BATCH, sampling_batch_size=sampling),
     )  # fmt: skip
     setup = Setup(config, made, ANIMALS, SHAPE, micro, here, Replicated(here))
-    task = FineTuning(setup, {}, EvaluationSet([], 2), Path(), steps)
+    task = FineTuning(setup, {}, Combined({"recording": (recording, 1.0)}), EvaluationSet([], 2), Path(), steps)
     state = initial_state(task.parameters, config.optim)
     result = Updates(torch.empty(0), {}, [], [], scores, scored)
     for step in range(steps):

@@ -140,7 +140,9 @@ class EmbeddingStore:
             told = read(file)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            if not file.exists():  # another process removed it meanwhile, of which torch makes a RuntimeError
+                return None
             if not self._said:
                 self._said = True
                 notice(f"{file}: damaged ({first_line(error)}); this file, and others like it, are made again")
