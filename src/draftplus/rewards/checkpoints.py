@@ -29,11 +29,7 @@ def locate(path: str | Path) -> str:
     local = Path(path).expanduser()
     if local.is_dir():
         return str(local)
-    if local.suffix == ".nemo":
-        raise UserError(
-            f"reward weights '{path}': a .nemo file is converted first; "
-            f"run: draftplus reward convert {path} -o DIRECTORY, then give the directory."
-        )
+    refuse_nemo(path)
     if local.exists():
         raise UserError(
             f"reward weights '{path}': this is a file; give the directory that contains it and its config.json."
@@ -41,6 +37,15 @@ def locate(path: str | Path) -> str:
     if not _HUB_ID.fullmatch(str(path)):
         raise UserError(f"reward weights '{path}': no such directory; correct the path or give a hub id.")
     return str(path)
+
+
+def refuse_nemo(path: str | Path) -> None:
+    """UserError for a file of NeMo's, which names what converts it."""
+    if Path(path).suffix == ".nemo" and not Path(path).expanduser().is_dir():
+        raise UserError(
+            f"reward weights '{path}': a .nemo file is converted first; "
+            f"run: draftplus reward convert {path} -o DIRECTORY, then give the directory as reward.clip.path."
+        )
 
 
 def lacks(path: str, name: str) -> str:

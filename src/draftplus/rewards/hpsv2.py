@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from draftplus.errors import UserError
-from draftplus.rewards.checkpoints import fit, load_weights_file
+from draftplus.rewards.checkpoints import fit, load_weights_file, refuse_nemo
 from draftplus.rewards.clip import CLIP_H, ClipReward, load_tokenizer
 from draftplus.rewards.dropout import check_rate
 from draftplus.rewards.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
@@ -99,6 +99,7 @@ def load_hpsv2(
     check_rate("hpsv2", dropout)
     if version not in FILES:
         raise UserError(f"reward 'hpsv2': args.version is {version!r}; it must be {' or '.join(FILES)}.")
+    refuse_nemo(path)
     tokenizer = load_tokenizer(processor or _beside(path) or CLIP_H, None)
     tensors = of_transformers(load_weights_file(path, FILES[version], revision, "hpsv2"))
     config: Any = CLIPConfig(**VIT_H)
