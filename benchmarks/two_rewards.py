@@ -54,7 +54,7 @@ def train(way: str, weights: list[float], seed: int, steps: int, output: Path) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--weights", type=float, nargs=2, default=[3.0, 1.0], help="of both rewards in the sum")
+    parser.add_argument("--weights", type=float, nargs=2, default=[1.0, 1.0], help="of both rewards in the sum")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--output", type=Path, default=Path("runs/two_rewards"))
     chosen = parser.parse_args()
