@@ -42,16 +42,23 @@ class Captions:
         whole = len(self.tokenizer(prompt, verbose=False).input_ids)
         if whole > self.length and not self._told:
             self._told = True
-            notice(
-                f"a prompt has {whole} tokens, and reward '{self.reward}' reads the first {self.length}; its end, and "
-                f"that of other long prompts, has no effect: {prompt[:60]!r}…"
-            )
+            tell_of_cut(prompt, whole, f"reward '{self.reward}'", self.length)
         return self.tokens(prompt)
 
 
-def has_tokenizer(directory: str | Path) -> bool:
-    """Whether a local directory has the files of a tokenizer."""
-    return any((Path(directory).expanduser() / name).is_file() for name in _FILES)
+def tell_of_cut(prompt: str, tokens: int, reader: str, length: int) -> None:
+    """Says that a prompt's end is not read."""
+    notice(
+        f"a prompt has {tokens} tokens, and {reader} reads the first {length}; its end, and that of other long "
+        f"prompts, has no effect: {prompt[:60]!r}…"
+    )
+
+
+def tokenizer_beside(path: str | Path) -> Path | None:
+    """The local directory of weights, a directory or a file in one, if it has the files of a tokenizer."""
+    local = Path(path).expanduser()
+    folder = local.parent if local.is_file() else local
+    return folder if any((folder / name).is_file() for name in _FILES) else None
 
 
 def load_tokenizer(reward: str, source: str | Path, revision: str | None = None, added: Sequence[str] = ()) -> Any:

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from draftplus.errors import UserError, notice
-from draftplus.rewards.captions import open_tokenizer
+from draftplus.errors import UserError
+from draftplus.rewards.captions import open_tokenizer, tell_of_cut
 from draftplus.rewards.checkpoints import PROCESSOR, has_file, lacks, load_frozen, locate, to_fetch
 from draftplus.rewards.dropout import Dropout, check_rate
 from draftplus.rewards.preprocessing import Preprocessing, has_preprocessing, preprocess, read_preprocessing
@@ -103,10 +103,7 @@ class ClipReward:
         whole = len(self.tokenizer(prompt)["input_ids"])
         if whole > length:
             self._told = True
-            notice(
-                f"a prompt has {whole} tokens, and a reward's text encoder reads the first {length}; its end, and that "
-                f"of other long prompts, has no effect on this reward: {prompt[:60]!r}…"
-            )
+            tell_of_cut(prompt, whole, "a reward's text encoder", length)
 
 
 def _normalized(features: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from draftplus.errors import UserError
+from draftplus.rewards.captions import tokenizer_beside
 from draftplus.rewards.checkpoints import fit, load_weights_file, refuse_nemo
 from draftplus.rewards.clip import CLIP_H, ClipReward, load_tokenizer
 from draftplus.rewards.dropout import check_rate
@@ -100,17 +101,10 @@ def load_hpsv2(
     if version not in FILES:
         raise UserError(f"reward 'hpsv2': args.version is {version!r}; it must be {' or '.join(FILES)}.")
     refuse_nemo(path)
-    tokenizer = load_tokenizer(processor or _beside(path) or CLIP_H, None)
+    tokenizer = load_tokenizer(str(processor or tokenizer_beside(path) or CLIP_H), None)
     tensors = of_transformers(load_weights_file(path, FILES[version], revision, "hpsv2"))
     config: Any = CLIPConfig(**VIT_H)
     model = fit(lambda: CLIPModel(config), tensors, f"reward.hpsv2.path '{path}'", dtype).to(device)
     size = config.vision_config.image_size
     preprocessing = Preprocessing(None, "bicubic", None, 1.0, CLIP_MEAN, CLIP_STD, longest=size)
     return ClipReward(model, tokenizer, preprocessing, "cosine", dropout, negative)
-
-
-def _beside(path: str | Path) -> str | None:
-    """The directory of local weights, if it has a tokenizer."""
-    local = Path(path).expanduser()
-    folder = local.parent if local.is_file() else local
-    return str(folder) if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")) else None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from draftplus.errors import UserError
-from draftplus.rewards.captions import Captions, has_tokenizer, load_tokenizer
+from draftplus.rewards.captions import Captions, load_tokenizer, tokenizer_beside
 from draftplus.rewards.checkpoints import fit, load_weights_file
 from draftplus.rewards.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing, preprocess
 from draftplus.types import Reward
@@ -119,7 +119,7 @@ def load_image_reward(
     """ImageReward v1.0, about −2 to 2.
 
     path: the published file, a directory that contains it, or a hub id, at `revision`. processor: directory or hub id
-    of BERT's tokenizer; None: the directory in path if it has one, else bert-base-uncased. dtype: of the weights,
+    of BERT's tokenizer; None: the one beside the weights, else bert-base-uncased. dtype: of the weights,
     float32 unless given. UserError if files are missing, damaged or another reward's.
     """
     where = f"reward.image_reward.path '{path}'"
@@ -127,8 +127,7 @@ def load_image_reward(
     if not {_PATCHES, _POSITIONS, _MLP, _WORDS, _TEXT_POSITIONS, _TEXT_MLP} <= tensors.keys():
         raise UserError(f"{where} has not the weights of ImageReward: they are another model's, or incomplete.")
     network = fit(partial(Network, tensors), tensors, where, dtype).to(device)
-    own = Path(path).expanduser()
-    source = processor or (own if has_tokenizer(own) else TOKENIZER)
+    source = processor or tokenizer_beside(path) or TOKENIZER
     tokenizer = load_tokenizer("image_reward", source, added=ADDED)
     words = len(network.text.embeddings.word_embeddings.weight)
     if len(tokenizer) != words:

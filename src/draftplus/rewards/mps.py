@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from draftplus.errors import UserError
-from draftplus.rewards.captions import Captions, has_tokenizer, load_tokenizer
+from draftplus.rewards.captions import Captions, load_tokenizer, tokenizer_beside
 from draftplus.rewards.checkpoints import fit, lacks, load_weights_file, locate, read_json
 from draftplus.rewards.clip import PICKSCORE_PROCESSOR
 from draftplus.rewards.preprocessing import Preprocessing, preprocess, read_preprocessing
@@ -184,17 +184,16 @@ def load_mps(
     """MPS for the overall preference, exp(logit_scale)·cos.
 
     path: a file of tensors, a directory with model.safetensors, or a hub id, at `revision`. processor: directory or hub
-    id of the CLIP that it was tuned from: its config.json, tokenizer and preprocessing; None: the directory in path if
-    it has them, else laion's ViT-H/14. dtype: of the weights, float32 unless given. UserError if files are missing,
-    damaged or another reward's, and for the authors' own file, which is a program.
+    id of the CLIP that it was tuned from: its config.json, tokenizer and preprocessing; None: the directory of the
+    weights if it has them, else laion's ViT-H/14. dtype: of the weights, float32 unless given. UserError if files are
+    missing, damaged or another reward's, and for the authors' own file, which is a program.
     """
     where = f"reward.mps.path '{path}'"
     tensors = {name.removeprefix("mps."): one for name, one in load_weights_file(path, FILE, revision, "mps").items()}
     tensors = {name: one for name, one in tensors.items() if not _ROW.fullmatch(name)}
     if not any(name.startswith("cross_model.") for name in tensors):
         raise UserError(f"{where} has not the weights of MPS: no tensor's name begins with cross_model.")
-    own = Path(path).expanduser()
-    source = processor or (own if has_tokenizer(own) else PICKSCORE_PROCESSOR)
+    source = processor or tokenizer_beside(path) or PICKSCORE_PROCESSOR
     tokenizer = load_tokenizer("mps", source)
     config = read_json(locate(source), "config.json")
     if config is None or config.get("model_type") != "clip":
