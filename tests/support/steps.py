@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from draftplus.config import Config, ObjectiveConfig
-from draftplus.config.schema import AlignpropConfig, DdpoConfig, OptimConfig, ReflConfig, TrainConfig
+from draftplus.config.objective import AlignpropConfig, DdpoConfig, ReflConfig
+from draftplus.config.schema import OptimConfig, TrainConfig
 from draftplus.diffusion.objectives import plan
 from draftplus.distributed import World, world
 from draftplus.evaluation.held_out import EvaluationSet
