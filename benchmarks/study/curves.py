@@ -145,22 +145,23 @@ class Compared:
         return f"{self.difference.told(digits)}; {self.holds} of {self.reached} seeds"
 
 
-Value = Callable[[Curve, Draws], Array]  # of a curve, for each draw
+Difference = Callable[[Curve, Curve, Draws], Array]  # of two curves, for each draw
 
 
-def compared(ours: Curve, rival: Curve, value: Value, of_rival: Value, prompts: int) -> Compared:
+def difference_of(value: Callable[[Curve, Draws], Array]) -> Difference:
+    """The difference of something that each curve has by itself."""
+    return lambda ours, rival, drawn: value(ours, drawn) - value(rival, drawn)
+
+
+def compared(ours: Curve, rival: Curve, difference: Difference, prompts: int) -> Compared:
     """The difference of two curves in the seeds that both have, paired."""
     seeds = sorted(set(ours.seeds) & set(rival.seeds))
     if not seeds:
         return Compared(None, 0, 0, 0)
     a, b = ours.of(seeds), rival.of(seeds)
-
-    def difference(drawn: Draws) -> Array:
-        return value(a, drawn) - of_rival(b, drawn)
-
-    alone = difference(each_seed(len(seeds), prompts))
+    alone = difference(a, b, each_seed(len(seeds), prompts))
     reached = alone[~np.isnan(alone)]
-    told = estimate(difference(bootstrap(len(seeds), prompts)))
+    told = estimate(difference(a, b, bootstrap(len(seeds), prompts)))
     return Compared(told, int((reached > 0).sum()), len(reached), len(seeds))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from benchmarks.study.curves import (
     at_gain,
     bootstrap,
     compared,
+    difference_of,
     each_seed,
     estimate,
     gains,
@@ -87,7 +89,7 @@ def rivals(made: Study) -> list[Rival]:
 
 
 def best(made: Study, curves: Sequence[Curve], gain: float) -> Curve | None:
-    """The curve with the highest LPIPS at a gain, by all its seeds, of those that get there in at least half of them."""
+    """The curve with the highest LPIPS at a gain, by all its seeds, of those that get there in half of them."""
     kept: dict[int, float] = {}
     for number, curve in enumerate(curves):
         value = percent_at(made, gain)(curve, bootstrap(len(curve.seeds), len(made.prompts)))[0]
@@ -101,29 +103,21 @@ def against(made: Study, curve: Curve, rival: Rival, gain: float) -> Compared:
     other = rival.at(gain)
     if other is None:
         return Compared(None, 0, 0, 0)
-    value = percent_at(made, gain)
-    return compared(curve, other, value, value, len(made.prompts))
+    return compared(curve, other, difference_of(percent_at(made, gain)), len(made.prompts))
 
 
-def equal_gain(made: Study, gain: float) -> str:
-    """Every setting where it has gained so much, and its differences from the rivals."""
-    rows, beside, value = list[Row](), rivals(made), percent_at(made, gain)
-    named = [(curve.label, curve) for curve in made.curves.values()] + list(lines(made).items())
-    for label, curve in named:
-        alone = reaching(made, curve, gain)
-        told = estimate(value(curve, bootstrap(len(curve.seeds), len(made.prompts))))
-        row = [label, f"{(~np.isnan(alone)).sum()} of {len(alone)}", told.told(sign=False) if told else "–",
-               "–" if np.isnan(spread := scatter(alone)) else f"{spread:.1f}"]  # fmt: skip
-        for rival in beside:
-            row.append("" if rival.at(gain) is curve else against(made, curve, rival, gain).told())
+def equal_gain(made: Study) -> str:
+    """What every setting keeps where it has gained so much, in how many seeds it does, and how these scatter."""
+    rows = list[Row]()
+    for curve in [*made.curves.values(), *lines(made).values()]:
+        row, drawn = [curve.label], bootstrap(len(curve.seeds), len(made.prompts))
+        for gain in GAINS:
+            alone, told = reaching(made, curve, gain), estimate(percent_at(made, gain)(curve, drawn))
+            reached = f"{(~np.isnan(alone)).sum()} of {len(alone)} seeds"
+            spread = "" if np.isnan(value := scatter(alone)) else f", ± {value:.1f}"
+            row.append(f"{told.told(sign=False) if told else '–'}; {reached}{spread}")
         rows.append(row)
-    heads = []
-    for rival in beside:
-        other, named_alike = rival.at(gain), ""
-        if other is not None and other.label not in rival.label:
-            named_alike = f" ({other.label})"
-        heads.append(f"less {rival.label}{named_alike}")
-    return table(["setting", "seeds that get there", "LPIPS, % of base", "deviation over seeds", *heads], rows)
+    return table(["setting", *(f"gain {gain:g}" for gain in GAINS)], rows)
 
 
 def summary(made: Study, rival: Rival) -> str:
@@ -167,7 +161,7 @@ def finals(made: Study) -> str:
     """The last step of every setting, and the knobs."""
     plan, base = made.plan, made.base
     beside = [name for name in (plan.held_out, *METRICS) if name in base]
-    rows = [["base model", "", "", "100", *(f"{base[name].mean():.2f}" for name in beside), ""]]
+    rows = [["base model", "", "", "100", *(_plain(base[name]) for name in beside), ""]]
     for name, curve in made.curves.items():
         rows.append(_final(made, curve.label, curve.at(-1), beside, f"{made.seconds[name]:.3g}"))
     for label, curve in made.knobs.items():
@@ -180,9 +174,50 @@ def _final(made: Study, label: str, curve: Curve, beside: Sequence[str], seconds
     drawn, point = bootstrap(len(curve.seeds), len(made.prompts)), curve.points[0]
     gain = estimate(gains(curve, made.base, made.plan.reward, drawn)[0])
     kept = estimate(100 * drawn.mean(point["lpips"]) / drawn.mean(made.base["lpips"]))
-    told = [f"{point[name].mean():.2f}".replace("-", "−") if name in point else "" for name in beside]
+    told = [_plain(point[name]) if name in point else "" for name in beside]
     kept_told = kept.told(0, False) if kept else "–"
     return [label, str(len(curve.seeds)), gain.told(2) if gain else "–", kept_told, *told, seconds]
+
+
+def _plain(values: Array) -> str:
+    return f"{values.mean():.2f}".replace("-", "−")
+
+
+def beside_early(made: Study) -> str:
+    """The last step of every setting less DRaFT stopped where it had gained as much, for those that gain little too."""
+    plan, base, rows = made.plan, made.base, list[Row]()
+    stopped = [made.curves[name] for name in (plan.early, plan.fixed) if name in made.curves]
+
+    def difference(ours: Curve, rival: Curve, drawn: Draws) -> Array:
+        gain = gains(ours, base, plan.reward, drawn)[-1]
+        kept = at_gain(rival, gain, base, plan.reward, "lpips", drawn)
+        percent: Array = 100 * (drawn.mean(ours.points[-1]["lpips"]) - kept) / drawn.mean(base["lpips"])
+        return percent
+
+    for curve in made.curves.values():
+        told = [
+            "" if one is curve else compared(curve.at(-1), one, difference, len(made.prompts)).told() for one in stopped
+        ]
+        rows.append([curve.label, *told])
+    return table(["setting", *(f"less {one.label}, stopped early" for one in stopped)], rows)
+
+
+def coefficients(made: Study) -> str:
+    """From each setting of a line to the next stronger one, and from its weakest to its strongest, at the last step."""
+    rows = list[Row]()
+    for names in made.plan.lines.values():
+        here = [made.curves[name].at(-1) for name in reversed(names) if name in made.curves]
+        for less, more in [*pairwise(here), *([(here[0], here[-1])] if len(here) > 2 else [])]:
+            row = [f"{less.label} → {more.label}"]
+            for name, scale in (("lpips", 100 / made.base["lpips"].mean()), (made.plan.reward, 1)):
+
+                def value(one: Curve, drawn: Draws, name: str = name, scale: float = scale) -> Array:
+                    scaled: Array = scale * drawn.mean(one.points[0][name])
+                    return scaled
+
+                row.append(compared(more, less, difference_of(value), len(made.prompts)).told(1 if scale > 1 else 2))
+            rows.append(row)
+    return table(["from, to", "LPIPS, % of base; rises in", "reward; rises in"], rows)
 
 
 def others_at(made: Study, gain: float) -> str:
@@ -198,11 +233,11 @@ def others_at(made: Study, gain: float) -> str:
 
             known = all(name in point for point in curve.points)
             told = estimate(value(curve, bootstrap(len(curve.seeds), len(made.prompts)))) if known else None
-            row.append(f"{told.value:.2f}".replace("-", "−") if told else "–")
+            row.append(_plain(np.array(told.value)) if told else "–")
             if early is None or curve is early or told is None:
                 row.append("")
             else:
-                row.append(compared(curve, early, value, value, len(made.prompts)).told(2))
+                row.append(compared(curve, early, difference_of(value), len(made.prompts)).told(2))
         rows.append(row)
     head = [text for name in names for text in (name, f"{name}, less {early.label if early else ''} stopped early")]
     return table(["setting", *head], rows)
@@ -216,11 +251,15 @@ def over_training(made: Study) -> str:
         for step, values, point in zip(made.steps[name], alone, curve.points, strict=True):
             kept = 100 * point["lpips"].mean(1) / made.base["lpips"].mean()
             rows.append([
-                curve.label, str(step), str(len(values)), f"{values.mean():+.2f}", f"{scatter(values):.3f}",
-                f"{values.min():+.2f} to {values.max():+.2f}", f"{kept.mean():.1f}", f"{scatter(kept):.1f}",
+                curve.label, str(step), str(len(values)), f"{values.mean():+.2f}", _deviation(values, 3),
+                f"{values.min():+.2f} to {values.max():+.2f}", f"{kept.mean():.1f}", _deviation(kept, 1),
             ])  # fmt: skip
     head = ["setting", "step", "seeds", "gain", "deviation over seeds", "range", "LPIPS, % of base", "deviation"]
     return table(head, [[row[0], *(cell.replace("-", "−") for cell in row[1:])] for row in rows])
+
+
+def _deviation(values: Array, digits: int) -> str:
+    return "–" if np.isnan(value := scatter(values)) else f"{value:.{digits}f}"
 
 
 def sections(made: Study) -> Iterator[str]:
@@ -229,12 +268,17 @@ def sections(made: Study) -> Iterator[str]:
     yield f"{len(seeds)} training seeds, {len(made.prompts)} prompts, {len(made.curves)} settings.\n"
     base = f"{made.base[made.plan.reward].mean():.2f}, LPIPS {made.base['lpips'].mean():.3f}"
     yield f"## The last step\n\nBase model: reward {base}.\n\n{finals(made)}"
+    if made.plan.lines:
+        yield f"## Along each line\n\n{coefficients(made)}"
     if made.plan.early in made.curves:
+        yield (
+            "## LPIPS at equal gain\n\nIn percent of the base model's, with how many seeds get there alone, and ± the "
+            f"deviation over these.\n\n{equal_gain(made)}"
+        )
         for rival in rivals(made):
             title = f"## LPIPS at equal gain, less {rival.label}"
             yield f"{title}\n\nIn percent of the base model's.\n\n{summary(made, rival)}"
-        for gain in GAINS:
-            yield f"## At a gain of {gain:g}\n\n{equal_gain(made, gain)}"
+        yield f"## The last step at equal gain\n\nLPIPS in percent of the base model's.\n\n{beside_early(made)}"
         yield f"## Chosen by one half of the seeds, measured on the other\n\n{chosen_apart(made)}"
         yield f"## Other measures at a gain of 1\n\n{others_at(made, 1.0)}"
     yield f"## Over training\n\n{over_training(made)}"
