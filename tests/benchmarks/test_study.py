@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,8 @@ from benchmarks.study.curves import (
 from benchmarks.study.packing import pack, unpack
 from benchmarks.study.plan import DONE, Plan, Setting, Task, read_plan, seeds_of, tasks_of
 from benchmarks.study.pool import Durations, run_queue
-from benchmarks.study.reading import read_study
-from benchmarks.study.tables import GAINS, chosen_apart, rivals, sections
+from benchmarks.study.reading import Study, read_study
+from benchmarks.study.tables import GAINS, beside_early, chosen_apart, coefficients, rivals, sections, summary
 from benchmarks.study.train import METRICS, train
 from draftplus.runs.journal import read_rows
 from draftplus.runs.plan import plan_run
@@ -132,6 +133,36 @@ def test_curves_are_compared_in_the_seeds_that_both_have() -> None:
 def test_scatter_is_the_deviation_over_seeds_that_have_a_number() -> None:
     assert scatter(np.array([1.0, np.nan, 3.0])) == pytest.approx(2**0.5)
     assert np.isnan(scatter(np.array([1.0, np.nan])))
+
+
+def measured() -> Study:
+    """A setting that loses 0.05 of LPIPS for each point of gain, and one that loses 0.02 and gains less."""
+    (fast, base), (slow, _) = noisy(0.05), noisy(0.02, 1.2)
+    curves = {"fast": replace(fast, label="fast"), "slow": replace(slow, label="slow")}
+    settings = {name: Setting(name, name, {}) for name in curves}
+    plan = Plan("emoji", "reward", settings, {}, early="fast", lines={"line": ["slow", "fast"]})
+    steps = {name: [1, 2, 3] for name in curves}
+    return Study(plan, base, [str(i) for i in range(9)], curves, steps, {}, {}, dict.fromkeys(curves, 1.0))
+
+
+def test_the_tables_tell_differences_that_are_known() -> None:
+    made = measured()
+    whole = 100 / made.base["lpips"].mean()
+    early = rivals(made)[0]
+    cells = {row.split(" | ")[0]: row.split(" | ")[1:] for row in summary(made, early).splitlines()}["| slow"]
+    for gain, cell in zip(GAINS, cells, strict=True):
+        if gain < 1.05:  # the most that the slow one gains in the mean over seeds
+            assert cell.startswith(f"+{0.03 * gain * whole:.1f} (+"), (gain, cell)
+        else:
+            assert cell.startswith("– (both in")
+    assert cells[0].endswith("5 of 5 seeds")  # seed 0 of the slow one never gains half a point
+    gained = made.curves["slow"].points[-1]["reward"].mean() - made.base["reward"].mean()
+    (row,) = [row for row in beside_early(made).splitlines() if row.startswith("| slow")]
+    assert row.startswith(f"| slow | +{0.03 * gained * whole:.1f} (+")  # where the fast one had gained as much
+    ends = [made.curves[name].points[-1] for name in ("fast", "slow")]
+    lpips, reward = (float(ends[1][name].mean() - ends[0][name].mean()) for name in ("lpips", "reward"))
+    (row,) = [row for row in coefficients(made).splitlines() if row.startswith("| fast → slow")]
+    assert f"| +{whole * lpips:.1f} (+" in row and f"| −{-reward:.2f} (−" in row and row.endswith("0 of 6 seeds |")
 
 
 def small(tmp_path: Path, settings: dict[str, dict[str, object]], seeds: int = 2, device: str = "cpu") -> list[Task]:
@@ -305,16 +336,17 @@ def test_a_plan_that_is_wrong_is_refused(tmp_path: Path) -> None:
     assert (list(seeds_of("3")), list(seeds_of("2:4"))) == ([0, 1, 2], [2, 3])
 
 
-@pytest.mark.parametrize("name", ["study", "pilot"])
+@pytest.mark.parametrize("name", ["study", "pilot", "methods", "ddpo", "jpeg"])
 def test_every_setting_is_a_run_that_could_start_and_differs_from_the_others(name: str, tmp_path: Path) -> None:
     tasks = tasks_of(read_plan(name), tmp_path, range(1), "cpu")
     planned = [plan_run(task.recipe, task.overrides) for task in tasks]
     assert [run for _, run in planned] == [task.run for task in tasks]
-    told = [repr((config.objective, config.optim, config.train, config.eval.variants)) for config, _ in planned]
+    told = [repr((config.objective, config.optim, config.train, config.reward)) for config, _ in planned]
     assert len(set(told)) == len(tasks)
     assert all(not config.log.to and config.eval.max_prompts == 15 for config, _ in planned)
 
 
+@pytest.mark.slow
 def test_a_run_is_trained_measured_and_continued(tmp_path: Path) -> None:
     keys = {
         "sampler.steps": 2, "train.steps": 1, "eval.every": 1, "eval.max_prompts": 2, "eval.images_per_prompt": 2,
