@@ -10,6 +10,11 @@ A study is study.yaml, pilot.yaml, or a file of your own like them. Where time i
     python -m benchmarks.study run study --device cuda --workers 16 --until 540 --slim --unpack study.tar.gz \\
         --pack more.tar.gz
     python -m benchmarks.study tables study --from more.tar.gz
+
+What the tables favour can be tried with seeds that did not choose it:
+
+    python -m benchmarks.study run study --only draft 'window-*' gate-50 --seeds 8:16
+    python -m benchmarks.study tables study --only draft 'window-*' gate-50 --seeds 8:16
 """
 
 from __future__ import annotations
@@ -36,9 +41,9 @@ def main(arguments: list[str] | None = None) -> None:
     for one in (run, tables):
         one.add_argument("plan", help="study, pilot, or a YAML file")
         one.add_argument("--only", nargs="+", default=[], metavar="PATTERN", help="settings by name, such as 'gate-*'")
+        one.add_argument("--seeds", type=seeds_of, help="training seeds: 8 is 0 to 7, 8:16 is 8 to 15")
         one.add_argument("--directory", type=Path, help="where the runs are; sweeps/PLAN unless given")
     tables.add_argument("--from", type=Path, dest="source", help="a file that --pack wrote, or a directory")
-    run.add_argument("--seeds", type=seeds_of, help="training seeds: 8 is 0 to 7, 8:16 is 8 to 15")
     run.add_argument("--workers", type=int, default=1, help="runs that train at the same time, one thread each")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda")
     run.add_argument("--until", type=float, metavar="SECONDS", help="end after so long, with what is done by then")
@@ -60,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
 
         with opened(options.source or directory) as where:
             try:
-                made = read_study(plan, where)
+                made = read_study(plan, where, options.seeds)
             except ValueError as error:
                 sys.exit(f"{error}")
         for section in sections(made):

@@ -12,7 +12,7 @@ compared in the seeds that both have, with the same draws for both.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -29,22 +29,25 @@ Measures = Mapping[str, Array]  # by name: (seeds, prompts)
 class Curve:
     """A setting at several points, from the base model's outwards, which is not among them.
 
-    seeds: the training seeds, ascending. points: of each, what was measured.
+    seeds: the training seeds, ascending. points: of each, what was measured. from_base: whether it begins at the base
+    model. A line over settings whose first one gains a lot does not: a straight way there from the base model, which
+    cuts off the bend of what lies between, would make a rival weaker than it is.
     """
 
     label: str
     seeds: tuple[int, ...]
     points: tuple[Measures, ...]
+    from_base: bool = True
 
     def of(self, seeds: Sequence[int]) -> Curve:
         """The same with some of its seeds only."""
         rows = [self.seeds.index(seed) for seed in seeds]
         points = tuple({name: values[rows] for name, values in point.items()} for point in self.points)
-        return Curve(self.label, tuple(seeds), points)
+        return replace(self, seeds=tuple(seeds), points=points)
 
     def at(self, index: int) -> Curve:
         """One of its points alone."""
-        return Curve(self.label, self.seeds, (self.points[index],))
+        return replace(self, points=(self.points[index],))
 
 
 @dataclass(frozen=True)
@@ -89,9 +92,11 @@ def at_gain(curve: Curve, gain: Array | float, base: Measures, reward: str, name
 
     gain: above 0; one for all draws, or one of each.
     """
-    zero = np.zeros((1, len(drawn.seeds)))
-    gained = np.vstack([zero, gains(curve, base, reward, drawn)])  # (points + 1, draws)
-    values = np.stack([drawn.mean(point[name]) for point in (base, *curve.points)])
+    gained = gains(curve, base, reward, drawn)  # (points, draws)
+    values = np.stack([drawn.mean(point[name]) for point in curve.points])
+    if curve.from_base:
+        gained = np.vstack([np.zeros((1, len(drawn.seeds))), gained])
+        values = np.vstack([drawn.mean(base[name])[None], values])
     found = np.full(len(drawn.seeds), np.nan)
     for g0, g1, v0, v1 in zip(gained[:-1], gained[1:], values[:-1], values[1:], strict=True):
         crossed = np.isnan(found) & (g0 < gain) & (gain <= g1)
@@ -166,9 +171,9 @@ def compared(ours: Curve, rival: Curve, difference: Difference, prompts: int) ->
 
 
 def joined(label: str, curves: Sequence[Curve]) -> Curve:
-    """The last points of several curves as one, in the seeds that all have."""
+    """The last points of several curves as one, which begins at the first of them, in the seeds that all have."""
     seeds = sorted(set.intersection(*(set(curve.seeds) for curve in curves)))
-    return Curve(label, tuple(seeds), tuple(curve.of(seeds).points[-1] for curve in curves))
+    return Curve(label, tuple(seeds), tuple(curve.of(seeds).points[-1] for curve in curves), from_base=False)
 
 
 def scatter(values: Array) -> float:

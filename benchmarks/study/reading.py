@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -38,8 +38,8 @@ class Study:
     seconds: Mapping[str, float]
 
 
-def read_study(plan: Plan, directory: Path) -> Study:
-    """The finished runs below a directory; what is not finished does not count.
+def read_study(plan: Plan, directory: Path, only: Collection[int] | None = None) -> Study:
+    """The finished runs below a directory; what is not finished does not count. only: training seeds; None: all.
 
     Raises ValueError where there is none, or runs are not of the same base model and evaluation.
     """
@@ -48,10 +48,9 @@ def read_study(plan: Plan, directory: Path) -> Study:
     names: dict[str, list[str]] = {}
     prompts: list[str] | None = None
     for name, setting in plan.settings.items():
+        here = {int(run.name.removeprefix("seed-")): run for run in (directory / name).glob("seed-*")}
         runs = {
-            int(run.name.removeprefix("seed-")): run
-            for run in (directory / name).glob("seed-*")
-            if read_done(run) is not None
+            seed: run for seed, run in here.items() if (only is None or seed in only) and read_done(run) is not None
         }
         if not runs:
             continue
@@ -80,7 +79,8 @@ def read_study(plan: Plan, directory: Path) -> Study:
                     order = sorted(range(len(chosen)), key=lambda i: float(each[i][plan.reward].mean()))
                     whole = {key: points[-1][key] for key in each[0]}
                     title = f"{setting.label}, over its {label}"
-                    knobs[title] = Curve(title, seeds, (*(each[i] for i in order), whole))
+                    begins = label == "LoRA scale"  # of 0, which is the base model
+                    knobs[title] = Curve(title, seeds, (*(each[i] for i in order), whole), begins)
                     names[title] = [*(chosen[i] for i in order), setting.label]
     if prompts is None:
         raise ValueError(f"{directory}: no finished run of this plan")

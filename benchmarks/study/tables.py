@@ -280,5 +280,6 @@ def sections(made: Study) -> Iterator[str]:
             yield f"{title}\n\nIn percent of the base model's.\n\n{summary(made, rival)}"
         yield f"## The last step at equal gain\n\nLPIPS in percent of the base model's.\n\n{beside_early(made)}"
         yield f"## Chosen by one half of the seeds, measured on the other\n\n{chosen_apart(made)}"
-        yield f"## Other measures at a gain of 1\n\n{others_at(made, 1.0)}"
+        if made.plan.held_out in made.base or METRICS[0] in made.base:
+            yield f"## Other measures at a gain of 1\n\n{others_at(made, 1.0)}"
     yield f"## Over training\n\n{over_training(made)}"

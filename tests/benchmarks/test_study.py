@@ -130,6 +130,12 @@ def test_curves_are_compared_in_the_seeds_that_both_have() -> None:
     np.testing.assert_array_equal(line.points[0]["reward"], one.points[-1]["reward"][[2, 4]])
 
 
+def test_a_line_over_settings_has_no_number_below_what_its_first_setting_gains() -> None:
+    line = joined("line", [curve((0.5, 0.39), (1, 0.38)), curve((2, 0.3))])
+    told = [at_gain(line, gain, BASE, "reward", "lpips", each_seed(3, 4))[0] for gain in (0.5, 1.5)]
+    assert np.isnan(told[0]) and told[1] == pytest.approx(0.34)
+
+
 def test_scatter_is_the_deviation_over_seeds_that_have_a_number() -> None:
     assert scatter(np.array([1.0, np.nan, 3.0])) == pytest.approx(2**0.5)
     assert np.isnan(scatter(np.array([1.0, np.nan])))
@@ -316,6 +322,7 @@ def test_runs_that_are_not_comparable_are_refused(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ValueError, match="different base models"):
         read_study(read_plan(file), runs)
+    assert read_study(read_plan(file), runs, range(1, 9)).curves["window"].seeds == (1, 2, 3)  # without the wrong one
     with pytest.raises(ValueError, match="no finished run"):
         read_study(read_plan(file), tmp_path / "nowhere")
 
