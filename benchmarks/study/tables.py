@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -75,17 +76,30 @@ def lines(made: Study) -> dict[str, Curve]:
 def rivals(made: Study) -> list[Rival]:
     """DRaFT stopped early, DRaFT+ as chosen beforehand, and for each line its best setting and itself."""
     plan, told = made.plan, []
-    for name in (plan.early, plan.fixed):
-        if name in made.curves:
-            curve = made.curves[name]
-            told.append(Rival(f"{curve.label}, stopped early", lambda gain, curve=curve: curve))
+    for curve in stopped(made):
+        told.append(Rival(f"{curve.label}, stopped early", partial(_always, curve)))
     for label, names in plan.lines.items():
         here = [made.curves[name] for name in names if name in made.curves and name != plan.early]
         if here:
-            told.append(Rival(f"{label}: the best of all", lambda gain, here=here: best(made, here, gain)))
+            told.append(Rival(f"{label}: the best of all", partial(best, made, here)))
     for label, curve in lines(made).items():
-        told.append(Rival(label, lambda gain, curve=curve: curve))
+        told.append(Rival(label, partial(_always, curve)))
     return told
+
+
+def stopped(made: Study) -> list[Curve]:
+    """The rivals whose evaluations are a line: DRaFT, and what was chosen beforehand."""
+    names = (made.plan.early or "", made.plan.fixed or "")
+    return [made.curves[name] for name in names if name in made.curves]
+
+
+def others(made: Study) -> list[str]:
+    """What was measured beside the trained reward and LPIPS."""
+    return [name for name in (made.plan.held_out or "", *METRICS) if name in made.base]
+
+
+def _always(curve: Curve, gain: float) -> Curve:
+    return curve
 
 
 def best(made: Study, curves: Sequence[Curve], gain: float) -> Curve | None:
@@ -159,8 +173,7 @@ def chosen_apart(made: Study) -> str:
 
 def finals(made: Study) -> str:
     """The last step of every setting, and the knobs."""
-    plan, base = made.plan, made.base
-    beside = [name for name in (plan.held_out, *METRICS) if name in base]
+    base, beside = made.base, others(made)
     rows = [["base model", "", "", "100", *(_plain(base[name]) for name in beside), ""]]
     for name, curve in made.curves.items():
         rows.append(_final(made, curve.label, curve.at(-1), beside, f"{made.seconds[name]:.3g}"))
@@ -186,7 +199,7 @@ def _plain(values: Array) -> str:
 def beside_early(made: Study) -> str:
     """The last step of every setting less DRaFT stopped where it had gained as much, for those that gain little too."""
     plan, base, rows = made.plan, made.base, list[Row]()
-    stopped = [made.curves[name] for name in (plan.early, plan.fixed) if name in made.curves]
+    beside = stopped(made)
 
     def difference(ours: Curve, rival: Curve, drawn: Draws) -> Array:
         gain = gains(ours, base, plan.reward, drawn)[-1]
@@ -196,10 +209,10 @@ def beside_early(made: Study) -> str:
 
     for curve in made.curves.values():
         told = [
-            "" if one is curve else compared(curve.at(-1), one, difference, len(made.prompts)).told() for one in stopped
+            "" if one is curve else compared(curve.at(-1), one, difference, len(made.prompts)).told() for one in beside
         ]
         rows.append([curve.label, *told])
-    return table(["setting", *(f"less {one.label}, stopped early" for one in stopped)], rows)
+    return table(["setting", *(f"less {one.label}, stopped early" for one in beside)], rows)
 
 
 def coefficients(made: Study) -> str:
@@ -223,7 +236,7 @@ def coefficients(made: Study) -> str:
 def others_at(made: Study, gain: float) -> str:
     """What else was measured, where each setting has gained so much; and its difference from DRaFT stopped early."""
     early, rows = made.curves.get(made.plan.early or ""), list[Row]()
-    names = [name for name in (made.plan.held_out, *METRICS) if name in made.base]
+    names = others(made)
     for curve in made.curves.values():
         row = [curve.label]
         for name in names:
@@ -280,6 +293,6 @@ def sections(made: Study) -> Iterator[str]:
             yield f"{title}\n\nIn percent of the base model's.\n\n{summary(made, rival)}"
         yield f"## The last step at equal gain\n\nLPIPS in percent of the base model's.\n\n{beside_early(made)}"
         yield f"## Chosen by one half of the seeds, measured on the other\n\n{chosen_apart(made)}"
-        if made.plan.held_out in made.base or METRICS[0] in made.base:
+        if others(made):
             yield f"## Other measures at a gain of 1\n\n{others_at(made, 1.0)}"
     yield f"## Over training\n\n{over_training(made)}"
