@@ -20,6 +20,7 @@ What the tables favour can be tried with seeds that did not choose it:
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from pathlib import Path
@@ -74,6 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.unpack:
         unpack(options.unpack, directory)
     tasks = tasks_of(plan, directory, options.seeds or range(plan.seeds), options.device)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # with what is in flight saved, and all that is done packed
     job = Training(not options.no_measures, options.slim)
     try:
         run_queue(tasks, job, options.workers, directory / "logs", options.until, began)

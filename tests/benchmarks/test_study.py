@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import replace
+from multiprocessing import active_children
 from pathlib import Path
 
 import numpy as np
@@ -216,6 +217,16 @@ def test_when_time_is_over_what_is_in_flight_is_interrupted_and_continued_by_the
     assert names(told.stopped) == ["a0"] and names(told.left) == ["b0"] and not told.failed and not told.done
     told = run_queue(tasks[:1], take_long, 1, tmp_path / "logs", tell=lambda line: None)
     assert names(told.done) == ["a0"]
+
+
+def test_no_process_stays_behind_where_the_command_is_ended(tmp_path: Path) -> None:
+    def tell(line: str) -> None:
+        if "seed 0 in" in line:
+            raise SystemExit(143)
+
+    with pytest.raises(SystemExit):
+        run_queue(small(tmp_path, {"a": {}, "b": {}}), leave_a_mark, 2, tmp_path / "logs", tell=tell)
+    assert not active_children()
 
 
 def test_no_run_starts_that_is_expected_to_end_too_late(tmp_path: Path) -> None:
