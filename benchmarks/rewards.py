@@ -38,7 +38,7 @@ from torch import Tensor
 
 from benchmarks.step import RETURN_MEMORY, status
 from draftplus.build import quiet_libraries
-from draftplus.rewards import aesthetic, clip, hpsv2, image_reward
+from draftplus.rewards import aesthetic, clip, hpsv2, image_reward, mps
 from draftplus.types import Reward
 from tests.support import originals, published
 
@@ -129,6 +129,18 @@ def published_aesthetic(directory: Path) -> None:
     write_clip(CLIP_L, write_head(directory))
 
 
+def published_mps(directory: Path) -> None:
+    """With four layers of cross-attention, of 1024 in 16 heads; in float32, as the converted file is."""
+    from safetensors.torch import save_file
+
+    write_clip(hpsv2.VIT_H, directory)
+    with torch.device("meta"):
+        layers = {f"cross_model.layers.{i}.0.fn.to_q.weight": torch.empty(1024, 1024) for i in range(4)}
+        shapes = {name: one.shape for name, one in mps.Network(hpsv2.VIT_H, layers).state_dict().items()}
+    tensors = {f"mps.{name}": named(name, shape).float() for name, shape in shapes.items()}
+    save_file(tensors, directory / mps.FILE)
+
+
 CASES = {
     "hpsv2": Case(small_hpsv2, published_hpsv2, hpsv2.load_hpsv2, "about 0.2 to 0.35", "Apache-2.0"),
     "pickscore": Case(originals.save_clip, published_clip_h, clip.load_pickscore, "about 20 to 23", "none stated"),
@@ -147,15 +159,17 @@ CASES = {
         "about −2 to 2",
         "Apache-2.0",
     ),
+    "mps": Case(published.save_mps, published_mps, mps.load_mps, "depends on the prompt", "none stated"),
 }
 
 
 def exactness(name: str, directory: Path) -> dict[str, float]:
     case = CASES[name]
     case.small(directory)
-    found = (published.errors if name == "image_reward" else originals.errors)(name, case.load(directory))
+    apart = name in ("image_reward", "mps")  # whose originals tests/parity/originals/ runs
+    found = (published.errors if apart else originals.errors)(name, case.load(directory))
     gradient, difference = originals.slopes(case.load(directory, dtype=torch.float64), 96, 64)
-    plain = found.pop(published.SIZES[0] if name == "image_reward" else (224, 224))
+    plain = found.pop(published.SIZES[0] if apart else (224, 224))
     return {"plain": plain, "resized": max(found.values()), "gradient": abs(gradient / difference - 1)}
 
 

@@ -6,6 +6,7 @@ Read by the tests and, in the environments of the original packages, by the scri
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,16 +77,18 @@ def true_size_image_reward() -> dict[str, Tensor]:
     return image_reward(1024, 768, (24, 12), 30524, 14, 512)
 
 
-def errors(name: str, reward: Callable[[Tensor, Sequence[str]], Tensor]) -> dict[tuple[int, int], float]:
+def errors(
+    name: str, reward: Callable[[Tensor, Sequence[str]], Tensor], prompts: Sequence[str] = PROMPTS
+) -> dict[tuple[int, int], float]:
     """By size of the pictures, the first of which is not resized: the largest difference from the original's scores, as
     a share of their range.
     """
     says = json.loads((Path(__file__).parents[1] / "parity" / "originals" / f"{name}.json").read_text())
     spread = max(map(max, says["scores"])) - min(map(min, says["scores"]))
     found = {}
-    for picture, size, expected in zip(pictures(), says["sizes"], says["scores"], strict=True):
-        pixels = torch.from_numpy(picture).permute(2, 0, 1).expand(len(PROMPTS), -1, -1, -1) / 255
-        found[tuple(size)] = (reward(pixels, PROMPTS) - torch.tensor(expected)).abs().max().item() / spread
+    for picture, size, expected in zip(pictures(says["sizes"]), says["sizes"], says["scores"], strict=True):
+        pixels = torch.from_numpy(picture).permute(2, 0, 1).expand(len(prompts), -1, -1, -1) / 255
+        found[tuple(size)] = (reward(pixels, prompts).detach() - torch.tensor(expected)).abs().max().item() / spread
     return found
 
 
@@ -193,8 +196,21 @@ MPS_CONFIG = {
         "image_size": 64, "patch_size": 16, "hidden_act": "gelu",
     },
 }  # fmt: skip
+MPS_TOKENIZER = Path(__file__).parents[2] / "src" / "draftplus" / "assets" / "emoji_clip"
 MPS_UNREAD = [551, 555, 852, 316]  # ids of words of `PROMPTS`, and not of the condition
 MPS_PREPROCESSING = {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}}
+
+
+def save_mps(directory: Path, tensors: Mapping[str, Tensor] | None = None) -> Path:
+    """A directory with the converted file, and what else there is in the directory of the CLIP that it came from."""
+    from safetensors.torch import save_file
+
+    save_file(mps() if tensors is None else dict(tensors), directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(MPS_CONFIG))
+    (directory / "preprocessor_config.json").write_text(json.dumps(MPS_PREPROCESSING))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(MPS_TOKENIZER / name, directory)
+    return directory
 
 
 def _into(shapes: dict[str, Sequence[int]]) -> tuple[Callable[[str, int, int], None], Callable[[str, int], None]]:
@@ -214,7 +230,8 @@ HPSV3_PROMPTS = [PROMPTS[0], "a naïve blue-ish zebra on {3} cubes 漢 ☃", PRO
 HPSV3_CONFIG = {
     "model_type": "qwen2_vl", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
     "num_attention_heads": 2, "num_key_value_heads": 1, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
-    "max_position_embeddings": 32768, "vocab_size": 640, "tie_word_embeddings": False,
+    "bos_token_id": 0, "eos_token_id": 2, "max_position_embeddings": 32768, "vocab_size": 640,
+    "tie_word_embeddings": False,
     "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
     "vision_config": {"depth": 2, "embed_dim": 64, "hidden_size": 64, "mlp_ratio": 2, "num_heads": 2},
 }  # fmt: skip
@@ -242,21 +259,21 @@ _MERGES = list(dict.fromkeys((word[:i], word[i]) for word in _MERGED for i in ra
 HPSV3_WORDS = 256 + len(_MERGES) + len(QWEN2_VL_SPECIAL) + 1
 
 
-def hpsv3(layers: tuple[int, int] = (2, 2)) -> dict[str, Tensor]:
+def hpsv3() -> dict[str, Tensor]:
     """HPSv3.safetensors: tensors by name, nothing around them, the head in float32 and the others in bfloat16; of the
-    tiny `HPSV3_CONFIG`. layers: of the vision tower and of the language model.
+    tiny `HPSV3_CONFIG`.
     """
-    eye: dict[str, Any] = HPSV3_CONFIG["vision_config"]  # type: ignore[assignment]
-    return hpsv3_of(64, 96, 2, 1, HPSV3_WORDS, eye["embed_dim"], eye["mlp_ratio"], layers)
+    tensors = drawn(_hpsv3_shapes(64, 96, 2, 1, HPSV3_WORDS, 64, 2, (2, 2)))
+    return {name: one if name.startswith("rm_head.") else one.bfloat16() for name, one in tensors.items()}
 
 
-def true_size_hpsv3(layers: tuple[int, int] = (32, 28)) -> dict[str, Tensor]:
-    return hpsv3_of(3584, 18944, 28, 4, 151658, 1280, 4, layers)
+def true_size_hpsv3_shapes() -> dict[str, Sequence[int]]:
+    return _hpsv3_shapes(3584, 18944, 28, 4, 151658, 1280, 4, (32, 28))
 
 
-def hpsv3_of(
+def _hpsv3_shapes(
     width: int, inner: int, heads: int, pairs: int, words: int, seen: int, ratio: int, layers: tuple[int, int]
-) -> dict[str, Tensor]:
+) -> dict[str, Sequence[int]]:
     shapes: dict[str, Sequence[int]] = {}
     linear, norm = _into(shapes)
     shapes["visual.patch_embed.proj.weight"] = (seen, 3, 2, 14, 14)
@@ -286,8 +303,7 @@ def hpsv3_of(
     shapes.update({"model.norm.weight": (width,), "lm_head.weight": (words, width)})
     for i, (into, out) in zip((0, 3, 5), ((width, 1024), (1024, 16), (16, 2)), strict=True):
         linear(f"rm_head.{i}", out, into)
-    tensors = drawn(shapes)
-    return {name: one if name.startswith("rm_head.") else one.bfloat16() for name, one in tensors.items()}
+    return shapes
 
 
 def save_hpsv3(directory: Path, tensors: Mapping[str, Tensor] | None = None) -> Path:
@@ -304,6 +320,24 @@ def save_hpsv3(directory: Path, tensors: Mapping[str, Tensor] | None = None) -> 
     numbers = {f"{name}_token_id": tokenizer.token_to_id(one) for name, one in zip(names, tokens, strict=True)}
     (directory / "config.json").write_text(json.dumps(HPSV3_CONFIG | numbers))
     return directory
+
+
+def in_double(replace: Callable[[Any, str, Any], None]) -> None:
+    """Has Qwen2-VL's norms and rotations compute in the dtype that they are given; transformers' do it in float32.
+
+    replace: sets an attribute, as setattr does.
+    """
+    from transformers.models.qwen2_vl import modeling_qwen2_vl as stock
+
+    def norm(self: Any, x: Tensor) -> Tensor:
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+    def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = cos.unsqueeze(-2).to(q.dtype), sin.unsqueeze(-2).to(q.dtype)
+        return q * cos + stock.rotate_half(q) * sin, k * cos + stock.rotate_half(k) * sin
+
+    replace(stock.Qwen2VLRMSNorm, "forward", norm)
+    replace(stock, "apply_rotary_pos_emb_vision", rotate)
 
 
 def _qwen2_vl_tokenizer() -> Any:

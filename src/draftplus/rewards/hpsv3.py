@@ -7,10 +7,11 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from draftplus.errors import UserError
 from draftplus.rewards.captions import load_tokenizer, tokenizer_beside
@@ -40,10 +41,14 @@ class Rotary(nn.Module):
         self.stock = stock
 
     @torch.no_grad()
-    def forward(self, x: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-        """places: (n, 2), row and column of each patch. Returns cosines and sines, (n, d) each."""
-        inv_freq: Any = self.stock.inv_freq
-        angles = (places[..., None].bfloat16() * inv_freq.bfloat16()).flatten(1).repeat(1, 2)  # (n, d), rounded
+    def forward(self, x: Any, places: Tensor | None = None) -> Any:
+        """places: (n, 2), row and column of each patch. Returns cosines and sines, (n, d) each. Older transformers give
+        a number of places alone, and make the angles of each patch from theirs, (x, d / 4).
+        """
+        inv_freq = cast(Tensor, self.stock.inv_freq).bfloat16()
+        if places is None:
+            return torch.outer(torch.arange(x, device=inv_freq.device, dtype=torch.bfloat16), inv_freq)
+        angles = (places[..., None].bfloat16() * inv_freq).flatten(1).repeat(1, 2)  # (n, d), rounded
         return angles.cos().float(), angles.sin().float()
 
 
@@ -200,10 +205,9 @@ def load_hpsv3(
 
 
 def recompute(network: Network) -> None:
-    """Has the backward pass compute a layer's inner values again, which would be some 10 GB for a picture."""
-    network.model.gradient_checkpointing_enable({"use_reentrant": False})
+    """Has the backward pass compute a layer's inner values again, instead of keeping them: GiBs for each picture."""
     for layer in (*network.model.visual.blocks, *network.model.language_model.layers):
-        layer.training = True  # of the layer, not of its parts, which are none with dropout: else it keeps them
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
