@@ -77,13 +77,12 @@ def true_size_image_reward() -> dict[str, Tensor]:
     return image_reward(1024, 768, (24, 12), 30524, 14, 512)
 
 
-def errors(
-    name: str, reward: Callable[[Tensor, Sequence[str]], Tensor], prompts: Sequence[str] = PROMPTS
-) -> dict[tuple[int, int], float]:
+def errors(name: str, reward: Callable[[Tensor, Sequence[str]], Tensor]) -> dict[tuple[int, int], float]:
     """By size of the pictures, the first of which is not resized: the largest difference from the original's scores, as
     a share of their range.
     """
     says = json.loads((Path(__file__).parents[1] / "parity" / "originals" / f"{name}.json").read_text())
+    prompts = HPSV3_PROMPTS if name == "hpsv3" else PROMPTS
     spread = max(map(max, says["scores"])) - min(map(min, says["scores"]))
     found = {}
     for picture, size, expected in zip(pictures(says["sizes"]), says["sizes"], says["scores"], strict=True):
