@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import signal
 from contextlib import nullcontext
@@ -474,6 +475,20 @@ def test_a_continued_run_keeps_what_shapes_it(recipe: list[str], made: Path, tmp
     pairs = save_pairs(tmp_path / "other", count=30)
     with pytest.raises(UserError, match=r"data\.pairs has another content than when it was started"):
         train_reward(run, [f"data.pairs={pairs}", "train.steps=4"])
+
+
+def test_a_picture_that_was_replaced_is_noticed_when_a_run_continues(
+    recipe: list[str], made: Path, tmp_path: Path
+) -> None:
+    pairs = shutil.copytree(made / "pairs", tmp_path / "pairs")
+    given = [f"data.pairs={pairs / 'pairs.jsonl'}", "train.steps=2"]
+    run = train_reward(recipe[0], [*recipe[1:], *given])
+    for file in pairs.iterdir():  # as copying may leave them
+        os.utime(file, (1, 1))
+    assert rows(train_reward(run, ["train.steps=3"]) / "metrics.jsonl")[-1]["step"] == 3
+    shutil.copy(pairs / "7-dark.png", pairs / "7-bright.png")
+    with pytest.raises(UserError, match=r"run: a picture of data\.pairs has another content than when it was started"):
+        train_reward(run, ["train.steps=4"])
 
 
 def test_dry_run_says_what_to_expect(recipe: list[str]) -> None:
