@@ -72,7 +72,7 @@ def penalty(tuned: Tuned, size: int) -> Tensor:
             return raw(x, timestep)
 
     objective = ObjectiveConfig(kl_coeff=1.0)
-    return kl(objective, denoiser(raw, schedule), denoiser(frozen, schedule), [Visit(STEP, latents, None)])
+    return kl(objective, denoiser(raw, schedule), denoiser(frozen, schedule), Visit(STEP, latents, None))
 
 
 def measured(tuned: Tuned, dtype: torch.dtype, size: int, wide: bool) -> tuple[float, Tensor, float, float]:

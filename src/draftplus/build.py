@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from draftplus.config import Config, ModelConfig, RewardConfig, SamplerConfig, nearest
-from draftplus.config.schema import DdpoConfig
-from draftplus.diffusion.methods import METHODS, check_method, check_windows
+from draftplus.config.objective import DdpoConfig
+from draftplus.diffusion.methods import METHODS, check_method, check_windows, gated_steps
 from draftplus.diffusion.problem import Problem
 from draftplus.diffusion.regularisers import check_space
 from draftplus.diffusion.sampler import Sampler
@@ -187,7 +187,8 @@ def build_styles(device: torch.device) -> Callable[[Tensor, str], Tensor]:
 
 
 def build_sampler(model: Model, config: SamplerConfig, ddpo: DdpoConfig | None = None) -> Sampler:
-    """How a configuration samples a model. ddpo: for its rollouts, which have a noise setting of their own.
+    """How a configuration samples a model, with the gate of its weights. ddpo: for its rollouts, which have a noise
+    setting of their own.
 
     Raises UserError if the settings do not fit the model.
     """
@@ -196,18 +197,19 @@ def build_sampler(model: Model, config: SamplerConfig, ddpo: DdpoConfig | None =
     model.check(config)
     config_of = model.scheduler(model.latent_shape(config.height, config.width), config.steps)
     schedule, name = make_schedule(config_of, config.steps, config.solver, config.spacing, config.sigmas)
-    solver, eta = make_solver(name, config.eta), config.eta
+    solver, eta, gate = make_solver(name, config.eta), config.eta, gated_steps(model.tuned.gate, len(schedule))
     if ddpo is not None:
         if schedule.prediction == "flow":
             raise UserError(
                 "objective.method=ddpo samples with DDIM, but this is a flow-matching model; use another method"
             )
         solver, eta = make_solver(name, ddpo.eta, "objective.ddpo.eta"), ddpo.eta
-        if not random_steps(schedule, eta):
+        if not any(index >= gate for index in random_steps(schedule, eta)):
+            trained = "of these steps" if not gate else f"of the {config.steps - gate} that the gate leaves"
             raise UserError(
-                f"sampler.steps is {config.steps}, and none of these steps adds noise, which ddpo needs; use more steps"
+                f"sampler.steps is {config.steps}, and none {trained} adds noise, which ddpo needs; use more steps"
             )
-    return Sampler(model, schedule, solver, config.guidance_scale, config.negative_prompt, eta)
+    return Sampler(model, schedule, solver, config.guidance_scale, config.negative_prompt, eta, gate)
 
 
 def build_problem(config: Config, model: Model, rewards: Mapping[str, Reward]) -> Problem:
@@ -230,6 +232,7 @@ def build_problem(config: Config, model: Model, rewards: Mapping[str, Reward]) -
                 "of the reward, so dropout has no effect; remove it"
             )
     ddpo = None if differentiates else config.objective.ddpo
+    model.tuned.gate = config.objective.gate  # which its weights remember
     sampler = build_sampler(model, config.sampler, ddpo)
     check_space(config.objective, sampler.schedule)
     check_windows(config, sampler.schedule)

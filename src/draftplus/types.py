@@ -92,7 +92,12 @@ class Reward(Protocol):
 
 
 class TunedWeights(Protocol):
-    """The weights of a denoiser that training changes, and the frozen model that they started from."""
+    """The weights of a denoiser that training changes, and the frozen model that they started from.
+
+    gate: the fraction of the sampling steps, the first ones, that the frozen model draws (`objective.gate`).
+    """
+
+    gate: float
 
     def reference(self) -> AbstractContextManager[None]:
         """Inside, the denoiser is the frozen model: adapters off, or the frozen copy of a fully tuned one."""

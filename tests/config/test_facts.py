@@ -134,7 +134,8 @@ def test_which_model_is_tuned() -> None:
 
 
 def test_a_methods_name_tells_some_keys() -> None:
-    told = ("objective.method", "objective.grad_steps", "objective.kl_coeff", "objective.kl_space")
+    names = ("method", "grad_steps", "kl_coeff", "kl_space", "kl_steps", "kl_weights", "kl_prefix_coeff", "gate")
+    told = tuple(f"objective.{name}" for name in names)
     assert keys_where(lambda facts: facts.in_method_name) == told
 
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from draftplus.config.schema import DdpoConfig
+from draftplus.config.objective import DdpoConfig
 from draftplus.diffusion.policy import normalized_advantages, surrogate
 from draftplus.diffusion.schedule import make_schedule
 from draftplus.diffusion.solvers import random_steps

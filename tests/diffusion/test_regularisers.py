@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from draftplus.config import ObjectiveConfig
-from draftplus.config.schema import DdpoConfig
+from draftplus.config.objective import DdpoConfig
 from draftplus.diffusion import regularisers
 from draftplus.diffusion.guidance import Denoise
 from draftplus.diffusion.objectives import Loss, kept_loss, loss, plan, prefix
@@ -30,7 +30,7 @@ METHODS = ["draft", "draft_lv", "refl", "alignprop", "drtune"]
 
 def early(steps: Sequence[int] = (0, 1), weight: float = WEIGHT) -> Regulariser:
     """The KL term's penalty, at given steps."""
-    return Regulariser(lambda objective: weight, lambda objective, window, total, seed, step: tuple(steps), kl)
+    return Regulariser(lambda objective: weight, lambda objective, window, *_: dict.fromkeys(steps, 1.0), kl)
 
 
 @pytest.fixture
@@ -196,12 +196,14 @@ def test_what_is_kept_survives_cutting_and_joining() -> None:
 def test_a_penalty_of_ones_own_is_trained_on_and_logged(settings: list[str], added: Any) -> None:
     """A throw-away example: how far apart the two models' clean images are, at a step that is drawn each time."""
 
-    def apart(objective: ObjectiveConfig, trained: Denoise, frozen: Denoise, visits: Sequence[Visit]) -> Tensor:
-        ((step, latents, now),) = visits
+    def apart(objective: ObjectiveConfig, trained: Denoise, frozen: Denoise, visit: Visit) -> Tensor:
+        step, latents, now = visit
         ours = now or trained(latents, step)
         return (ours.x0 - frozen(latents, step).x0).abs().mean()
 
-    added(Regulariser(lambda objective: 0.1, lambda o, window, total, seed, step: (step % total,), apart))
+    added(
+        Regulariser(lambda objective: 0.1, lambda o, window, schedule, seed, step: {step % len(schedule): 1.0}, apart)
+    )
     run = train_here(settings, "train.micro_batch_size=2", "objective.grad_steps=1")
     told = rows(run / "metrics.jsonl")
     for row in told:
@@ -210,6 +212,6 @@ def test_a_penalty_of_ones_own_is_trained_on_and_logged(settings: list[str], add
 
 
 def test_the_table_is_what_is_used() -> None:
-    assert list(regularisers.REGULARISERS) == ["kl"]
+    assert list(regularisers.REGULARISERS) == ["kl/window", "kl/prefix"]
     assert regularisers.active(ObjectiveConfig()) == {}
-    assert list(regularisers.active(ObjectiveConfig(kl_coeff=1.0))) == ["kl"]
+    assert list(regularisers.active(ObjectiveConfig(kl_coeff=1.0))) == ["kl/window"]

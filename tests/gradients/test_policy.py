@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from draftplus.config import ObjectiveConfig
-from draftplus.config.schema import DdpoConfig
+from draftplus.config.objective import DdpoConfig
 from draftplus.diffusion.objectives import plan
 from draftplus.diffusion.policy import (
     StepLoss,

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from draftplus.config import Config, ObjectiveConfig
-from draftplus.config.schema import DdpoConfig, TrainConfig
+from draftplus.config.objective import DdpoConfig
+from draftplus.config.schema import TrainConfig
 from draftplus.distributed import World
 from draftplus.errors import Interrupted, UserError
 from draftplus.models.stable_diffusion import StableDiffusion

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from draftplus.config import Config, ObjectiveConfig, SamplerConfig
-from draftplus.config.schema import AlignpropConfig, DrtuneConfig, ReflConfig
+from draftplus.config.objective import AlignpropConfig, DrtuneConfig, ReflConfig
 from draftplus.diffusion.methods import METHODS, check_windows
 from draftplus.diffusion.objectives import loss, plan_around, prefix
 from draftplus.diffusion.schedule import make_schedule

@@ -36,6 +36,7 @@ from draftplus.config.load import (
     trains_reward,
     with_new_names,
 )
+from draftplus.config.objective import ObjectiveConfig
 from draftplus.config.reading import read_yaml, written
 from draftplus.config.rewards import COMMANDS, AnyConfig, RewardTrainConfig
 from draftplus.config.schema import (
@@ -43,7 +44,6 @@ from draftplus.config.schema import (
     Config,
     LoraConfig,
     ModelConfig,
-    ObjectiveConfig,
     RewardConfig,
     SamplerConfig,
     StopConfig,

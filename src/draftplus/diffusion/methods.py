@@ -9,6 +9,7 @@ A new method is an entry of `METHODS`. Planning, `--dry-run`, the checks of a co
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -62,9 +63,14 @@ class Method:
         return self.estimate is not None
 
 
+def gated_steps(gate: float, total: int) -> int:
+    """How many of the sampling steps the frozen model draws: the nearest number to that fraction that leaves one."""
+    return min(math.floor(gate * total + 0.5), total - 1)
+
+
 def grad_steps(objective: ObjectiveConfig, total: int) -> int:
-    """K, with `all` resolved."""
-    return total if objective.grad_steps == "all" else int(objective.grad_steps)
+    """K, with `all` resolved: the steps that the gate leaves."""
+    return total - gated_steps(objective.gate, total) if objective.grad_steps == "all" else int(objective.grad_steps)
 
 
 def _last(objective: ObjectiveConfig, schedule: Schedule, seed: int, step: int) -> Window:
@@ -73,25 +79,26 @@ def _last(objective: ObjectiveConfig, schedule: Schedule, seed: int, step: int) 
 
 def _late(objective: ObjectiveConfig, schedule: Schedule, seed: int, step: int) -> Window:
     total = len(schedule)
-    first = min(int(objective.refl.first * total), total - 1)
+    first = max(min(int(objective.refl.first * total), total - 1), gated_steps(objective.gate, total))
     return windows.single(rng.integer(first, total, seed, "refl", step))
 
 
 def _random_length(objective: ObjectiveConfig, schedule: Schedule, seed: int, step: int) -> Window:
     settings, total = objective.alignprop, len(schedule)
-    high = settings.max_steps or total
+    high = settings.max_steps or total - gated_steps(objective.gate, total)
     return windows.last(rng.integer(settings.min_steps, high + 1, seed, "alignprop", step), total)
 
 
 def _spaced(objective: ObjectiveConfig, schedule: Schedule, seed: int, step: int) -> Window:
     total = len(schedule)
-    k = grad_steps(objective, total)
+    k, gate = grad_steps(objective, total), gated_steps(objective.gate, total)
     skipped = rng.integer(0, objective.drtune.early_stop + 1, seed, "drtune/stop", step)
-    return windows.spaced(k, total, rng.integer(0, total // k, seed, "drtune/offset", step), skipped)
+    return windows.spaced(k, total, rng.integer(0, (total - gate) // k, seed, "drtune/offset", step), skipped, gate)
 
 
 def _drawn(objective: ObjectiveConfig, schedule: Schedule, seed: int, step: int) -> Window:
-    return Window(tuple(random_steps(schedule, objective.ddpo.eta)))
+    gate = gated_steps(objective.gate, len(schedule))
+    return Window(tuple(index for index in random_steps(schedule, objective.ddpo.eta) if index >= gate))
 
 
 def _check_one_step(config: Config, total: int) -> None:
@@ -109,19 +116,22 @@ def _check_alignprop(config: Config, total: int) -> None:
             "with gradient; set objective.grad_steps=1 and use objective.alignprop.min_steps and max_steps"
         )
     low, high = config.objective.alignprop.min_steps, config.objective.alignprop.max_steps
-    if not low <= (high or total) <= total:
+    tuned = total - gated_steps(config.objective.gate, total)
+    if not low <= (high or tuned) <= tuned:
+        most = f"sampler.steps={total}" if tuned == total else f"{tuned}, the steps that objective.gate leaves"
         raise UserError(
             f"objective.alignprop.min_steps is {low} and max_steps is {'null' if high is None else high}; choose them "
-            f"so that min_steps <= max_steps <= sampler.steps={total}"
+            f"so that min_steps <= max_steps <= {most}"
         )
 
 
 def _check_drtune(config: Config, total: int) -> None:
-    if config.objective.drtune.early_stop >= total:
-        raise UserError(
-            f"objective.drtune.early_stop is {config.objective.drtune.early_stop}; it must be below sampler.steps, "
-            f"which is {total}"
+    tuned = total - gated_steps(config.objective.gate, total)
+    if config.objective.drtune.early_stop >= tuned:
+        most = (
+            f"sampler.steps, which is {total}" if tuned == total else f"{tuned}, the steps that objective.gate leaves"
         )
+        raise UserError(f"objective.drtune.early_stop is {config.objective.drtune.early_stop}; it must be below {most}")
 
 
 def _check_ddpo(config: Config, total: int) -> None:
@@ -236,4 +246,31 @@ def check_method(config: Config, total: int) -> None:
             f"objective.grad_steps is {k}, but sampler.steps is {total}; set objective.grad_steps to at most {total}, "
             "or all"
         )
+    _check_gate(config, total)
     METHODS[name].check(config, total)
+
+
+def _check_gate(config: Config, total: int) -> None:
+    objective, uses = config.objective, config.train.prefix_cache.uses
+    gate, k = objective.gate, objective.grad_steps
+    gated = gated_steps(gate, total)
+    if gate > 0 and (gated == 0 or math.floor(gate * total + 0.5) >= total):
+        raise UserError(
+            f"objective.gate is {gate:g}, which is {'none' if gated == 0 else 'all'} of sampler.steps={total}; choose "
+            f"{1 / total:.2g} to {(total - 1) / total:.2g}, or 0 for no gate"
+        )
+    if k != "all" and k > total - gated:
+        raise UserError(
+            f"objective.grad_steps is {k}, but objective.gate={gate:g} leaves {total - gated} of {total} steps to "
+            f"train; set objective.grad_steps to at most {total - gated}, or all"
+        )
+    if uses > 1 and gated == 0:
+        raise UserError(
+            f"train.prefix_cache.uses is {uses}, but without a gate there is nothing to keep: all steps depend on what "
+            "is trained; set objective.gate, such as 0.5, or train.prefix_cache.uses=1"
+        )
+    if uses > 1 and not METHODS[objective.method].differentiates:
+        raise UserError(
+            f"train.prefix_cache.uses is {uses}, but method {objective.method} needs new trajectories at every step; "
+            "set train.prefix_cache.uses=1"
+        )

@@ -6,7 +6,7 @@ loss = the method's estimate + the sum of weight * penalty over its regularisers
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from torch import Tensor
 from draftplus.config import ObjectiveConfig
 from draftplus.diffusion.methods import METHODS
 from draftplus.diffusion.problem import Noise, Problem, StepPlan
-from draftplus.diffusion.regularisers import active, penalties, told, weighted
+from draftplus.diffusion.regularisers import NOTHING, Penalties, active, penalties, prefix_coeff, told, weighted
 from draftplus.diffusion.sampler import Rollout, Visit, sample
 from draftplus.diffusion.schedule import Schedule
 from draftplus.diffusion.window import Window
@@ -60,26 +60,42 @@ def plan_around(
     """The plan with this window."""
     return StepPlan(
         window,
-        {
-            name: tuple(one.steps(objective, window, len(schedule), seed, step))
-            for name, one in active(objective).items()
-        },
+        {name: one.steps(objective, window, schedule, seed, step) for name, one in active(objective).items()},
     )
 
 
-def prefix(problem: Problem, conditioning: Conditioning, noise: Noise, plan: StepPlan) -> Rollout:
+def prefix(
+    problem: Problem, conditioning: Conditioning, noise: Noise, plan: StepPlan, start: Rollout | None = None
+) -> Rollout:
     """The gradient-free steps before the window: plain inference, in as large a batch as fits.
 
-    conditioning: b rows. Returns where the tail starts.
+    conditioning: b rows. start: what `gated` returned for them; None: pure noise. Returns where the tail starts.
     """
+    begin = 0 if start is None else problem.sampler.gate
+    return _inferred(problem, conditioning, noise, start, begin, plan.window.first, plan.keep)
+
+
+def gated(problem: Problem, conditioning: Conditioning, noise: Noise) -> Rollout:
+    """The steps before the gate, which do not depend on what is trained; with their latents, where a penalty looks at
+    any of them."""
+    keep = range(problem.sampler.gate) if prefix_coeff(problem.objective) > 0 else ()
+    return _inferred(problem, conditioning, noise, None, 0, problem.sampler.gate, keep)
+
+
+@torch.no_grad()
+def _inferred(
+    problem: Problem, conditioning: Conditioning, noise: Noise, start: Rollout | None, begin: int, end: int,
+    keep: Collection[int],
+) -> Rollout:  # fmt: skip
     sampler = problem.sampler
-    with torch.no_grad():
-        denoise = sampler.denoiser(conditioning)  # embeds the negative prompt
-        problem.model.offload.idle()
-        return sample(
-            denoise, sampler.start(noise("x_T", 0)), sampler.schedule, sampler.solver, end=plan.window.first,
-            noise=partial(noise, "solver"), keep=plan.keep,
-        )  # fmt: skip
+    denoise = sampler.drawing(conditioning)  # embeds the negative prompt
+    problem.model.offload.idle()
+    if start is None:
+        start = sampler.start(noise("x_T", 0))
+    return sample(
+        denoise, start, sampler.schedule, sampler.solver, begin=begin, end=end, noise=partial(noise, "solver"),
+        keep=keep,
+    )  # fmt: skip
 
 
 def loss(
@@ -104,7 +120,7 @@ def loss(
     added = _penalties(problem, plan, conditioning, found.visits, over)
     scores = Scores(found.scores.total.detach(), {name: part.detach() for name, part in found.scores.parts.items()})
     value = weighted(objective, found.value, added)
-    return Loss(value, scores, told(value, added), found.images.detach(), rollout.kept, over)
+    return Loss(value, scores, told(objective, plan.looks, value, added), found.images.detach(), rollout.kept, over)
 
 
 def kept_loss(problem: Problem, plan: StepPlan, part: Loss, step: int, conditioning: Conditioning) -> KeptLoss:
@@ -116,7 +132,7 @@ def kept_loss(problem: Problem, plan: StepPlan, part: Loss, step: int, condition
     visit = Visit(step, part.kept[step], None)
     added = _penalties(problem, plan, conditioning, [visit], part.over)
     value = weighted(problem.objective, torch.zeros_like(part.value), added)
-    return KeptLoss(value, told(value, added))
+    return KeptLoss(value, told(problem.objective, plan.looks, value, added))
 
 
 def _penalties(
@@ -125,8 +141,8 @@ def _penalties(
     conditioning: Conditioning,
     visits: Sequence[Visit],
     over: Mapping[str, float],
-) -> dict[str, Tensor]:
+) -> Penalties:
     if not plan.looks:
-        return {}
+        return NOTHING
     trained, frozen = problem.sampler.denoiser(conditioning), problem.sampler.frozen(conditioning)
     return penalties(problem.objective, plan.looks, trained, frozen, visits, over)

@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from draftplus.config.schema import DdpoConfig
+from draftplus.config.objective import DdpoConfig
 from draftplus.diffusion.problem import Noise, Problem, StepPlan
-from draftplus.diffusion.regularisers import penalties, told, weighted
+from draftplus.diffusion.regularisers import NOTHING, penalties, told, weighted
 from draftplus.diffusion.sampler import Visit, sample
 from draftplus.diffusion.schedule import Denoised, Schedule
 from draftplus.diffusion.solvers import StepNoise, ddim_deviation, ddim_log_prob
@@ -33,7 +33,8 @@ SMALLEST_DEVIATION = 1e-6  # is added to the rewards' deviation, which is 0 wher
 class Trajectory:
     """Whole trajectories of b images.
 
-    latents: (b, T + 1, c, h, w) from pure noise to the image. log_probs: (b, s), of the steps with variance, in order.
+    latents: (b, T + 1, c, h, w) from pure noise to the image. log_probs: (b, s), of the trained steps, in order: those
+    with variance, from the gate on.
     """
 
     latents: Tensor
@@ -75,11 +76,11 @@ def rollout(problem: Problem, conditioning: Conditioning, noise: Noise) -> Traje
     ) -> Tensor:
         after = sampler.solver(schedule, index, x, now, previous, noise)
         latents.append(after)
-        if ddim_deviation(schedule.steps[index], sampler.eta) > 0:
+        if index >= sampler.gate and ddim_deviation(schedule.steps[index], sampler.eta) > 0:
             log_probs.append(ddim_log_prob(schedule.steps[index], now, sampler.eta, after))
         return after
 
-    denoise = sampler.denoiser(conditioning)  # embeds the negative prompt
+    denoise = sampler.drawing(conditioning)  # embeds the negative prompt
     problem.model.offload.idle()
     sample(denoise, start, sampler.schedule, remembering, noise=fresh)
     latents[0] = start.latents.to(latents[-1])
@@ -104,14 +105,17 @@ def step_loss(
         log_prob = ddim_log_prob(step, now, sampler.eta, trajectory.latents[:, index + 1])  # (b,)
         ratios = torch.exp(log_prob - trajectory.log_probs[:, place])
         value = surrogate(ratios, advantages.to(ratios), objective.ddpo.clip).mean()
-    added: dict[str, Tensor] = {}
+    added = NOTHING
     if plan.looks:
         # a penalty's mean is over the steps that it looks at, which need not be as many as the window's
         over = {name: len(steps) / len(plan.window.steps) for name, steps in plan.looks.items()}
         frozen = sampler.frozen(conditioning)
         added = penalties(objective, plan.looks, denoise, frozen, [Visit(index, x, now)], over)
+        # those of single steps are no means over the window, by whose length the others are divided later
+        by_step = {at: distance * len(plan.window.steps) for at, distance in added.by_step.items()}
+        added = added._replace(by_step=by_step)
     value = weighted(objective, value, added)
-    return StepLoss(value, told(value, added), None if ratios is None else ratios.detach())
+    return StepLoss(value, told(objective, plan.looks, value, added), None if ratios is None else ratios.detach())
 
 
 def surrogate(ratios: Tensor, advantages: Tensor, clip: float) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -33,11 +33,11 @@ class Problem:
 class StepPlan:
     """What an optimizer step does with the sampling steps, the same on every rank.
 
-    window: which carry gradient. looks: where each regulariser looks, by its name.
+    window: which carry gradient. looks: where each regulariser looks, by its name, with a factor for each step.
     """
 
     window: Window
-    looks: Mapping[str, Sequence[int]]
+    looks: Mapping[str, Mapping[int, float]]
 
     @property
     def keep(self) -> frozenset[int]:

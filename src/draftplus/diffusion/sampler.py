@@ -95,7 +95,7 @@ class Sampler:
     """How a model is sampled: what `generate` and training have in common.
 
     negative_prompt: None is what the family's stock pipeline takes where none is given. eta: the solver's, which DDPO's
-    probabilities depend on.
+    probabilities depend on. gate: how many of the first steps the frozen model draws.
     """
 
     model: Model
@@ -104,6 +104,7 @@ class Sampler:
     guidance_scale: float
     negative_prompt: str | None = None
     eta: float = 0.0
+    gate: int = 0
 
     def start(self, noise: Tensor) -> Rollout:
         """Where a trajectory starts. noise: (b, c, h, w), standard normal."""
@@ -123,6 +124,14 @@ class Sampler:
 
         return denoiser(reference, self.schedule, NO_GRADIENT)
 
+    def drawing(self, conditioning: Conditioning, window: Window | None = None) -> Denoise:
+        """What draws a trajectory: the frozen model before the gate, and `denoiser` from there on."""
+        trained = self.denoiser(conditioning, window)
+        if not self.gate:
+            return trained
+        frozen = self.frozen(conditioning)
+        return lambda x, index: (frozen if index < self.gate else trained)(x, index)
+
     def sample(
         self,
         conditioning: Conditioning,
@@ -133,8 +142,8 @@ class Sampler:
         noise: StepNoise | None = None,
         keep: Collection[int] = (),
     ) -> Rollout:
-        """`sample` by the guided denoiser of b prompts."""
-        denoise = self.denoiser(conditioning, window)
+        """`sample` by what draws b prompts."""
+        denoise = self.drawing(conditioning, window)
         return sample(denoise, start, self.schedule, self.solver, window, begin, end, noise, keep)
 
     def guided(self, conditioning: Conditioning) -> Raw:

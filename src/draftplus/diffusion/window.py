@@ -40,13 +40,14 @@ def single(index: int) -> Window:
     return Window((index,), x0_at=index)
 
 
-def spaced(k: int, total: int, offset: int, skipped: int) -> Window:
+def spaced(k: int, total: int, offset: int, skipped: int, gate: int = 0) -> Window:
     """k evenly spaced steps with detached inputs: DRTune (Wu et al. 2024, arXiv 2405.00760, algorithm 1).
 
-    offset: in [0, total // k), where in each stretch of total // k steps the trained one lies. skipped: how many of
-    the last steps are left out; the trajectory then ends with the prediction of x0 at the step before them.
+    offset: in [0, (total - gate) // k), where in each stretch of as many steps the trained one lies. skipped: how many
+    of the last steps are left out; the trajectory then ends with the prediction of x0 at the step before them. gate:
+    how many of the first steps are not trained.
     """
     end = total - skipped
-    stride = total // k
+    stride = (total - gate) // k
     steps = tuple(i for i in range(total - k * stride + offset, total, stride) if i < end)
     return Window(steps or (end - 1,), detach_inputs=True, x0_at=end - 1 if skipped else None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -42,7 +42,7 @@ class Knobs:
     """Settings that trade reward for diversity when images are made, without training.
 
     lora_scale: the adapter's effect, 0 is the base model and 1 the tuned one. anneal: a schedule of annealed importance
-    guidance, such as `power:2`; None: the tuned model at every step.
+    guidance, such as `power:2`; None: the tuned model at every step from its gate on.
     """
 
     lora_scale: float = 1.0
@@ -117,6 +117,8 @@ def sampled_latents(
     Raises UserError where they are not finite.
     """
     sampler = build_sampler(model, config)
+    if knobs.anneal is not None:  # says which model draws each step
+        sampler = replace(sampler, gate=0)
     shape = model.latent_shape(config.height, config.width)
     weights = knobs.weights(len(sampler.schedule))
     with _prepared(model, knobs, weights):
@@ -129,7 +131,7 @@ def sampled_latents(
             if not blended and rounds(model, config):
                 latents = rounded_latents(model, sampler, config, given, noise, watch)
             else:
-                denoise = sampler.denoiser(given)
+                denoise = sampler.drawing(given)
                 if blended:
                     with model.tuned.reference():  # an adapter of the text encoder changes the embeddings too
                         denoise = annealed(denoise, sampler.frozen(model.encode(prompts)), weights)

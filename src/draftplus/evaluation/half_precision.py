@@ -6,6 +6,7 @@ picture for people is to be the stock pipeline's, so here its own scheduler take
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -42,7 +43,8 @@ def rounded_latents(
     if not flow:
         x = x * scheduler.init_noise_sigma
     for index, timestep in enumerate(scheduler.timesteps):
-        prediction = raw(x if flow else scheduler.scale_model_input(x, timestep), timestep)
+        with model.tuned.reference() if index < sampler.gate else nullcontext():
+            prediction = raw(x if flow else scheduler.scale_model_input(x, timestep), timestep)
         watch.look(index, prediction)
         if sampler.eta:
             drawn = {"eta": sampler.eta, "variance_noise": noise(index).to(x)}

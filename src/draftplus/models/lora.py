@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
@@ -21,6 +22,7 @@ from draftplus.models.lora_files import LoraFile
 from draftplus.weights import first_line
 
 ADAPTER = "default"
+_ORIGINALS: WeakKeyDictionary[LoraLayer, Tensor] = WeakKeyDictionary()  # the weights of layers while they are folded
 
 
 def add_lora(denoiser: nn.Module, config: LoraConfig, seed: int, attention: Sequence[str]) -> None:
@@ -86,9 +88,17 @@ def trained(denoiser: nn.Module) -> dict[str, nn.Parameter]:
 
 @contextmanager
 def adapters_off(*networks: nn.Module) -> Iterator[None]:
-    """Inside, the networks are the frozen ones."""
-    with _enabled([layer for network in networks for layer in layers(network)], False):
-        yield
+    """Inside, the networks are the frozen ones, also where their adapters are folded into the weights."""
+    adapted = [layer for network in networks for layer in layers(network)]
+    merged = [(layer, _base(layer).weight.data) for layer in adapted if layer in _ORIGINALS]
+    for layer, _ in merged:
+        _base(layer).weight.data = _ORIGINALS[layer]
+    try:
+        with _enabled(adapted, False):
+            yield
+    finally:
+        for layer, weight in merged:
+            _base(layer).weight.data = weight
 
 
 @contextmanager
@@ -106,13 +116,14 @@ def folded(denoiser: nn.Module) -> Iterator[None]:
             for layer, original in zip(fitting, originals, strict=True)
         ]
     try:
-        for layer, weight in zip(fitting, merged, strict=True):
-            _base(layer).weight.data = weight
+        for layer, weight, original in zip(fitting, merged, originals, strict=True):
+            _base(layer).weight.data, _ORIGINALS[layer] = weight, original
         with _enabled(fitting, False):
             yield
     finally:
         for layer, original in zip(fitting, originals, strict=True):
             _base(layer).weight.data = original
+            _ORIGINALS.pop(layer, None)
 
 
 def merge(network: Any) -> None:

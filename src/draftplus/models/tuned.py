@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ from draftplus.weights import first_line, read_state_dict
 
 DENOISER_FILES = "diffusion_pytorch_model{suffix}.safetensors"  # the names that diffusers loads
 LARGEST_FILE = "10GB"
+GATE = "draftplus.gate"  # in a file's header, which other programs pass over
 
 
 class Tuned:
@@ -31,7 +33,8 @@ class Tuned:
     pipeline: the class of the stock pipeline, which reads LoRA files of every spelling. component: the denoiser's name
     in it, "unet" or "transformer", with which the names in a LoRA file begin. encoders: the text encoders by theirs.
     Training leaves these as they are; a LoRA file of another hand may hold adapters of those that stock gives some.
-    open_encoders: loads those that are not in memory.
+    open_encoders: loads those that are not in memory. gate: the fraction of the sampling steps, the first ones, that
+    the frozen model draws; the files of the weights say so.
     """
 
     def __init__(self, denoiser: Any, pipeline: Any, frozen: Any = None) -> None:
@@ -40,6 +43,7 @@ class Tuned:
         self.encoders: dict[str, Any] = {}
         self.open_encoders: Callable[[], None] = lambda: None
         self.network = denoiser
+        self.gate = 0.0
         self._encoders_now: tuple[int, float, bool] = (0, 1.0, True)  # adapters loaded, their scale, and if they are on
 
     @contextmanager
@@ -110,11 +114,14 @@ class Tuned:
 
     def write(self, directory: Path, state: Mapping[str, Tensor]) -> None:
         directory.mkdir(parents=True, exist_ok=True)
+        told = {GATE: repr(self.gate)} if self.gate else {}
         if self.has_adapters():
-            save_file(dict(state), directory / LORA_FILE, metadata={"format": "pt"})
+            save_file(dict(state), directory / LORA_FILE, metadata={"format": "pt", **told})
         else:  # not save_pretrained, which would write this process's weights, whatever `state` says
             self.denoiser.save_config(directory)
-            save_torch_state_dict(dict(state), directory, filename_pattern=DENOISER_FILES, max_shard_size=LARGEST_FILE)
+            save_torch_state_dict(
+                dict(state), directory, filename_pattern=DENOISER_FILES, max_shard_size=LARGEST_FILE, metadata=told
+            )
 
     def networks(self) -> list[Any]:
         return [self.denoiser] if self.frozen is None else [self.denoiser, self.frozen]
@@ -135,9 +142,11 @@ class Tuned:
             if not all(name.startswith(f"{self.component}.") for name in read.state):
                 self.open_encoders()
             lora.attach(self._adaptable(), read)
+            self.gate = gate_of(file)
             self._encoders_now = (self._encoders_now[0] + 1, 1.0, True)
         elif (directory / "config.json").is_file():
             weights = _denoiser_weights(directory)
+            self.gate = gate_of(sorted(directory.glob("*.safetensors"))[0])
             self.frozen = self.frozen or copy.deepcopy(self.denoiser)
             self.denoiser.to(torch.promote_types(torch.float32, self.denoiser.dtype))  # tuned weights are not rounded
             try:
@@ -179,6 +188,24 @@ def make_tuned(
         denoiser.requires_grad_(True)
         return Tuned(denoiser, pipeline, frozen)
     return Tuned(denoiser, pipeline)
+
+
+def gate_of(file: Path) -> float:
+    """The gate that the weights of a file were trained with; 0 without one.
+
+    Raises UserError for a value that is none.
+    """
+    if file.suffix != ".safetensors":
+        return 0.0
+    with safe_open(file, "pt") as opened:
+        text = (opened.metadata() or {}).get(GATE, "0")
+    try:
+        gate = float(text)
+    except ValueError:
+        gate = -1.0
+    if not 0 <= gate < 1:
+        raise UserError(f"{file}: {GATE} in its header is {text!r}; it must be a fraction from 0 up to 1")
+    return gate
 
 
 def _denoiser_weights(directory: Path) -> dict[str, Tensor]:

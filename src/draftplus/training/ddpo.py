@@ -20,7 +20,7 @@ from draftplus.data.batches import Batch
 from draftplus.diffusion.objectives import plan
 from draftplus.diffusion.policy import StepLoss, Trajectory, normalized_advantages, rollout, step_loss
 from draftplus.diffusion.problem import Problem, StepPlan
-from draftplus.diffusion.regularisers import REGULARISERS
+from draftplus.diffusion.regularisers import logged
 from draftplus.evaluation.chunks import chunks
 from draftplus.runs.rows import reward_key
 from draftplus.training.state import State, whole_or_not
@@ -78,7 +78,12 @@ def _ddpo_step(setup: Setup, state: State, planned: StepPlan, abandonable: Aband
     scores = made.means()
     if not advantages.isfinite().all():
         skip(state, scores, math.nan)
-        return {"loss": math.nan, **dict.fromkeys(REGULARISERS, math.nan), "grad_norm": math.nan, **scores}
+        return {
+            "loss": math.nan,
+            **dict.fromkeys(logged(setup.config.objective, planned.looks), math.nan),
+            "grad_norm": math.nan,
+            **scores,
+        }
     mine = advantages[made.places]
     size = len(mine) // settings.updates
     setup.problem.model.offload.idle()  # the updates need no images

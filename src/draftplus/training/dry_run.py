@@ -35,6 +35,7 @@ def describe(config: Config, run: Path) -> str:
         seconds = time.perf_counter() - began
     setup, held_out, sampler = task.setup, task.held_out, task.setup.problem.sampler
     doubled = sampler.model.doubles(sampler.negative_prompt, sampler.guidance_scale)
+    uses, gate = config.train.prefix_cache.uses, sampler.gate
     plain, graded, frozen = passes(setup.problem, config.seed)
     parameters = sum(parameter.numel() for parameter in task.parameters.values())
     evaluations = 1 + -(-task.total // config.eval.every) + sum("checkpoint" not in one for one in config.eval.variants)
@@ -55,6 +56,14 @@ def describe(config: Config, run: Path) -> str:
             f"last sampling step    at noise level σ = {sampler.schedule.last_sigma:.2g}, of x_t = α x_0 + σ ε",
             f"passes per image      {plain} without gradient, {graded} with gradient, {frozen} of the frozen model"
             + (", each doubled by guidance" if doubled else ""),
+            *(
+                [
+                    f"gate                  the frozen model draws the first {gate} of {len(sampler.schedule)} steps"
+                    + (f", once for {uses} uses of a start noise" if uses > 1 else "")
+                ]
+                if gate
+                else []
+            ),
             f"expected time         {_clock(task.total * seconds + evaluating)}: {task.total} steps of "
             f"{seconds:.1f} s, {evaluations} evaluations of {images} images",
         ]

@@ -34,6 +34,7 @@ from draftplus.training.ddpo import ddpo_step
 from draftplus.training.guards import stop_reason, write_best
 from draftplus.training.optim import Parameters
 from draftplus.training.placement import Placement
+from draftplus.training.reuse import PrefixCache, sources
 from draftplus.training.state import State
 from draftplus.training.step import Setup, gradient_step, what_overflowed
 from draftplus.training.task import Abandonable
@@ -147,7 +148,8 @@ def fine_tuning(config: Config, run: Path, placement: Placement, here: World, dr
     # the text encoders are gone before the denoiser trains
     steps = range(1) if dry else range(min(saved_steps(run / "checkpoints"), default=0), total)
     per_step = (config.train.global_batch_size, config.data.images_per_prompt)
-    trained_on = visited(prompts.train, steps, config.seed, *per_step)
+    batches = sources(config.train.prefix_cache, steps, config.seed)
+    trained_on = visited(prompts.train, batches, config.seed, *per_step)
     jobs = base_jobs(config, prompts.train)
     others = [] if dry else [*held_out.prompts, *(job.prompt for job in jobs)]
     embed_prompts(model, [*trained_on, *others, config.sampler.negative_prompt], here)
@@ -163,7 +165,9 @@ def fine_tuning(config: Config, run: Path, placement: Placement, here: World, dr
     inputs = same_inputs(config, run, prompts.train, here)
     scales = {} if dry else _scales(config, run, model, rewards, jobs, here)
     weighted = weighted_sum(config, rewards, scales)
-    setup = Setup(config, replace(problem, scorer=weighted), prompts.train, shape, micro, here, placement)
+    reuse = config.train.prefix_cache
+    cache = PrefixCache(reuse.batches) if reuse.uses > 1 else None
+    setup = Setup(config, replace(problem, scorer=weighted), prompts.train, shape, micro, here, placement, cache)
     return FineTuning(setup, rewards, weighted, held_out, run, total, inputs)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from draftplus import rng
 from draftplus.config import Config
 from draftplus.data.batches import Batch, batch
-from draftplus.diffusion.objectives import Loss, kept_loss, loss, plan, prefix
+from draftplus.diffusion.objectives import Loss, gated, kept_loss, loss, plan, prefix
 from draftplus.diffusion.overflow import Watch, check_decoded
 from draftplus.diffusion.problem import Noise, Problem, StepPlan
 from draftplus.diffusion.sampler import Rollout, sample
@@ -22,6 +22,7 @@ from draftplus.errors import UserError, needs_memory
 from draftplus.evaluation.chunks import SAMPLING_BATCH, chunks
 from draftplus.runs.rows import reward_key
 from draftplus.training.placement import Placement
+from draftplus.training.reuse import PrefixCache, source
 from draftplus.training.state import State
 from draftplus.training.task import Abandonable
 from draftplus.training.update import update
@@ -35,7 +36,8 @@ FLOAT16_LOSS_SCALE = 2.0**12
 class Setup:
     """What all steps of a run have in common.
 
-    prompts: those to train on. shape: (c, h, w) of one image's latents. micro: images per backward pass.
+    prompts: those to train on. shape: (c, h, w) of one image's latents. micro: images per backward pass. cache: of what
+    the frozen model draws; None where each start noise is used once.
     """
 
     config: Config
@@ -45,18 +47,28 @@ class Setup:
     micro: int
     here: World
     placement: Placement
+    cache: PrefixCache | None = None
+
+    def source(self, step: int) -> int:
+        """The number of the batch of prompts and start noises that a step uses."""
+        return source(self.config.train.prefix_cache, step, self.config.seed)
 
     def share(self, step: int) -> Batch[str]:
         """This process's images of a step."""
         size, per_prompt = self.config.train.global_batch_size, self.config.data.images_per_prompt
-        return batch(self.prompts, step, self.config.seed, size, per_prompt, self.here.rank, self.here.size)
+        return batch(
+            self.prompts, self.source(step), self.config.seed, size, per_prompt, self.here.rank, self.here.size
+        )
 
     def noise(self, step: int, indices: Sequence[int]) -> Noise:
         """The noise of some of a step's images, by their places in the batch."""
-        device = self.problem.model.device
+        device, first, gate = self.problem.model.device, self.source(step), self.problem.sampler.gate
 
         def draw(stream: str, number: int) -> Tensor:
-            return rng.normal(self.shape, self.config.seed, stream, step, indices, number).to(device)
+            before = stream == "x_T" or (stream == "solver" and number < gate)
+            return rng.normal(self.shape, self.config.seed, stream, first if before else step, indices, number).to(
+                device
+            )
 
         return draw
 
@@ -122,10 +134,20 @@ def accumulate(setup: Setup, step: int) -> Metrics:
     share = setup.share(step)
     planned = plan(problem.objective, problem.sampler.schedule, seed, step)
     conditioning = problem.model.encode(share.prompts)
-    with problem.model.tuned.folded() if planned.window.first > 0 else nullcontext():
+    parts = [
+        (rows, conditioning.rows(rows), setup.noise(step, share.indices[rows]))
+        for rows in chunks(len(share), sizes.sampling_batch_size or SAMPLING_BATCH)
+    ]
+    begun: Rollout | None = None
+    if setup.cache is not None:
+        begun = setup.cache.get(
+            setup.source(step), lambda: Rollout.concatenate([gated(problem, given, noise) for _, given, noise in parts])
+        )
+        begun = replace(begun, kept={at: latents for at, latents in begun.kept.items() if at in planned.keep})
+    with problem.model.tuned.folded() if planned.window.first > problem.sampler.gate else nullcontext():
         starts = [
-            prefix(problem, conditioning.rows(rows), setup.noise(step, share.indices[rows]), planned)
-            for rows in chunks(len(share), sizes.sampling_batch_size or SAMPLING_BATCH)
+            prefix(problem, given, noise, planned, None if begun is None else begun.rows(rows))
+            for rows, given, noise in parts
         ]
     start = Rollout.concatenate(starts)
     with precisely(setup, planned):
