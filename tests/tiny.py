@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from draftplus.config import LoraConfig, ModelConfig, ObjectiveConfig
+from draftplus.diffusion.methods import gated_steps
 from draftplus.diffusion.problem import Problem
 from draftplus.diffusion.sampler import Sampler
 from draftplus.diffusion.schedule import make_schedule
@@ -157,7 +158,9 @@ def problem(
     """What the objectives take, around a tiny model."""
     schedule, name = make_schedule(scheduler or SCHEDULER, steps, solver)
     solve = make_solver(name, eta)
-    return Problem(Sampler(model, schedule, solve, guidance_scale, negative_prompt, eta), TinyScorer(), objective)
+    gate = gated_steps(objective.gate, steps)
+    sampler = Sampler(model, schedule, solve, guidance_scale, negative_prompt, eta, gate)
+    return Problem(sampler, TinyScorer(), objective)
 
 
 def gradients(parameters: dict[str, nn.Parameter], loss: Tensor) -> dict[str, Tensor]:

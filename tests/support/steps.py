@@ -12,7 +12,7 @@ from torch import Tensor
 
 from draftplus.config import Config, ObjectiveConfig
 from draftplus.config.objective import AlignpropConfig, DdpoConfig, ReflConfig
-from draftplus.config.schema import OptimConfig, TrainConfig
+from draftplus.config.schema import OptimConfig, PrefixCacheConfig, TrainConfig
 from draftplus.diffusion.objectives import plan
 from draftplus.distributed import World, world
 from draftplus.evaluation.held_out import EvaluationSet
@@ -20,6 +20,7 @@ from draftplus.models.stable_diffusion import StableDiffusion
 from draftplus.rewards.combined import Combined
 from draftplus.training.fine_tuning import FineTuning
 from draftplus.training.placement import Replicated
+from draftplus.training.reuse import PrefixCache
 from draftplus.training.state import initial_state
 from draftplus.training.step import Setup
 from draftplus.types import Scores
@@ -33,6 +34,9 @@ OBJECTIVES = {
     "refl": ObjectiveConfig("refl", 1, refl=ReflConfig(hinge=-2.0)),
     "alignprop": ObjectiveConfig("alignprop", 1, alignprop=AlignpropConfig(1, None)),
     "drtune": ObjectiveConfig("drtune", 2, kl_coeff=0.5, kl_space="x0"),
+    "trajectory": ObjectiveConfig("draft", 1, 0.5, kl_steps="trajectory", kl_draws=2, kl_prefix_coeff=3.0),
+    "gated": ObjectiveConfig("draft", "all", 0.5, kl_steps="trajectory", kl_weights="path", gate=0.5),
+    "ddpo-gated": ObjectiveConfig("ddpo", "all", 0.5, kl_steps="trajectory", gate=0.25, ddpo=DdpoConfig(history=None)),
     "noisy": ObjectiveConfig("draft", 2),
     "multistep": ObjectiveConfig("draft", 2),
     "ddpo": ObjectiveConfig("ddpo", "all", ddpo=DdpoConfig(history=3, min_history=2)),
@@ -42,7 +46,9 @@ OBJECTIVES = {
 }
 SAMPLERS: dict[str, dict[str, Any]] = {
     "noisy": {"eta": 1.0}, "multistep": {"solver": "dpmpp_2m"}, "ddpo": {"eta": 1.0}, "ddpo-updates": {"eta": 0.7},
+    "gated": {"eta": 0.5}, "ddpo-gated": {"eta": 1.0},
 }  # fmt: skip
+REUSE = {"gated": PrefixCacheConfig(uses=2, batches=1)}
 
 
 @dataclass
@@ -83,9 +89,12 @@ def take_steps(
     before = {key: parameter.detach().clone() for key, parameter in parameters.items()}
     config = Config(
         seed=seed, objective=objective, optim=OptimConfig(lr=0.01, grad_clip=0.1),
-        train=TrainConfig(global_batch_size=BATCH, sampling_batch_size=sampling),
+        train=TrainConfig(
+            global_batch_size=BATCH, sampling_batch_size=sampling, prefix_cache=REUSE.get(name, PrefixCacheConfig())
+        ),
     )  # fmt: skip
-    setup = Setup(config, made, ANIMALS, SHAPE, micro, here, Replicated(here))
+    cache = PrefixCache(REUSE[name].batches) if name in REUSE else None
+    setup = Setup(config, made, ANIMALS, SHAPE, micro, here, Replicated(here), cache)
     task = FineTuning(setup, {}, Combined({"recording": (recording, 1.0)}), EvaluationSet([], 2), Path(), steps)
     state = initial_state(task.parameters, config.optim)
     result = Updates(torch.empty(0), {}, [], [], scores, scored)

@@ -75,7 +75,7 @@ def path_weights(objective: ObjectiveConfig, schedule: Schedule, steps: Sequence
     """The weight of each of these steps in the KL term, of mean 1 (`objective.kl_weights`).
 
     uniform: 1. noise_level: sigma_t of x_t = alpha_t x_0 + sigma_t eps. path: that of the KL divergence between the two
-    models' ancestral samplers, where a step from t to s adds (SNR_s / SNR_t - 1) / 2 * |eps_theta - eps_ref|^2 with
+    models' ancestral samplers, where a step from t to s adds (SNR_s - SNR_t) / 2 * |x0_theta - x0_ref|^2 with
     SNR = alpha^2 / sigma^2 (Kingma et al. 2021, arXiv 2107.00630, equation 13); converted to `objective.kl_space`. The
     last step, whose SNR_s is infinite where it leads to the image, is given the weight of the step before it.
     """
@@ -94,9 +94,11 @@ def path_weights(objective: ObjectiveConfig, schedule: Schedule, steps: Sequence
 def _divergence(step: Step, space: str) -> float:
     if step.next_sigma == 0:  # a schedule of one step
         return 1.0
-    growth = (step.next_alpha / step.next_sigma) ** 2 * (step.sigma / step.alpha) ** 2 - 1
-    # eps as a function of what is compared, at one x_t: x_t = alpha x_0 + sigma eps, and u = eps - x_0
-    factor = {"noise": 1.0, "x0": step.alpha / step.sigma, "velocity": step.alpha / (step.alpha + step.sigma)}[space]
+    growth = (step.next_alpha / step.next_sigma) ** 2 - (step.alpha / step.sigma) ** 2
+    if space == "noise":  # at pure noise it is known, and no distance is left to be weighted
+        factor = step.sigma / step.alpha if step.alpha > 0 else 0.0
+    else:  # at one x_t of a flow, x_0 = x_t - sigma u
+        factor = 1.0 if space == "x0" else step.sigma
     return max(growth, 0.0) / 2 * factor**2
 
 
