@@ -108,11 +108,16 @@ def test_the_term_on_the_path_is_drawn_in_its_parts_and_by_step(run_directory):
     write_rows(run_directory / "metrics.jsonl", told)
     text = write_report(run_directory).read_text(encoding="utf-8")
     assert "<strong>KL, steps without gradient</strong>" in text and "KL, steps with gradient" not in text
+    assert "<strong>KL</strong>" not in text, "the sum of one part is that part"
     assert "(steps 28 to 40)" in text and "The frozen model draws the first 1:" in text
     (chart,) = curves._distances(read_run(run_directory))
     assert (list(chart.steps), list(chart.values)) == ([0, 1, 2], [10.0, 20.0, 30.0])
     assert "sampling step" in charts.draw(chart, "x") and "optimizer step" not in charts.draw(chart, "x")
     Page(text)
+    write_rows(run_directory / "metrics.jsonl", [{**row, "kl/window": 0.1} for row in told])
+    text = write_report(run_directory).read_text(encoding="utf-8")
+    for title in ("KL", "KL, steps with gradient", "KL, steps without gradient", "KL, by sampling step"):
+        assert f"<strong>{title}</strong>" in text
 
 
 def test_page_is_well_formed_and_ids_are_unique(run_directory):

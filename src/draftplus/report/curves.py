@@ -101,10 +101,10 @@ def _kl(run: Run) -> list[Chart]:
         (WINDOW, "KL, steps with gradient", whole),
         (PREFIX, "KL, steps without gradient", "At the steps that were drawn, weighted as in the loss, without λ."),
     ]
-    charts = [
-        one for key, title, note in parts if any(summary.series(run, key)[1]) for one in curve(run, key, title, note)
-    ]
-    return charts + _distances(run)
+    there = [part for part in parts if any(summary.series(run, part[0])[1])]
+    if len(there) == 2:  # the sum is its only part
+        there = there[1:]
+    return [*(chart for part in there for chart in curve(run, *part)), *_distances(run)]
 
 
 def _distances(run: Run) -> list[Chart]:
