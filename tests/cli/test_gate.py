@@ -108,3 +108,22 @@ def test_a_weight_that_would_do_nothing(refused: Callable[..., None], settings: 
         ["train", *settings, "objective.kl_prefix_coeff=10"],
         r"kl_prefix_coeff is 10, but objective\.kl_steps=window looks at no .*; set objective\.kl_steps=trajectory",
     )
+
+
+def test_a_report_of_what_was_trained(draftplus: Callable[..., Any], settings: list[str], tmp_path: Path) -> None:
+    """Each gate has its line over λ, from the method without the term, and a run's page has the distance by step."""
+    small = [*settings, "sampler.steps=4", "train.steps=2", "eval.every=1", "objective.kl_steps=trajectory"]
+    runs = [
+        train_here(small, f"name=g{gate}-l{rest}", f"objective.gate={gate}", f"objective.kl_prefix_coeff={rest}")
+        for gate in (0, 0.5)
+        for rest in (0, 10, 30)
+    ]
+    page = tmp_path / "page.html"
+    assert draftplus("report", *runs, "-o", page).code == 0
+    text = page.read_text()
+    for name in ("DRaFT-1", "DRaFT-1, gate 0.5", "DRaFT+ on the path", "DRaFT+ on the path, gate 0.5"):
+        assert f'"{name}"' in text, name
+    assert "KL coefficient λ (logarithmic; 0 is DRaFT)" in text
+    assert draftplus("report", runs[4]).code == 0
+    text = (runs[4] / "report.html").read_text()
+    assert "KL, by sampling step" in text and "the frozen model draws the first 2 of 4 steps" in text

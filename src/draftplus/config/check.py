@@ -44,12 +44,6 @@ def check(config: Config) -> None:
     """
     check_values(config)
     _check_sigmas(config.sampler)
-    objective = config.objective
-    if objective.kl_prefix_coeff and objective.kl_steps != "trajectory":
-        raise UserError(
-            f"objective.kl_prefix_coeff is {objective.kl_prefix_coeff:g}, but objective.kl_steps={objective.kl_steps} "
-            "looks at no step without gradient; set objective.kl_steps=trajectory"
-        )
     if not config.reward:
         raise UserError("reward is empty; name one, such as reward=emoji_clip")
     for name in [*config.reward, *config.eval.rewards]:
