@@ -1,0 +1,90 @@
+"""Trains the runs of a study and prints its tables.
+
+    python -m benchmarks.study run study --workers 2             # the same command continues
+    python -m benchmarks.study tables study                      # of what is finished
+    python -m benchmarks.study run pilot && python -m benchmarks.study tables pilot
+
+A study is study.yaml, pilot.yaml, or a file of your own like them. Where time is short:
+
+    python -m benchmarks.study run study --device cuda --workers 16 --until 540 --slim --pack study.tar.gz
+    python -m benchmarks.study run study --device cuda --workers 16 --until 540 --slim --unpack study.tar.gz \\
+        --pack more.tar.gz
+    python -m benchmarks.study tables study --from more.tar.gz
+
+What the tables favour can be tried with seeds that did not choose it:
+
+    python -m benchmarks.study run study --only draft 'window-*' gate-50 --seeds 8:16
+    python -m benchmarks.study tables study --only draft 'window-*' gate-50 --seeds 8:16
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.study.packing import opened, pack, unpack
+from benchmarks.study.plan import read_plan, seeds_of, tasks_of
+from benchmarks.study.pool import run_queue
+from benchmarks.study.train import Training
+
+
+def main(arguments: list[str] | None = None) -> None:
+    began = time.monotonic()
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="train what is not finished")
+    tables = commands.add_parser("tables", help="print the tables of what is finished")
+    for one in (run, tables):
+        one.add_argument("plan", help="study, pilot, or a YAML file")
+        one.add_argument("--only", nargs="+", default=[], metavar="PATTERN", help="settings by name, such as 'gate-*'")
+        one.add_argument("--seeds", type=seeds_of, help="training seeds: 8 is 0 to 7, 8:16 is 8 to 15")
+        one.add_argument("--directory", type=Path, help="where the runs are; sweeps/PLAN unless given")
+    tables.add_argument("--from", type=Path, dest="source", help="a file that --pack wrote, or a directory")
+    run.add_argument("--workers", type=int, default=1, help="runs that train at the same time, one thread each")
+    run.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    run.add_argument("--until", type=float, metavar="SECONDS", help="end after so long, with what is done by then")
+    run.add_argument("--pack", type=Path, metavar="FILE", help="write the finished runs' numbers to a .tar.gz")
+    run.add_argument("--unpack", type=Path, metavar="FILE", help="take up what --pack wrote elsewhere")
+    run.add_argument("--slim", action="store_true", help="remove pictures and weights of finished runs")
+    run.add_argument("--no-measures", action="store_true", help="no styles and Vendi scores of the pictures")
+    run.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="over what all settings share")
+    options = parser.parse_args(arguments)
+
+    try:
+        plan = read_plan(options.plan, getattr(options, "set", ()), options.only)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    directory: Path = options.directory or Path("sweeps") / Path(options.plan).stem
+    if options.command == "tables":
+        from benchmarks.study.reading import read_study
+        from benchmarks.study.tables import sections
+
+        with opened(options.source or directory) as where:
+            try:
+                made = read_study(plan, where, options.seeds)
+            except ValueError as error:
+                sys.exit(f"{error}")
+        for section in sections(made):
+            print(section, flush=True)
+        return
+    if options.unpack:
+        unpack(options.unpack, directory)
+    tasks = tasks_of(plan, directory, options.seeds or range(plan.seeds), options.device)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # with what is in flight saved, and all that is done packed
+    job = Training(not options.no_measures, options.slim)
+    try:
+        run_queue(tasks, job, options.workers, directory / "logs", options.until, began)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        if options.pack:
+            print(f"{options.pack}: {pack(directory, options.pack)} runs", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
