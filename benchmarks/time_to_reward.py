@@ -25,8 +25,8 @@ import draftplus
 
 GAIN, STEPS, EVERY, IMAGES = 1.0, 80, 5, 6
 COMMON = [
-    "sampler.steps=20", "optim.lr=3e-3", f"eval.every={EVERY}", "eval.max_prompts=15", f"eval.images_per_prompt={IMAGES}",
-    "checkpoint.keep=1", "log.to=[]",
+    "sampler.steps=20", "optim.lr=3e-3", f"eval.every={EVERY}", "eval.max_prompts=15",
+    f"eval.images_per_prompt={IMAGES}", "checkpoint.keep=1", "log.to=[]",
 ]  # fmt: skip
 PATH = ["objective.kl_steps=trajectory", "objective.kl_prefix_coeff=30"]
 METHODS = {

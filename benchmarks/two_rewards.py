@@ -46,8 +46,8 @@ def train(way: str, weights: list[float], seed: int, steps: int, output: Path) -
     rewards = ", ".join(f"'{name}': {{weight: {weight}, normalise: {WAYS[way]}}}" for name, weight in each)
     return draftplus.train(
         "emoji",
-        [f"reward={{{rewards}}}", f"seed={seed}", f"train.steps={steps}", f"eval.every={steps}", "eval.max_prompts=8",
-         "eval.images_per_prompt=6", f"output_dir={output}", f"name={WAYS[way]}-{seed}"],
+        [f"reward={{{rewards}}}", f"seed={seed}", f"train.steps={steps}", f"eval.every={steps}", "eval.max_prompts=15",
+         "eval.images_per_prompt=4", "sampler.steps=6", "optim.lr=3e-3", f"output_dir={output}", f"name={WAYS[way]}-{seed}"],
     )  # fmt: skip
 
 
@@ -55,7 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--weights", type=float, nargs=2, default=[1.0, 1.0], help="of both rewards in the sum")
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--output", type=Path, default=Path("runs/two_rewards"))
     chosen = parser.parse_args()
     print("| | " + " | ".join(f"`{name}`, before and after | gain in deviations" for name in REWARDS.values()) + " |")

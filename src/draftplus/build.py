@@ -40,6 +40,7 @@ REWARDS = {
     "aesthetic": "draftplus.rewards.aesthetic:load_aesthetic",
     "image_reward": "draftplus.rewards.image_reward:load_image_reward",
     "mps": "draftplus.rewards.mps:load_mps",
+    "hpsv3": "draftplus.rewards.hpsv3:load_hpsv3",
     "jpeg_compressibility": "draftplus.rewards.jpeg:load_jpeg_compressibility",
     "jpeg_incompressibility": "draftplus.rewards.jpeg:load_jpeg_incompressibility",
     "dissimilarity": "draftplus.rewards.dissimilarity:load_dissimilarity",

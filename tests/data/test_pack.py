@@ -9,18 +9,20 @@ import json
 import os
 import shutil
 import tarfile
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from draftplus.api.prompts import pack_prompts as api_pack
 from draftplus.data import shards
 from draftplus.data.batches import batch, visited
-from draftplus.data.index import INDEX, Packed, read_index
+from draftplus.data.index import INDEX, Packed, Some, read_index
 from draftplus.data.near import folded
 from draftplus.data.pack import PackRules, pack_prompts
-from draftplus.data.prompts import load_prompts, normalized, read_prompts
+from draftplus.data.prompts import hold_out, load_prompts, normalized, read_prompts
 from draftplus.data.show import describe_prompts
 from draftplus.errors import UserError, notice
 from draftplus.runs import checksums
@@ -72,7 +74,8 @@ def test_a_sequence_like_any_other(source: Path, tmp_path: Path) -> None:
     assert train[::-1] == PROMPTS[::-1] and list(train) == PROMPTS and PROMPTS[5] in train
     with pytest.raises(IndexError):
         train[95]
-    assert load_prompts(tmp_path / "out") == load_prompts(source)  # nothing is held out: the rule of files
+    packed, plain = load_prompts(tmp_path / "out"), load_prompts(source)  # nothing is held out: the rule of files
+    assert (list(packed.train), packed.held_out) == (plain.train, plain.held_out)
 
 
 def test_batches_and_hashes_are_those_of_a_list(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,3 +344,73 @@ def test_what_is_shown(tmp_path: Path) -> None:
     assert packed["indexed"] and (packed["train"], packed["held_out"], packed["prompts"]) == (90, 6, 96)
     assert [Path(one).name for one in packed["files"]] == ["00000.tar", "held_out.tar"]
     json.dumps(packed)
+
+
+def test_prompts_of_too_many_tokens_are_dropped(tmp_path: Path) -> None:
+    from transformers import CLIPTokenizer
+
+    from draftplus.models.single_file import CONFIGS, tokenizer
+    from draftplus.rewards.clip import EMOJI_CLIP
+
+    prompts = ["a cat", "a cat with " + "one hat and " * 30 + "tail", "a dog, " * 40, "a very fluffy rabbit"]
+    path = write(tmp_path / "prompts.txt", prompts)
+    told = api_pack(path, tmp_path / "out", rules=PackRules(max_tokens=77, held_out=0))
+    assert told["dropped"] == {"with too many tokens": 2} and told["train"] == 2
+    assert told["examples"]["with too many tokens"][0].startswith("96 tokens: a cat with one")
+    assert isinstance(tokenizer(CONFIGS / "sd1"), CLIPTokenizer)
+    few = api_pack(path, tmp_path / "few", rules=PackRules(max_tokens=4, held_out=0))  # with start and end
+    assert few["train"] == 1 and list(load_prompts(tmp_path / "few").train) == ["a cat"]
+    # of a directory; its vocabulary is that of emoji, in which other words have more tokens
+    own = api_pack(path, tmp_path / "own", rules=PackRules(max_tokens=7, tokenizer=str(EMOJI_CLIP), held_out=0))
+    assert own["train"] == 1 and own["rules"]["tokenizer"] == str(EMOJI_CLIP)
+
+
+def test_a_tokenizer_that_is_not_there_is_named_before_anything_is_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "prompts.txt", ["a cat"])
+    (tmp_path / "model").mkdir()
+    with pytest.raises(UserError, match=r"the tokenizer in '.*model' cannot be loaded"):
+        api_pack(path, tmp_path / "out", rules=PackRules(max_tokens=7, tokenizer=str(tmp_path / "model")))
+    with pytest.raises(UserError, match="--tokenizer counts for --max-tokens only"):
+        api_pack(path, tmp_path / "out", rules=PackRules(tokenizer=str(tmp_path / "model")))
+    with pytest.raises(UserError, match="--max-tokens is 0; it must be at least 1"):
+        api_pack(path, tmp_path / "out", rules=PackRules(max_tokens=0))
+
+
+def by_dictionary(prompts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The rule of the split in plain words: a tenth of the distinct prompts, evenly spaced, at most 50."""
+    distinct: dict[str, str] = {}
+    for prompt in prompts:
+        distinct.setdefault(normalized(prompt), prompt)
+    n, keys = len(distinct), list(distinct)
+    count = min(-(-n // 10), 50) if n >= 5 else 0
+    chosen = [keys[(2 * i + 1) * n // (2 * count)] for i in range(count)]
+    return [one for one in prompts if normalized(one) not in chosen], [distinct[key] for key in chosen]
+
+
+@pytest.mark.parametrize("count", [1, 4, 5, 95, 2000])
+def test_what_is_packed_without_a_held_out_part_is_split_on_the_disk(count: int, tmp_path: Path) -> None:
+    prompts = [f"a cat with {number * 7919 % 1999} hats" for number in range(count)]
+    prompts += [prompt.upper() for prompt in prompts[::3]]
+    write(tmp_path / "prompts.txt", prompts)
+    rules = PackRules(held_out=0, keep_duplicates=True, shard_size=500)
+    pack_prompts([tmp_path / "prompts.txt"], tmp_path / "out", rules=rules)
+    packed = load_prompts(tmp_path / "out")
+    train, held_out = by_dictionary(prompts)
+    assert isinstance(packed.train, Some) and (list(packed.train), packed.held_out) == (train, held_out)
+    assert (packed.train[-1], packed.train[1:3]) == (train[-1], train[1:3]) and len(packed.train) == len(train)
+    split = hold_out(prompts)
+    assert (split.train, split.held_out) == (train, held_out)
+
+
+def test_splitting_a_packed_set_takes_few_bytes_a_prompt(tmp_path: Path) -> None:
+    count = 50_000
+    write(tmp_path / "prompts.txt", [f"a rather long prompt, {'as people write them ' * 5}, {n}" for n in range(count)])
+    pack_prompts([tmp_path / "prompts.txt"], tmp_path / "out", rules=PackRules(held_out=0))
+    tracemalloc.start()
+    try:
+        prompts = load_prompts(tmp_path / "out")
+        kept, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(prompts.train) == count - 50
+    assert kept < 10 * count and peak < 120 * count  # bytes; their texts alone are 140 each

@@ -5,7 +5,10 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
+import shutil
 import tarfile
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +18,10 @@ import pytest
 import torch
 from PIL import Image
 
-from draftplus.data.pairs import Broken, caption_key, read_pairs
+from draftplus.data import places
+from draftplus.data.pairs import Broken, Pairs, caption_key, read_pairs
 from draftplus.data.pictures import Undecodable
+from draftplus.data.places import contents_hash
 from draftplus.errors import UserError
 
 Rows = list[dict[str, Any]]
@@ -199,6 +204,83 @@ def test_damaged_bytes_inside_of_a_tar_are_a_broken_picture(tmp_path: Path) -> N
     with pytest.raises(Undecodable):
         pairs.pictures(1)
     assert pairs.pictures(2)[0].shape == (3, 8, 6)
+
+
+def test_only_compressed_archives_are_copied_and_only_small_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(places, "MOST_COPIED", 1000)
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda *_, **__: pytest.fail("a temporary file"))
+    for write in (as_parquet, as_jsonl, as_tar):
+        assert len(read_pairs(write(some_rows() * 3, tmp_path))) == 9
+    with pytest.raises(
+        UserError, match=r"(?s)copy more than 1e-06 GB .* by gunzip '.*pairs\.tar\.gz', and give the \.tar"
+    ):
+        read_pairs(as_compressed_tar(some_rows() * 3, tmp_path))
+
+
+def test_an_archive_that_unpacks_to_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {**some_rows()[0], "jpg_0": bytes(2_000_000), "jpg_1": bytes(2_000_000)}
+    path = as_compressed_tar([row], tmp_path)
+    assert path.stat().st_size < 100_000
+    monkeypatch.setattr(places, "MOST_COPIED", 3_000_000)
+    with pytest.raises(UserError, match="by gunzip"):
+        read_pairs(path)
+
+
+def test_a_compressed_tar_is_known_by_its_content(tmp_path: Path) -> None:
+    as_compressed_tar(some_rows(), tmp_path).rename(tmp_path / "pairs.tar")
+    assert torch.equal(read_pairs(tmp_path / "pairs.tar").pictures(1)[0], torch.from_numpy(picture(2)).permute(2, 0, 1))
+
+
+# whether pictures are still the same
+
+
+def mark(pairs: Pairs) -> str:
+    return contents_hash(pairs.places())
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_copies_are_the_same_and_other_pictures_are_not(write: Writer, tmp_path: Path) -> None:
+    for name in ("one", "copy", "other"):
+        (tmp_path / name).mkdir()
+    rows = some_rows()
+    path = write(rows, tmp_path / "one")
+    copy = Path(shutil.copytree(path.parent, tmp_path / "copy", dirs_exist_ok=True)) / path.name
+    for file in copy.parent.rglob("*"):
+        os.utime(file, (1, 1))
+    assert mark(read_pairs(path)) == mark(read_pairs(copy))
+    rows[1]["jpg_1"] = rows[1]["jpg_1"][:-20] + bytes([rows[1]["jpg_1"][-20] ^ 1]) + rows[1]["jpg_1"][-19:]
+    assert mark(read_pairs(write(rows, tmp_path / "other"))) != mark(read_pairs(path))
+
+
+def test_which_picture_is_in_which_pair_counts(tmp_path: Path) -> None:
+    marks = set()
+    for names in (["a", "b", "a", "b"], ["a", "b", "b", "a"]):
+        lines = [
+            json.dumps({"jpg_0": f"{one}.png", "jpg_1": f"{other}.png", "label_0": 1, "label_1": 0, "caption": "a cat"})
+            for one, other in zip(names[::2], names[1::2], strict=True)
+        ]
+        for name in "ab":
+            (tmp_path / f"{name}.png").write_bytes(png(ord(name)))
+        (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+        marks.add(mark(read_pairs(tmp_path / "pairs.jsonl")))
+    assert len(marks) == 2
+
+
+def test_of_a_large_picture_little_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = some_rows()[:1]
+    whole = bytearray(np.random.default_rng(0).bytes(3_000_000))
+    rows[0]["jpg_0"] = bytes(whole)
+    before = mark(read_pairs(as_jsonl(rows, tmp_path)))
+    for at in (0, len(whole) // 2, len(whole) - 1):
+        changed = bytes([*whole[:at], whole[at] ^ 1, *whole[at + 1 :]])
+        assert mark(read_pairs(as_jsonl([{**rows[0], "jpg_0": changed}], tmp_path))) != before
+    assert mark(read_pairs(as_jsonl([{**rows[0], "jpg_0": bytes(whole) + b"\0"}], tmp_path))) != before
+    (tmp_path / "pictures/0-0.png").unlink()
+    assert mark(read_pairs(tmp_path / "pairs.jsonl")) != before
+    assert sum(size for _, size in places._looked_at(3_000_000)) == 3 * 4096
+    assert sum(size for _, size in places._looked_at(10**9)) == 16 * 4096
 
 
 def test_captions_that_hardly_differ_are_the_same() -> None:

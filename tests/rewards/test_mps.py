@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from torch import Tensor
 from draftplus.build import build_reward
 from draftplus.config import RewardConfig
 from draftplus.errors import UserError
-from draftplus.rewards.clip import EMOJI_CLIP
 from draftplus.rewards.mps import CONDITION, Mps, load_mps
 from tests.support import published
 
@@ -23,19 +21,9 @@ ORIGINAL = json.loads((Path(__file__).parents[1] / "parity" / "originals" / "mps
 RANGE = max(map(max, ORIGINAL["scores"])) - min(map(min, ORIGINAL["scores"]))
 
 
-def save(directory: Path, tensors: dict[str, Tensor] | None = None) -> Path:
-    """A directory with the converted file, and what else there is in the directory of the CLIP that it came from."""
-    save_file(published.mps() if tensors is None else tensors, directory / "model.safetensors")
-    (directory / "config.json").write_text(json.dumps(published.MPS_CONFIG))
-    (directory / "preprocessor_config.json").write_text(json.dumps(published.MPS_PREPROCESSING))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(EMOJI_CLIP / name, directory)
-    return directory
-
-
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(tmp_path_factory.mktemp("mps"))
+    return published.save_mps(tmp_path_factory.mktemp("mps"))
 
 
 @pytest.fixture(scope="module")
@@ -122,20 +110,20 @@ def test_the_authors_own_file_is_refused(tmp_path: Path) -> None:
 
 def test_weights_of_another_reward_and_without_a_head_are_refused(tmp_path: Path) -> None:
     """As PickScore's: a CLIP and nothing else."""
-    save(tmp_path, {name: one for name, one in published.mps().items() if ".cross_model." not in name})
+    published.save_mps(tmp_path, {name: one for name, one in published.mps().items() if ".cross_model." not in name})
     with pytest.raises(UserError, match=r"reward.mps.path '.*' has not the weights of MPS: no tensor's name begins"):
         load_mps(tmp_path)
 
 
 def test_incomplete_weights_are_refused(tmp_path: Path) -> None:
     lost = "mps.cross_model.layers.1.1.fn.attn_out.weight"
-    save(tmp_path, {name: one for name, one in published.mps().items() if name != lost})
+    published.save_mps(tmp_path, {name: one for name, one in published.mps().items() if name != lost})
     with pytest.raises(UserError, match=r"1 missing: cross_model.layers.1.1.fn.attn_out.weight"):
         load_mps(tmp_path)
 
 
 def test_a_network_that_the_processor_does_not_describe(tmp_path: Path) -> None:
-    save(tmp_path)
+    published.save_mps(tmp_path)
     larger = published.MPS_CONFIG | {"projection_dim": 192}
     (tmp_path / "config.json").write_text(json.dumps(larger))
     with pytest.raises(UserError, match="of another shape"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import signal
 from contextlib import nullcontext
@@ -170,6 +171,18 @@ def test_gradient_checkpointing_does_not_change_the_gradient(recipe: list[str]) 
         assert torch.allclose(grad, again[name], rtol=1e-5, atol=1e-8), name
 
 
+def test_gradient_in_half_precision_is_near_that_of_float32(recipe: list[str]) -> None:
+    whole, half = (task(recipe, f"model.dtype={dtype}") for dtype in ("float32", "bfloat16"))
+    assert {p.dtype for p in half.parameters.values()} == {torch.float32}
+    exact, rounded = gradients(whole), gradients(half)
+    assert {grad.dtype for grad in rounded.values()} == {torch.float32}
+    assert 1e-4 < distance(rounded, exact) < 0.03  # above: it does compute in bfloat16
+    again = gradients(task(recipe, "model.dtype=bfloat16", "model.gradient_checkpointing=true"))
+    assert distance(again, rounded) < 1e-3
+    text = task(recipe, "model.dtype=bfloat16", "model.towers=text")
+    assert distance(gradients(text), {name: exact[name] for name in text.parameters}) < 0.03
+
+
 def test_learning_rate_falls_after_the_warm_up(recipe: list[str]) -> None:
     optim = load_reward_config(recipe[0], ["optim.lr=1", "optim.warmup_steps=1", "optim.decay_steps=4"]).optim
     assert [learning_rate(optim, step) for step in range(8)] == [0.5, 1, 0.75, 0.5, 0.25, 0, 0, 0]
@@ -293,6 +306,26 @@ def test_learns_a_rule_and_loads_as_a_reward(recipe: list[str], made: Path, tmp_
     page = (run / "report.html").read_text()
     assert all(f"“{one['caption']}”" in page for one in shown) and page.count('class="tile" src="data:image/png') == 6
     assert "Reliability" in page and "Validation accuracy" in page and "Not found in this run directory" not in page
+
+
+def test_what_is_learned_in_half_precision_is_near_that_of_float32(recipe: list[str], made: Path) -> None:
+    settings = [*recipe[1:], "train.steps=40", "eval.every=20"]
+    whole, half = (
+        train_reward(recipe[0], [*settings, f"name={dtype}", f"model.dtype={dtype}"])
+        for dtype in ("float32", "bfloat16")
+    )
+    for ours, theirs in zip(rows(half / "eval.jsonl"), rows(whole / "eval.jsonl"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=0.02) and ours["loss"] != theirs["loss"]
+    assert rows(half / "eval.jsonl")[-1]["accuracy"] == rows(whole / "eval.jsonl")[-1]["accuracy"] == 1
+    before, ours, theirs = (tensors_in(at) for at in (made / "clip", half / "reward", whole / "reward"))
+    assert {tensor.dtype for name, tensor in ours.items() if "position_ids" not in name} == {torch.float32}
+    known = [name for name in before if "k_proj.bias" not in name]  # whose gradient is zero, but for rounding
+    moved = [{name: after[name] - before[name] for name in known} for after in (ours, theirs)]
+    assert distance(*moved) < 0.5  # Adam makes steps of full size of gradients that are small, whose sign is rounding
+    pictures = torch.stack([torch.full((3, 40, 32), value) for value in (0.67, 0.31)])
+    for run in (half, whole):
+        scores = load_reward("clip", path=str(run / "reward"))(pictures, ["a cat"] * 2)
+        assert scores[0] > scores[1]
 
 
 def same_run(one: Path, other: Path) -> None:
@@ -474,6 +507,20 @@ def test_a_continued_run_keeps_what_shapes_it(recipe: list[str], made: Path, tmp
     pairs = save_pairs(tmp_path / "other", count=30)
     with pytest.raises(UserError, match=r"data\.pairs has another content than when it was started"):
         train_reward(run, [f"data.pairs={pairs}", "train.steps=4"])
+
+
+def test_a_picture_that_was_replaced_is_noticed_when_a_run_continues(
+    recipe: list[str], made: Path, tmp_path: Path
+) -> None:
+    pairs = shutil.copytree(made / "pairs", tmp_path / "pairs")
+    given = [f"data.pairs={pairs / 'pairs.jsonl'}", "train.steps=2"]
+    run = train_reward(recipe[0], [*recipe[1:], *given])
+    for file in pairs.iterdir():  # as copying may leave them
+        os.utime(file, (1, 1))
+    assert rows(train_reward(run, ["train.steps=3"]) / "metrics.jsonl")[-1]["step"] == 3
+    shutil.copy(pairs / "7-dark.png", pairs / "7-bright.png")
+    with pytest.raises(UserError, match=r"run: a picture of data\.pairs has another content than when it was started"):
+        train_reward(run, ["train.steps=4"])
 
 
 def test_dry_run_says_what_to_expect(recipe: list[str]) -> None:

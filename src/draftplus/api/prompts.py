@@ -26,7 +26,13 @@ def pack_prompts(
     Returns the summary, which is in `output`/pack.json too. Raises UserError for a user's mistake.
     """
     listed = [sources] if isinstance(sources, (str, Path)) else sources
-    return _pack_prompts(listed, output, column, rules, overwrite)
+    rules, counter = rules or PackRules(), None
+    if rules.max_tokens is not None:
+        rules.check()
+        from draftplus.api.tokens import token_counter  # which needs libraries that nothing else here does
+
+        counter = token_counter(rules.tokenizer)
+    return _pack_prompts(listed, output, column, rules, overwrite, counter)
 
 
 def show_prompts(source: str | Path, column: str | None = None, examples: int = 5) -> dict[str, Any]:

@@ -74,10 +74,6 @@ class ObjectiveConfig:
         "uniform", "how those steps are weighted: alike, by their noise level, or as in the KL divergence of paths",
         choices=("uniform", "noise_level", "path"), in_method_name=True, added=True,
     )  # fmt: skip
-    kl_at: str = _key(
-        "path", "the latents at those steps: of the trajectory itself, or of its image, noised to the step's level",
-        choices=("path", "renoised"), added=True,
-    )  # fmt: skip
     kl_prefix_coeff: float | None = _key(
         None, "weight of the term at those steps; null: kl_coeff", at_least=0, in_method_name=True, added=True
     )

@@ -22,6 +22,10 @@ class TrainedClipConfig:
     revision: str | None = _key(None, "revision of a hub model")
     towers: str = _key("both", "which of the two towers learn", choices=("both", "image", "text"))
     logit_scale: bool = _key(True, "whether the factor on the cosine, exp(logit_scale), learns too")
+    dtype: str = _key(
+        "float32", "precision in which both towers compute; weights, their updates and the loss are always float32",
+        choices=("float32", "bfloat16"), added=True,
+    )  # fmt: skip
     gradient_checkpointing: bool = _key(
         False, "recompute activations in the backward pass, which saves memory and takes more time", affects="conduct"
     )

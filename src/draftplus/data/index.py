@@ -16,6 +16,9 @@ from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
+import numpy as np
+from numpy.typing import NDArray
+
 from draftplus.data.formats import TARS
 from draftplus.errors import notice
 
@@ -50,6 +53,25 @@ class Packed(Sequence[str]):
             return [self[i] for i in range(*at.indices(len(self)))]
         place = range(len(self))[at]  # IndexError outside, as a list
         return str(self._text[self._starts[place] : self._starts[place + 1]], "utf-8")
+
+
+class Some(Sequence[str]):
+    """Some prompts of others, by their places there."""
+
+    def __init__(self, others: Sequence[str], places: NDArray[np.int64]) -> None:
+        self._others, self._places = others, places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, at: int) -> str: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[str]: ...
+    def __getitem__(self, at: int | slice) -> str | list[str]:
+        if isinstance(at, slice):
+            return [self._others[i] for i in self._places[at]]
+        return self._others[self._places[at]]
 
 
 def write_index(directory: Path, train: Sequence[str], held_out: Sequence[str], shards: Iterable[Shard]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,10 @@ from draftplus.progress import progress
 
 EXAMPLES = 3  # of what was dropped, for each reason
 HELD_OUT = 0.01
+AT_A_TIME = 1000  # prompts whose tokens are counted
 OFTEN = 10_000  # prompts from one look at the clock to the next
+
+TokensOf = Callable[[Sequence[str]], Sequence[int]]  # prompts -> how many tokens each has
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,12 @@ class PackRules:
     held_out: float | None = None
     seed: int = 0
     shard_size: int = 10_000
+    max_tokens: int | None = None
+    tokenizer: str | None = None
 
     def check(self) -> None:
         """UserError for a number out of its range."""
-        for name in ("min_words", "max_words", "min_characters", "max_characters", "shard_size"):
+        for name in ("min_words", "max_words", "min_characters", "max_characters", "shard_size", "max_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
@@ -58,6 +63,8 @@ class PackRules:
             raise UserError(f"--near is {self.near:g}; it must be from {LEAST:g} to 1, such as 0.8")
         if self.near is not None and self.keep_duplicates:
             raise UserError("--near drops near duplicates, and --keep-duplicates keeps all: leave one of them out")
+        if self.tokenizer is not None and self.max_tokens is None:
+            raise UserError("--tokenizer counts for --max-tokens only; give it too, or leave --tokenizer out")
         share = self.held_out
         if share is not None and not (0 <= share < 1 or (math.isfinite(share) and share == int(share) and share >= 1)):
             raise UserError(
@@ -88,7 +95,7 @@ class Dropped:
 
 def pack_prompts(
     sources: Sequence[str | Path], output: str | Path, column: str | None = None, rules: PackRules | None = None,
-    overwrite: bool = False,
+    overwrite: bool = False, tokens_of: TokensOf | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Writes the prompts of sources, one after another, as tar shards that WebDataset, NeMo-Aligner and training read.
 
@@ -96,6 +103,7 @@ def pack_prompts(
     one, such as `shards/{00000..00015}.tar`. The shards hold `KEY.txt`, one prompt each; held-out prompts are in a
     shard of their own, as `KEY.json` with their split. An index (`read_index`) and the summary, pack.json, are added.
     The directory appears only once it is complete. The same sources, rules and seed give the same shards.
+    tokens_of: what counts for `rules.max_tokens`.
 
     What is equal but for case, punctuation and white space counts as one prompt, of which the first is kept, a held-out
     one before others. Which are held out depends on the seed and the prompts, not on their order.
@@ -109,6 +117,9 @@ def pack_prompts(
     refuse_target(directory, overwrite)
     dropped = Dropped()
     read, kept = _read(sources, column, rules, dropped)
+    if rules.max_tokens is not None:
+        assert tokens_of is not None
+        kept = _short_enough(kept, rules.max_tokens, tokens_of, dropped)
     kept = _without_repeats(kept, rules, dropped)
     if not kept.prompts:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.counts.most_common())
@@ -183,6 +194,20 @@ def _fault(row: Row, rules: PackRules) -> str | None:
     return None
 
 
+def _short_enough(kept: Kept, most: int, tokens_of: TokensOf, dropped: Dropped) -> Kept:
+    stays = list[int]()
+    with progress("counting tokens", len(kept.prompts), unit="prompts") as advance:
+        for begin in range(0, len(kept.prompts), AT_A_TIME):
+            some = kept.prompts[begin : begin + AT_A_TIME]
+            for number, count in enumerate(tokens_of(some), begin):
+                if count <= most:
+                    stays.append(number)
+                else:
+                    dropped.add("with too many tokens", f"{count} tokens: {printable(kept.prompts[number])}")
+            advance(begin + len(some), "")
+    return Kept([kept.prompts[i] for i in stays], [kept.held_out[i] for i in stays])
+
+
 def _without_repeats(kept: Kept, rules: PackRules, dropped: Dropped) -> Kept:
     if any(kept.held_out):  # those that are held out first, so that they are the ones that stay
         order = sorted(range(len(kept.prompts)), key=lambda i: not kept.held_out[i])
@@ -218,6 +243,8 @@ def _without_repeats(kept: Kept, rules: PackRules, dropped: Dropped) -> Kept:
 
 def _split(kept: Kept, rules: PackRules) -> tuple[list[str], list[str]]:
     """The prompts to train on, and those that are held out."""
+    if rules.held_out == 0:
+        return kept.prompts, []
     held_out = kept.held_out
     if rules.held_out is not None or not any(held_out):
         addresses = [_address(folded(prompt), rules.seed) for prompt in kept.prompts]

@@ -6,24 +6,20 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, NamedTuple
+from typing import Any
 
 from draftplus.data.formats import DAMAGED_TAR, TARS, members, parsed, short
+from draftplus.data.parquet_pages import column_of
+from draftplus.data.places import Copies, InFile, InParquet, Place
 from draftplus.data.text import decoded, lines
 from draftplus.errors import UserError
 
 COLUMNS = ("jpg_0", "jpg_1", "label_0", "label_1", "caption")  # as in Pick-a-Pic
 WORDS = ("label_0", "label_1", "caption")
 ENDINGS = re.compile(r"([01])\.(jpe?g|png|webp)", re.IGNORECASE)  # of a tar's pictures, after the sample's key
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0")  # how gzip, bzip2 and xz begin
+ROWS = 4096  # whose words are read at a time
 _EXAMPLE = '{"jpg_0": "a.jpg", "jpg_1": "b.jpg", "label_0": 1, "label_1": 0, "caption": "a cat"}'
-
-
-class Place(NamedTuple):
-    """Where a picture's bytes are. file: "" for the temporary one. size: None for the whole file."""
-
-    file: str
-    start: int = 0
-    size: int | None = None
 
 
 Found = tuple[Mapping[str, Any], tuple[Place, Place], str]  # a row's fields, its pictures, and where it stands
@@ -34,7 +30,7 @@ def kind_of(path: Path) -> str | None:
     return next((kind for kind in READERS if path.name.lower().endswith(kind)), None)
 
 
-def _parquet(path: Path, copy: IO[bytes], labelled: bool) -> Iterator[Found]:
+def _parquet(path: Path, copies: Copies, labelled: bool) -> Iterator[Found]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -44,32 +40,36 @@ def _parquet(path: Path, copy: IO[bytes], labelled: bool) -> Iterator[Found]:
         with parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
             _refuse_lacking(_wanted(COLUMNS, labelled), names, f"'{path}'", "column")
+            paths = [_leaf(file.schema, name, path) for name in COLUMNS[:2]]
+            chosen = [name for name in (*WORDS, "has_label") if name in names]
             number = 0
-            for batch in file.iter_batches(64, columns=[name for name in (*COLUMNS, "has_label") if name in names]):
-                for row in batch.to_pylist():
-                    number += 1
-                    where = f"{path}, row {number}"
-                    data = [_encoded(row[name], name, where) for name in COLUMNS[:2]]
-                    yield row, (_copied(data[0], copy), _copied(data[1], copy)), where
-    except pyarrow.ArrowException as error:
+            for group in range(file.num_row_groups):
+                first, second = (column_of(str(path), group, one, file.metadata, file.schema) for one in paths)
+                row = 0
+                for batch in file.iter_batches(ROWS, row_groups=[group], columns=chosen):
+                    for fields in batch.to_pylist():
+                        number += 1
+                        yield fields, (InParquet(first, row), InParquet(second, row)), f"{path}, row {number}"
+                        row += 1
+    except PermissionError:
+        raise
+    except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"'{path}' is damaged or not a parquet file ({reason}): create it again.") from None
 
 
-def _encoded(value: Any, name: str, where: str) -> bytes:
-    value = value.get("bytes") if isinstance(value, Mapping) else value  # a picture as `datasets` stores it
-    if not isinstance(value, bytes):
-        raise UserError(f"{where}: {name} is {short(value)}; it must be the bytes of an encoded picture.")
-    return value
+def _leaf(schema: Any, name: str, path: Path) -> str:
+    """The column with a picture's bytes: the one of this name, or what `datasets` makes of a column of pictures."""
+    columns = [schema.column(i) for i in range(len(schema))]
+    for column in columns:
+        bytes_of = column.physical_type == "BYTE_ARRAY" and column.converted_type != "UTF8"
+        if bytes_of and column.path in (name, f"{name}.bytes"):
+            return str(column.path)
+    told = ", ".join(f"{one.path} of {one.physical_type}" for one in columns if one.path.split(".")[0] == name)
+    raise UserError(f"'{path}': column {name} has no pictures ({told}); it must hold the bytes of encoded pictures.")
 
 
-def _copied(data: bytes, copy: IO[bytes]) -> Place:
-    place = Place("", copy.tell(), len(data))
-    copy.write(data)
-    return place
-
-
-def _jsonl(path: Path, copy: IO[bytes], labelled: bool) -> Iterator[Found]:
+def _jsonl(path: Path, copies: Copies, labelled: bool) -> Iterator[Found]:
     for number, line in lines(path):
         if line.strip():
             where = f"{path}, line {number}"
@@ -86,11 +86,13 @@ def _below(directory: Path, name: Any, field: str, where: str) -> Place:
         raise UserError(
             f"{where}: {field} '{name}' is outside of the file's own directory {directory}; name pictures below it."
         )
-    return Place(str(directory / name))
+    return InFile(str(directory / name))
 
 
-def _tar(path: Path, copy: IO[bytes], labelled: bool) -> Iterator[Found]:
-    plain = path.name.lower().endswith(".tar")
+def _tar(path: Path, copies: Copies, labelled: bool) -> Iterator[Found]:
+    plain = _is_plain(path)
+    if not plain:
+        copies.begin(path)
     words: dict[str, Mapping[str, Any]] = {}
     pictures: dict[str, dict[str, Place]] = {}
     try:
@@ -109,13 +111,14 @@ def _tar(path: Path, copy: IO[bytes], labelled: bool) -> Iterator[Found]:
             if picture[1] in known if picture else sample in words:
                 raise UserError(f"{where}: this sample has another of it; rename or remove one of them.")
             if picture is not None:
-                place = Place(str(path), member.offset_data, member.size)
-                known[picture[1]] = place if plain else _copied(read(), copy)
+                inside = InFile(str(path), member.offset_data, member.size)
+                known[picture[1]] = inside if plain else copies.add(read(), path)
             else:
                 words[sample] = _object(parsed(decoded(read(), where), where, ""), where)
     except DAMAGED_TAR as error:
         reason = str(error).partition("\n")[0].rstrip(":") or type(error).__name__
         raise UserError(f"'{path}' is truncated or not a tar file ({reason}): download or create it again.") from error
+    copies.flush(path)
     for sample, known in pictures.items():
         lacking = [ending for ending in ("0", "1") if ending not in known]
         if lacking or sample not in words:
@@ -123,6 +126,12 @@ def _tar(path: Path, copy: IO[bytes], labelled: bool) -> Iterator[Found]:
         where = f"{path}, member {sample}.json"
         _refuse_lacking(_wanted(WORDS, labelled), words[sample], where, "field")
         yield words[sample], (known["0"], known["1"]), where
+
+
+def _is_plain(path: Path) -> bool:
+    """Whether a tar is not compressed, whatever it is called."""
+    with path.open("rb") as file:
+        return not file.read(len(max(COMPRESSED, key=len))).startswith(COMPRESSED)
 
 
 def _object(value: Any, where: str) -> Mapping[str, Any]:
@@ -142,6 +151,6 @@ def _refuse_lacking(wanted: Sequence[str], there: Sequence[str] | Mapping[str, A
         raise UserError(f"{where} has no {what} {', '.join(absent)}, but {has}; pairs have {', '.join(wanted)}.")
 
 
-READERS: dict[str, Callable[[Path, IO[bytes], bool], Iterator[Found]]] = {
+READERS: dict[str, Callable[[Path, Copies, bool], Iterator[Found]]] = {
     ".parquet": _parquet, ".jsonl": _jsonl, **dict.fromkeys(TARS, _tar)
 }  # fmt: skip

@@ -1,26 +1,25 @@
 """Preference pairs: two pictures of a caption, and how often each is preferred.
 
-Captions and labels are in memory; pictures stay where they are and are read one by one, in any order. Those of parquet
-files and of compressed archives cannot be read at a place, so they are copied once to a temporary file (in `TMPDIR`)
-that is gone with the process.
+Captions and labels are in memory; pictures stay where they are and are read one by one, in any order. Those of
+compressed archives cannot be read at a place, so they are copied once to a temporary file (in `TMPDIR`) that is gone
+with the process.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from draftplus.data.formats import short
-from draftplus.data.pair_formats import READERS, WORDS, Place, kind_of
-from draftplus.data.pictures import Undecodable, decode
+from draftplus.data.pair_formats import READERS, WORDS, kind_of
+from draftplus.data.pictures import decode
+from draftplus.data.places import Copies, Place
 from draftplus.data.prompts import expanded, matching
 from draftplus.errors import UserError, notice
 
@@ -36,9 +35,8 @@ class _Pair(NamedTuple):
 
     @property
     def told(self) -> tuple[object, ...]:
-        """What it is, wherever it lies: caption, label, and the size or the name of each picture's file."""
-        files = [Path(one.file).name if one.size is None else one.size for one in self.pictures]
-        return self.caption, self.label, *files
+        """What it is without its pictures."""
+        return self.caption, self.label
 
 
 @dataclass
@@ -47,7 +45,6 @@ class Pairs(Sequence[_Pair]):
 
     rows: list[_Pair]
     unlabelled: int = 0
-    copy: IO[bytes] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -70,24 +67,17 @@ class Pairs(Sequence[_Pair]):
 
     def bytes_of(self, index: int) -> tuple[bytes, bytes]:
         """The two pictures' files. Raises Undecodable where one is missing."""
-        first, second = (self._bytes(place) for place in self.rows[index].pictures)
+        first, second = (place.read() for place in self.rows[index].pictures)
         return first, second
+
+    def places(self) -> list[Place]:
+        """Where all pictures are, those of one pair after those of another."""
+        return [place for row in self.rows for place in row.pictures]
 
     def pictures(self, index: int) -> tuple[Tensor, Tensor]:
         """Both pictures, each (3, H, W) uint8 RGB. Raises Undecodable where one does not decode."""
         first, second = (decode(data) for data in self.bytes_of(index))
         return first, second
-
-    def _bytes(self, place: Place) -> bytes:
-        try:
-            if place.file == "":
-                assert self.copy is not None and place.size is not None
-                return os.pread(self.copy.fileno(), place.size, place.start)
-            with open(place.file, "rb") as file:
-                file.seek(place.start)
-                return file.read(-1 if place.size is None else place.size)
-        except OSError as error:
-            raise Undecodable(f"{place.file}: {error.strerror or error}") from None
 
 
 @dataclass
@@ -123,36 +113,28 @@ def read_pairs(source: str | Path, labelled: bool = True) -> Pairs:
     - .parquet, with the columns jpg_0 and jpg_1 (encoded pictures), label_0, label_1 and caption, as in Pick-a-Pic;
       rows whose has_label is false are left out.
     - .jsonl: one such object per line, where jpg_0 and jpg_1 name files below the .jsonl's own directory.
-    - .tar, also compressed: WebDataset, of each sample KEY.0.jpg and KEY.1.jpg (or .png, .webp), and KEY.json with
-      label_0, label_1 and caption.
+    - .tar, also compressed up to some gigabytes: WebDataset, of each sample KEY.0.jpg and KEY.1.jpg (or .png, .webp),
+      and KEY.json with label_0, label_1 and caption.
 
     Raises UserError for a source that is missing, empty or damaged, labels that do not sum to one, a column or member
     that is absent, and a file outside of the directory. Whether a picture decodes is seen when it is read.
     """
-    copy = tempfile.TemporaryFile(prefix="draftplus-pairs-")  # noqa: SIM115  # lives as long as the pairs
-    pairs = Pairs([], copy=copy)
+    pairs, copies, captions = Pairs([]), Copies(), dict[str, str]()
     for path in pair_files(source):
         kind = kind_of(path)
         if kind is None or not path.is_file():
             raise UserError(f"cannot read pairs from '{path}': give {_KNOWN}.")
         before = len(pairs)
-        try:
-            for fields, pictures, where in READERS[kind](path, copy, labelled):
-                if fields.get("has_label") is False and labelled:
-                    pairs.unlabelled += 1
-                    continue
-                pairs.rows.append(_Pair(_caption(fields, where), _label(fields, where, labelled), pictures, where))
-        except OSError as error:
-            if isinstance(error, PermissionError):
-                raise
-            raise UserError(
-                f"the pictures of '{path}' cannot be copied to {tempfile.gettempdir()}: {error.strerror or error}; "
-                "set TMPDIR to a directory with more room"
-            ) from None
+        for fields, pictures, where in READERS[kind](path, copies, labelled):
+            if fields.get("has_label") is False and labelled:
+                pairs.unlabelled += 1
+                continue
+            caption = _caption(fields, where)
+            caption = captions.setdefault(caption, caption)  # one string, where many pairs have it
+            pairs.rows.append(_Pair(caption, _label(fields, where, labelled), pictures, where))
         if len(pairs) == before:
             left_out = f", and {pairs.unlabelled} rows without a label" if pairs.unlabelled else ""
             raise UserError(f"'{path}' has no pairs{left_out}: it needs at least one.")
-    copy.flush()
     return pairs
 
 

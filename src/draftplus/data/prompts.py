@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import difflib
 import glob
+import hashlib
 import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from draftplus.data.formats import READERS, TARS, Row, kind_of
-from draftplus.data.index import INDEX, read_index
+from draftplus.data.index import INDEX, Packed, Some, read_index
 from draftplus.data.remote import is_remote
 from draftplus.errors import UserError
 
@@ -22,6 +26,9 @@ UNPACKED_BY = {
 }  # fmt: skip
 _DIRECTORY = Path(__file__).parents[1] / "assets" / "prompts"
 _KNOWN = "a .txt, .jsonl, .json, .csv, .tsv, .parquet or .tar file, or a directory of .tar files"
+
+
+Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -88,14 +95,34 @@ def read_prompts(source: str | Path, column: str | None = None) -> list[str]:
 
 
 def hold_out(prompts: Sequence[str]) -> PromptSet:
-    """Splits prompts by the rule of `load_prompts`. It depends on the prompts and their order only."""
-    distinct: dict[str, str] = {}
-    for prompt in prompts:
-        distinct.setdefault(normalized(prompt), prompt)
-    n, keys = len(distinct), list(distinct)
+    """Splits prompts by the rule of `load_prompts`. It depends on the prompts and their order only.
+
+    Of prompts that are on the disk (`Packed`), those to train on stay there.
+    """
+    kinds, firsts = _kinds(prompts)
+    n = len(firsts)
     count = min(math.ceil(n / 10), 50) if n >= 5 else 0
-    chosen = {keys[(2 * i + 1) * n // (2 * count)]: None for i in range(count)}  # a dict, to keep the order
-    return PromptSet([p for p in prompts if normalized(p) not in chosen], [distinct[key] for key in chosen])
+    chosen = [int(firsts[(2 * i + 1) * n // (2 * count)]) for i in range(count)]
+    stay = np.flatnonzero(~np.isin(kinds, kinds[chosen]))
+    train = Some(prompts, stay) if isinstance(prompts, Packed) else [prompts[i] for i in stay.tolist()]
+    return PromptSet(train, [prompts[i] for i in chosen])
+
+
+def _kinds(prompts: Sequence[str]) -> tuple[Ints, Ints]:
+    """A number for each prompt, the same for those that are the same when `normalized`, and where each kind is first.
+
+    By 128 bits of a hash, since a million texts would fill the memory.
+    """
+    hashes = bytearray()
+    for prompt in prompts:
+        hashes += hashlib.blake2b(normalized(prompt).encode(), digest_size=16).digest()
+    low, high = np.frombuffer(hashes, np.uint64).reshape(-1, 2).T
+    order = np.lexsort((low, high))  # which keeps the order of equal ones
+    differ = (np.diff(low[order]) != 0) | (np.diff(high[order]) != 0)
+    begins = np.concatenate([np.ones(min(1, len(order)), bool), differ])
+    kinds = np.empty(len(order), np.int64)
+    kinds[order] = np.cumsum(begins) - 1
+    return kinds, np.sort(order[begins])
 
 
 def normalized(prompt: str) -> str:

@@ -115,16 +115,12 @@ def loss(
         conditioning, start, plan.window, begin=plan.window.first, noise=partial(noise, "solver"), keep=plan.keep
     )
     found = estimate(problem, rollout, conditioning, prompts, noise)
-    kept = rollout.kept
-    if objective.kl_at == "renoised":
-        clean, levels = rollout.latents.detach(), sampler.schedule.steps
-        kept = {at: levels[at].alpha * clean + levels[at].sigma * noise("kl", at) for at in plan.keep}
-    visited = [visit.step for visit in found.visits] + list(kept)
+    visited = [visit.step for visit in found.visits] + list(rollout.kept)
     over = {name: sum(step in steps for step in visited) for name, steps in plan.looks.items()}
     added = _penalties(problem, plan, conditioning, found.visits, over)
     scores = Scores(found.scores.total.detach(), {name: part.detach() for name, part in found.scores.parts.items()})
     value = weighted(objective, found.value, added)
-    return Loss(value, scores, told(objective, plan.looks, value, added), found.images.detach(), kept, over)
+    return Loss(value, scores, told(objective, plan.looks, value, added), found.images.detach(), rollout.kept, over)
 
 
 def kept_loss(problem: Problem, plan: StepPlan, part: Loss, step: int, conditioning: Conditioning) -> KeptLoss:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,12 +39,14 @@ def preference_loss(scores: Tensor, labels: Tensor) -> Tensor:
 class ClipPreference:
     """exp(logit_scale)·cos of a picture and its caption, with gradient to the weights.
 
-    processor: the settings of preprocessing as the checkpoint has them, to be saved with the weights.
+    processor: the settings of preprocessing as the checkpoint has them, to be saved with the weights. precision: in
+    which the networks compute; weights stay as they are.
     """
 
     reward: ClipReward
     processor: dict[str, Any]
     towers: tuple[str, ...]
+    precision: torch.dtype = torch.float32
 
     @property
     def model(self) -> Any:
@@ -73,7 +76,7 @@ class ClipPreference:
         text = self._text(captions)  # (n, d)
         flat = pictures.flatten(0, 1).to(self.model.device)
         pixels = preprocess(flat / 255, self.scaling).to(self.model.dtype)  # (2n, 3, h, w)
-        with torch.set_grad_enabled("image" in self.towers and torch.is_grad_enabled()):
+        with self._computing("image"):
             features = _normalized(self.model.get_image_features(pixel_values=pixels).pooler_output)  # (2n, d)
         cosine = (features.unflatten(0, (-1, 2)) * text[:, None]).sum(-1)  # (n, 2)
         return self.model.logit_scale.to(cosine.dtype).exp() * cosine
@@ -89,13 +92,20 @@ class ClipPreference:
         text = json.dumps(self.processor, indent=2) + "\n"
         (directory / "preprocessor_config.json").write_text(text, encoding="utf-8")
 
+    @contextmanager
+    def _computing(self, tower: str) -> Iterator[None]:
+        half = self.precision in (torch.bfloat16, torch.float16)
+        lower = torch.autocast(self.model.device.type, self.precision) if half else nullcontext()
+        with torch.set_grad_enabled(tower in self.towers and torch.is_grad_enabled()), lower:
+            yield
+
     def _text(self, captions: Sequence[str]) -> Tensor:
         distinct = list(dict.fromkeys(captions))
         tokens = self.reward.tokenizer(
             distinct, truncation=True, max_length=self.length, padding=True, return_tensors="pt"
         )
         given = {key: tokens[key].to(self.model.device) for key in ("input_ids", "attention_mask")}
-        with torch.set_grad_enabled("text" in self.towers and torch.is_grad_enabled()):
+        with self._computing("text"):
             features = _normalized(self.model.get_text_features(**given).pooler_output)
         at = {caption: i for i, caption in enumerate(distinct)}
         return features[[at[caption] for caption in captions]]
@@ -107,12 +117,13 @@ def _normalized(features: Tensor) -> Tensor:
 
 def load_preference(
     path: str, processor: str | None, revision: str | None, towers: str, logit_scale: bool, checkpointing: bool,
-    device: torch.device, dtype: torch.dtype = torch.float32,
+    device: torch.device, dtype: torch.dtype = torch.float32, precision: torch.dtype | None = None,
 ) -> ClipPreference:  # fmt: skip
     """The model of `path`, "emoji_clip", a directory or a hub id, ready to learn.
 
     towers: which learn, "both", "image" or "text". logit_scale: whether it does, too. checkpointing: whether
-    activations are computed again in the backward pass.
+    activations are computed again in the backward pass. dtype: of the weights. precision: in which the networks compute
+    (`torch.autocast`); None: that of the weights.
 
     Raises UserError as `load_clip_reward` does.
     """
@@ -133,7 +144,8 @@ def load_preference(
             warnings.simplefilter("ignore", FutureWarning)
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
-    return ClipPreference(reward, _processor(processor or start, None if processor else revision), chosen)
+    settings = _processor(processor or start, None if processor else revision)
+    return ClipPreference(reward, settings, chosen, precision or dtype)
 
 
 def _processor(path: str, revision: str | None) -> dict[str, Any]:

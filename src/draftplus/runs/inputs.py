@@ -11,6 +11,7 @@ from draftplus.build import REWARDS, reward_loader
 from draftplus.config import AnyConfig, Config, ModelConfig, RewardConfig, RewardTrainConfig, values
 from draftplus.config.trust import sources
 from draftplus.data.pairs import Pairs
+from draftplus.data.places import contents_hash
 from draftplus.distributed import World
 from draftplus.errors import UserError
 from draftplus.models.families import model_path
@@ -18,12 +19,14 @@ from draftplus.models.files import loaded_from
 from draftplus.models.loading import REPLACED
 from draftplus.models.single_file import PACKAGED
 from draftplus.models.stock import ABSENT, index_of
+from draftplus.progress import progress
 from draftplus.rewards.arguments import parameters_of
 from draftplus.runs.checksums import files_hash, named_hash, text_hash, texts_hash
 from draftplus.runs.directory import saved_steps
 from draftplus.runs.origin import ORIGIN, REWARD_MODELS, read_origin
 
 PARTS = re.compile(r"(unet|transformer|vae|text_encoder|tokenizer|scheduler)(_\d)?")  # the folders of a model
+PICTURES = ", its pictures"  # behind a key of pairs
 CONFIGS = (".json", ".txt", ".model", ".jinja")
 
 
@@ -66,12 +69,15 @@ def same_inputs(config: Config, run: Path, prompts: Sequence[str], here: World) 
 def same_reward_inputs(
     config: RewardTrainConfig, run: Path, pairs: Pairs, validation: Pairs, here: World
 ) -> Mapping[str, str]:
-    """`same_inputs` of a run that trains a reward. Of pictures in files of their own, names alone are looked at."""
+    """`same_inputs` of a run that trains a reward. Of pictures, sizes and some bytes are looked at, `contents_hash`."""
 
     def hashes() -> dict[str, str]:
-        now = {"data.pairs": text_hash([row.told for row in pairs])}
-        if config.data.validation is not None:
-            now["data.validation"] = text_hash([row.told for row in validation])
+        now = dict[str, str]()
+        given = {"data.pairs": pairs} | ({"data.validation": validation} if config.data.validation is not None else {})
+        for key, some in given.items():
+            places = some.places()
+            with progress("looking at pictures", None) as advance:
+                now |= {key: text_hash([row.told for row in some]), key + PICTURES: contents_hash(places, advance)}
         for key, path in (("model.path", config.model.path), ("model.processor", config.model.processor)):
             if path not in (None, *REWARD_MODELS):
                 now[key] = source_hash(str(path), config.model.revision, "config.json")
@@ -97,8 +103,9 @@ def _looked_at(config: AnyConfig, run: Path, hashes: Callable[[], dict[str, str]
         # what only one of two versions of draftplus looks at is no change; a file that was none before is
         if now.get(key) != before.inputs.get(key) and (key in files or (key in now and key in before.inputs)):
             since = f"at step {before.step}" if before.step else "when it was started"
+            what = f"a picture of {key.removesuffix(PICTURES)}" if key.endswith(PICTURES) else key
             return UserError(
-                f"{run}: {key} has another content than {since}; restore it, or choose another name= for a new run. "
+                f"{run}: {what} has another content than {since}; restore it, or choose another name= for a new run. "
                 f"To continue with what is there now, remove {run / ORIGIN}"
             )
     return now

@@ -223,7 +223,7 @@ def preference(config: RewardTrainConfig, run: Path, placement: Placement, here:
         chosen = config.model
         model = load_preference(
             chosen.path, chosen.processor, chosen.revision, chosen.towers, chosen.logit_scale,
-            chosen.gradient_checkpointing, here.device,
+            chosen.gradient_checkpointing, here.device, precision=getattr(torch, chosen.dtype),
         )  # fmt: skip
     if here.is_main:
         _tell_of_long_captions(model, split.train)

@@ -40,6 +40,20 @@ def pack(
     max_words: Annotated[int | None, typer.Option("--max-words", help="Drop prompts of more words.")] = None,
     min_characters: Annotated[int | None, typer.Option("--min-characters", help="The same in characters.")] = None,
     max_characters: Annotated[int | None, typer.Option("--max-characters", help="The same in characters.")] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-tokens", help="Drop prompts of more tokens, start and end included, such as 77, which CLIP reads."
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            "--tokenizer",
+            metavar="DIR|ID",
+            help="What counts tokens: a model's or reward's directory, or a hub id. Default: CLIP's tokenizer.",
+        ),
+    ] = None,
     near: Annotated[
         float | None,
         typer.Option(
@@ -67,10 +81,19 @@ def pack(
     for option, path in (("SOURCE", source) for source in sources):
         refuse_nobodys_home(option, path)
     refuse_nobodys_home("--output", str(output))
+    if tokenizer is not None:
+        refuse_nobodys_home("--tokenizer", tokenizer)
     rules = PackRules(
-        min_words, max_words, min_characters, max_characters, keep_duplicates, near, held_out, seed, shard_size
-    )
-    told = pack_prompts(sources, output, column, rules, overwrite)
+        min_words, max_words, min_characters, max_characters, keep_duplicates, near, held_out, seed, shard_size,
+        max_tokens, tokenizer,
+    )  # fmt: skip
+    tokens_of = None
+    if max_tokens is not None:
+        rules.check()
+        from draftplus.api.tokens import token_counter
+
+        tokens_of = token_counter(tokenizer)
+    told = pack_prompts(sources, output, column, rules, overwrite, tokens_of)
     for reason, count in told["dropped"].items():
         example = told["examples"][reason][0]
         print(printable(f"dropped {count:,} {reason}, such as {example}"), file=sys.stderr)
