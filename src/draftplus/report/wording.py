@@ -33,7 +33,6 @@ def _kl_in_words(flat: Mapping[str, Any]) -> str:
         return f"KL coefficient β = {window:g} {space}" if window > 0 else "no KL term"
     draws = flat.get("objective.kl_draws")
     others = f"{draws} step{'s' * (draws != 1)} without, drawn anew each time"
-    others += ", on the finished image noised again" if flat.get("objective.kl_at") == "renoised" else ""
     weights = KL_WEIGHTS.get(str(flat.get("objective.kl_weights")), "")
     if window > 0:
         both = f"β = {window:g} at the steps with gradient and λ = {prefix:g} at {others}{weights}"
