@@ -332,10 +332,6 @@ PATH = {"method": "draft", "grad_steps": 1, "kl_coeff": 0.0, "kl_steps": "trajec
             "KL coefficients β = 2 at the steps with gradient and λ = 2 at 2 steps without, drawn anew each time, "
             "weighted as in the KL divergence of paths, in noise space",
         ),
-        (
-            {**PATH, "kl_coeff": 2.0, "kl_at": "renoised"},
-            "drawn anew each time, on the finished image noised again, in",
-        ),
         ({**PATH, "kl_prefix_coeff": 0.0}, "DRaFT: gradient through the last of 10 sampling steps, no KL term"),
         ({"method": "draft", "grad_steps": 1, "gate": 0.5}, "the frozen model draws the first 5 of 10 steps"),
         ({"method": "draft", "grad_steps": "all", "gate": 0.5}, "DRaFT: gradient through the last 5 of 10 sampling"),
