@@ -21,6 +21,7 @@ from draftplus.report import write_report
 from draftplus.runs.plan import plan_run
 from draftplus.sweeps.grid import written_grid
 from draftplus.sweeps.launch import run_sweep
+from draftplus.sweeps.local import LocalRunner
 from draftplus.sweeps.plan import Plan, plan_sweep
 from draftplus.training.dry_run import describe as _describe
 from draftplus.training.train import train as _train
@@ -215,7 +216,7 @@ def run_planned(planned: Plan, jobs: int | None = None) -> Path | None:
 
     Returns the report's path; None where no run left anything.
     """
-    manifest = run_sweep(planned, jobs)
+    manifest = run_sweep(planned, LocalRunner(planned, jobs))
     try:
         return write_report(planned.directory)
     except UserError:
