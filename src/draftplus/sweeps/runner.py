@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from draftplus.sweeps.plan import Plan, PlannedRun
+if TYPE_CHECKING:  # a job waits for its nodes' processes without torch
+    from draftplus.sweeps.plan import Plan, PlannedRun
 
 LOGS = "logs"
+TORCHRUN = "torch/distributed/elastic/"  # in each line of its log
 
 
 @dataclass(frozen=True)
@@ -59,5 +61,14 @@ def said(log: Path, code: int) -> str:
     """The last line that a failed run printed, or the signal that ended it."""
     if code < 0:
         return f"killed by signal {-code}" + (", perhaps for lack of memory" if code == -9 else "") + f"; see {log}"
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    try:
+        text = log.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        text = ""
+    lines = [line for line in text.splitlines() if line.strip()]
+    for i, line in enumerate(lines):
+        if TORCHRUN in line and "failed (exitcode" in line:  # what follows is torchrun's own
+            lines = lines[:i]
+            break
+    lines = [line for line in lines if TORCHRUN not in line]
     return lines[-1].removeprefix("draftplus: ") if lines else f"exit status {code} without any output"
