@@ -82,6 +82,10 @@ def state(number: str) -> str:
     return said("squeue", "--noheader", "--states=all", f"--jobs={number}", "--format=%T").strip()
 
 
+def restarts(number: str) -> int:
+    return int(said("scontrol", "show", "job", number).partition("Restarts=")[2].split()[0])
+
+
 def said(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
 
@@ -129,7 +133,7 @@ def meanwhile(action: Callable[[], Any]) -> Callable[[], None]:
 
 
 @pytest.mark.timeout(600)
-def test_jobs_that_die_are_preempted_and_queued_again_leave_what_a_local_sweep_does(
+def test_jobs_that_die_are_cancelled_or_queued_again_leave_what_a_local_sweep_does(
     on_cluster: None, settings: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     planned = plan(settings[0], "cluster", *SEEDS)
@@ -153,8 +157,9 @@ def test_jobs_that_die_are_preempted_and_queued_again_leave_what_a_local_sweep_d
         kill(planned.runs[0].name)
         said("scontrol", "requeue", numbers[1])
         said("scancel", "--signal=USR1", numbers[2])  # as Slurm warns before it preempts a job, or ends it
-        wait_for(lambda: {state(number) for number in numbers[1:3]} <= {"PENDING", "RUNNING"})
-        wait_for(lambda: "PENDING" in {state(number) for number in numbers[1:3]})
+        said("scancel", numbers[3])
+        wait_for(lambda: all(restarts(number) == 1 for number in numbers[1:3]))
+        wait_for(lambda: state(numbers[3]) == "CANCELLED")
         assert [steps(run) for run in runs] == [2, 2, 2, 2]
         Path("hold").unlink()
 
@@ -163,15 +168,16 @@ def test_jobs_that_die_are_preempted_and_queued_again_leave_what_a_local_sweep_d
     join()
     manifest = read_manifest(planned.directory)
     assert manifest is not None
-    assert statuses(planned) == ["failed", "finished", "finished", "finished"], [run.error for run in manifest.runs]
+    assert statuses(planned) == ["failed", "finished", "finished", "failed"], [run.error for run in manifest.runs]
     assert f"Slurm job {numbers[0]} ended with state FAILED; see " in (manifest.runs[0].error or "")
+    assert f"Slurm job {numbers[3]} was cancelled; see " in (manifest.runs[3].error or "")
     assert [job(planned, seed) for seed in range(4)] == numbers
-    for seed in (1, 2):
-        assert "Restarts=1" in said("scontrol", "show", "job", numbers[seed])
+    assert [restarts(number) for number in numbers] == [0, 1, 1, 0]
 
     launch.run_sweep(planned, SlurmRunner(planned, read_options("time=10,cpus=2")))
     assert statuses(planned) == ["finished"] * 4
-    assert job(planned, 0) != numbers[0] and [job(planned, seed) for seed in (1, 2, 3)] == numbers[1:]
+    assert {job(planned, 0), job(planned, 3)}.isdisjoint(numbers)
+    assert [job(planned, seed) for seed in (1, 2)] == numbers[1:3]
 
     here = plan(settings[0], "here", *SEEDS)
     launch.run_sweep(here, LocalRunner(here, 2))
@@ -180,24 +186,7 @@ def test_jobs_that_die_are_preempted_and_queued_again_leave_what_a_local_sweep_d
     assert len({fingerprint(run) for run in runs}) == 4
 
 
-def test_a_job_that_is_cancelled_is_saved_and_stays_away(on_cluster: None, settings: list[str]) -> None:
-    planned = plan(settings[0], "cancelled", "0")
-    run = planned.directory / planned.runs[0].name
-    Path("hold").touch()
-
-    def cancel() -> None:
-        wait_for(lambda: steps(run) == 2)
-        said("scancel", job(planned, 0))
-
-    join = meanwhile(cancel)
-    launch.run_sweep(planned, SlurmRunner(planned, read_options("")))
-    join()
-    manifest = read_manifest(planned.directory)
-    assert manifest is not None and statuses(planned) == ["failed"]
-    assert f"Slurm job {job(planned, 0)} was cancelled; see " in (manifest.runs[0].error or "")
-    assert (run / "checkpoints" / "step-000002").is_dir() and state(job(planned, 0)) == "CANCELLED"
-
-
+@pytest.mark.timeout(600)
 def test_a_run_on_two_nodes_goes_on_after_a_warning(on_cluster: None, settings: list[str]) -> None:
     planned = plan(settings[0], "nodes", "0", **{"train.micro_batch_size": "2"})
     run = planned.directory / planned.runs[0].name
@@ -207,7 +196,7 @@ def test_a_run_on_two_nodes_goes_on_after_a_warning(on_cluster: None, settings: 
         wait_for(lambda: steps(run) == 2)
         number = job(planned, 0)
         said("scancel", "--signal=USR1", number)
-        wait_for(lambda: state(number) == "PENDING")
+        wait_for(lambda: restarts(number) == 1)
         assert (run / "checkpoints" / "step-000002").is_dir()
         Path("hold").unlink()
 
@@ -216,19 +205,11 @@ def test_a_run_on_two_nodes_goes_on_after_a_warning(on_cluster: None, settings: 
     join()
     manifest = read_manifest(planned.directory)
     assert manifest is not None and statuses(planned) == ["finished"], manifest.runs[0].error
-    assert "Restarts=1" in said("scontrol", "show", "job", job(planned, 0)) and steps(run) == 4
+    assert restarts(job(planned, 0)) == 1 and steps(run) == 4
 
 
-def test_what_sbatch_refuses_and_what_a_run_says(on_cluster: None, settings: list[str]) -> None:
+def test_what_sbatch_refuses(on_cluster: None, settings: list[str]) -> None:
     planned = plan(settings[0], "wrong", "0")
-    with pytest.raises(
-        UserError, match=r"sbatch refuses the job of .*: sbatch: error: invalid partition specified: nowhere"
-    ):
+    with pytest.raises(UserError, match=r"sbatch refuses the job of .*: sbatch: error: invalid partition.*nowhere"):
         launch.run_sweep(planned, SlurmRunner(planned, read_options("partition=nowhere")))
-    broken = plan_sweep(settings[0], {"reward": [f"{REWARDS}:always_nan"]}, "broken", Path("sweeps"))
-    launch.run_sweep(broken, SlurmRunner(broken, read_options("")))
-    manifest = read_manifest(broken.directory)
-    here = plan_sweep(settings[0], {"reward": [f"{REWARDS}:always_nan"]}, "broken-here", Path("sweeps"))
-    beside = launch.run_sweep(here, LocalRunner(here, None))
-    assert manifest is not None and manifest.runs[0].status == "failed"
-    assert manifest.runs[0].error == beside.runs[0].error
+    assert statuses(planned) == ["pending"]
