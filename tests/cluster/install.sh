@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs Debian's Slurm and munge, for tests/cluster; none of their services is started. Needs root and Debian or Ubuntu.
+# Installs Debian's Slurm and munge, for tests/cluster, which start them on their own. Needs root and Debian or Ubuntu.
 set -euo pipefail
 
 PATH=$PATH:/usr/sbin:/sbin
