@@ -18,6 +18,7 @@ from draftplus.config import LoraConfig
 from draftplus.errors import UserError
 from draftplus.models import lora
 from draftplus.models.lora_files import LORA_FILE, lora_file, read_lora
+from draftplus.models.quantize import is_quantised, keep_small
 from draftplus.weights import first_line, read_state_dict
 
 DENOISER_FILES = "diffusion_pytorch_model{suffix}.safetensors"  # the names that diffusers loads
@@ -75,7 +76,7 @@ class Tuned:
             (tensor, tensor.dtype)
             for network in self.networks()
             for tensor in (*network.parameters(), *network.buffers())
-            if tensor.dtype in (torch.bfloat16, torch.float16)
+            if tensor.dtype in (torch.bfloat16, torch.float16) and not is_quantised(tensor)
         ]
         try:
             for tensor, _ in narrow:
@@ -146,6 +147,11 @@ class Tuned:
             self._encoders_now = (self._encoders_now[0] + 1, 1.0, True)
         elif (directory / "config.json").is_file():
             weights = _denoiser_weights(directory)
+            if any(map(is_quantised, self.denoiser.parameters())):
+                raise UserError(
+                    f"{directory} is a fully fine-tuned denoiser, which cannot be put into quantised weights; set "
+                    "model.quantize=null"
+                )
             self.gate = gate_of(sorted(directory.glob("*.safetensors"))[0])
             self.frozen = self.frozen or copy.deepcopy(self.denoiser)
             self.denoiser.to(torch.promote_types(torch.float32, self.denoiser.dtype))  # tuned weights are not rounded
@@ -180,6 +186,7 @@ def make_tuned(
     pipeline: as in `Tuned`. config: of the adapters; None: the whole denoiser is trained, in at least float32.
     attention: the layers that its targets call "attention".
     """
+    keep_small(denoiser)
     if trainable and config is not None:
         lora.add_lora(denoiser, config, seed, attention)
     elif trainable:
