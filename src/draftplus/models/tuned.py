@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,8 +23,9 @@ from draftplus.models.quantize import is_quantised, keep_small
 from draftplus.weights import first_line, read_state_dict
 
 DENOISER_FILES = "diffusion_pytorch_model{suffix}.safetensors"  # the names that diffusers loads
+DENOISER_INDEX = "diffusion_pytorch_model.safetensors.index.json"
 LARGEST_FILE = "10GB"
-GATE = "draftplus.gate"  # in a file's header, which other programs pass over
+GATE = "draftplus.gate"  # in a file's header, or the index of several files; other programs pass over it
 
 
 class Tuned:
@@ -152,7 +154,8 @@ class Tuned:
                     f"{directory} is a fully fine-tuned denoiser, which cannot be put into quantised weights; set "
                     "model.quantize=null"
                 )
-            self.gate = gate_of(sorted(directory.glob("*.safetensors"))[0])
+            index = directory / DENOISER_INDEX  # of several files, whose headers do not say it
+            self.gate = gate_of(index if index.is_file() else sorted(directory.glob("*.safetensors"))[0])
             self.frozen = self.frozen or copy.deepcopy(self.denoiser)
             self.denoiser.to(torch.promote_types(torch.float32, self.denoiser.dtype))  # tuned weights are not rounded
             try:
@@ -198,21 +201,32 @@ def make_tuned(
 
 
 def gate_of(file: Path) -> float:
-    """The gate that the weights of a file were trained with; 0 without one.
+    """The gate that the weights of a file, or of the files of an index, were trained with; 0 without one.
 
     Raises UserError for a value that is none.
     """
-    if file.suffix != ".safetensors":
+    if file.name == DENOISER_INDEX:
+        text = _index_metadata(file).get(GATE, "0")
+    elif file.suffix == ".safetensors":
+        with safe_open(file, "pt") as opened:
+            text = (opened.metadata() or {}).get(GATE, "0")
+    else:
         return 0.0
-    with safe_open(file, "pt") as opened:
-        text = (opened.metadata() or {}).get(GATE, "0")
     try:
         gate = float(text)
-    except ValueError:
+    except (TypeError, ValueError):
         gate = -1.0
     if not 0 <= gate < 1:
         raise UserError(f"{file}: {GATE} in its header is {text!r}; it must be a fraction from 0 up to 1")
     return gate
+
+
+def _index_metadata(index: Path) -> Mapping[str, Any]:
+    try:
+        told = json.loads(index.read_text(encoding="utf-8"))["metadata"]
+    except (ValueError, KeyError, TypeError):
+        return {}
+    return told if isinstance(told, dict) else {}
 
 
 def _denoiser_weights(directory: Path) -> dict[str, Tensor]:
