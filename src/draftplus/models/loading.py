@@ -17,7 +17,7 @@ from torch import Tensor
 from draftplus.config import ModelConfig
 from draftplus.errors import UserError, is_out_of_memory
 from draftplus.hub import by_hand
-from draftplus.models import files, fitting
+from draftplus.models import files, fitting, quantize
 from draftplus.models.files import Stored
 from draftplus.models.nemo import as_original, refuse_whole
 from draftplus.weights import first_line, read_state_dict
@@ -168,17 +168,19 @@ def load_part(cls: Any, source: Source, name: str, dtype: torch.dtype) -> Any:
     Raises UserError if replacement weights are missing or would run code, ValueError for weights that do not fit, and
     whatever the libraries raise; `loading` makes one error of them.
     """
-    replaced = source.replaced(name)
+    replaced, told = source.replaced(name), quantize.arguments(source.config, name, _of_diffusers(cls), dtype)
     if replaced is not None:
-        return _replacement(cls, source, name, dtype, replaced)
+        return _replacement(cls, source, name, dtype, replaced, told)
     if source.state is None:
-        return _from_folder(cls, source.directory, name, dtype, source.stored[name])
+        return _from_folder(cls, source.directory, name, dtype, source.stored[name], told)
     if not _of_diffusers(cls):
         return _text_encoder(cls, source.state, source.directory, name, dtype)
-    return _from_tensors(cls, _only(name, source.state), source.directory, name, dtype)
+    return _from_tensors(cls, _only(name, source.state), source.directory, name, dtype, told)
 
 
-def _replacement(cls: Any, source: Source, name: str, dtype: torch.dtype, given: Path) -> Any:
+def _replacement(
+    cls: Any, source: Source, name: str, dtype: torch.dtype, given: Path, told: Mapping[str, Any]
+) -> Any:  # fmt: skip
     key, replacement = f"model.{REPLACED[name]}", str(source.replacement(name))
     if given.is_dir():
         where = f"{key} '{replacement}'"
@@ -186,16 +188,18 @@ def _replacement(cls: Any, source: Source, name: str, dtype: torch.dtype, given:
         if stored is not None:
             files.check(given, stored)
         with loading(key, replacement):
-            return _from_folder(cls, given, "", dtype, stored)
+            return _from_folder(cls, given, "", dtype, stored, told)
     state = as_original(read_state_dict(given))
     with loading(key, replacement):
-        return _from_tensors(cls, _only(name, state) or state, source.directory, name, dtype)
+        return _from_tensors(cls, _only(name, state) or state, source.directory, name, dtype, told)
 
 
-def _from_folder(cls: Any, directory: Path, name: str, dtype: torch.dtype, stored: Stored | None) -> Any:
+def _from_folder(
+    cls: Any, directory: Path, name: str, dtype: torch.dtype, stored: Stored | None, told: Mapping[str, Any]
+) -> Any:  # fmt: skip
     if stored is None:  # of which the libraries say more than an error
         raise FileNotFoundError(f"there are no weights in its folder {name}" if name else "there are no weights in it")
-    given = {"torch_dtype" if _of_diffusers(cls) else "dtype": dtype, **stored.arguments}
+    given = {"torch_dtype" if _of_diffusers(cls) else "dtype": dtype, **stored.arguments, **told}
     part, info = cls.from_pretrained(
         directory, subfolder=name, output_loading_info=True, ignore_mismatched_sizes=True, **given
     )
@@ -209,18 +213,22 @@ def _only(name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in state.items() if key.startswith(prefixes)}
 
 
-def _from_tensors(cls: Any, state: dict[str, Tensor], directory: Path, name: str, dtype: torch.dtype) -> Any:
+def _from_tensors(
+    cls: Any, state: dict[str, Tensor], directory: Path, name: str, dtype: torch.dtype, told: Mapping[str, Any]
+) -> Any:  # fmt: skip
     with torch.device("meta"):
         like = cls.from_config(cls.load_config(directory, subfolder=name))
     state = _known_names(like, state)
     fitting.refuse_misfit(fitting.compared(like, state), _taken_for(state))
     if not fitting.reads_single_files(cls):
+        if told:
+            raise ValueError("it is a single file, which diffusers cannot quantise in this family; give a directory")
         part = cls.from_config(like.config).to(dtype)
         part.load_state_dict(state)
         return part.eval()
     # its converters empty what they are given, which another part may need
     given = {"config": str(directory), "subfolder": name, "torch_dtype": dtype, "local_files_only": True}
-    return cls.from_single_file(dict(state), **given)
+    return cls.from_single_file(dict(state), **given, **told)
 
 
 def _text_encoder(cls: Any, state: dict[str, Tensor], directory: Path, name: str, dtype: torch.dtype) -> Any:
@@ -263,15 +271,6 @@ def model_like(state: Mapping[str, Tensor]) -> str | None:
     if kind == "v1" and not any("input_blocks." in key for key in state):  # it says so of whatever it does not know
         return None
     return str(DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"])
-
-
-def decodes_in_float32(vae: Any) -> bool:
-    """Whether an autoencoder's configuration says that it overflows in float16, as stock pipelines ask of SDXL's.
-
-    One that says nothing about it has the same setting, by default, and no meaning.
-    """
-    told = vae.config.get("force_upcast") and "force_upcast" not in vae.config.get("_use_default_values", ())
-    return bool(told and vae.dtype == torch.float16)
 
 
 def _of_diffusers(cls: Any) -> bool:

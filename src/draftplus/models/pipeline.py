@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from draftplus.config import ModelConfig, SamplerConfig
 from draftplus.distributed import Offload
 from draftplus.errors import needs_memory
-from draftplus.models import loading, stock
+from draftplus.models import loading, quantize, stock
 from draftplus.models.embedding_store import EmbeddingStore, store_of
 from draftplus.models.embeddings import Embeddings
-from draftplus.models.kind import Kind, Shape, spare_memory
+from draftplus.models.kind import Kind, Shape, decodes_in_float32, spare_memory
 from draftplus.models.tuned import Tuned, make_tuned
 from draftplus.progress import Advance
 from draftplus.types import Conditioning, Raw
@@ -130,8 +130,9 @@ class PipelineModel:
 
 
 def precision_of(network: nn.Module) -> torch.dtype:
-    """The precision of a network's own weights, whatever that of its adapters."""
-    return next(p.dtype for name, p in network.named_parameters() if "lora_" not in name)
+    """The precision of a network's own weights, whatever that of its adapters and of what is quantised."""
+    own = (p for name, p in network.named_parameters() if "lora_" not in name)
+    return next(p.dtype for p in own if not quantize.is_quantised(p))
 
 
 def load_pipeline(
@@ -146,6 +147,7 @@ def load_pipeline(
     Raises UserError for a missing model, one of another family, or weights that would run code.
     """
     frozen = dtype or getattr(torch, config.dtype)
+    quantize.refuse_impossible(config, device, loading.is_single_file(path))
     with loading.loading("model.path", path, kind.label):
         source, there = stock.source(kind, config, path)
         pipe = stock.without_weights(kind, source, there, frozen)
@@ -163,7 +165,7 @@ def load_pipeline(
         return tuned
 
     pipe.vae = read("vae")
-    if loading.decodes_in_float32(pipe.vae):
+    if decodes_in_float32(pipe.vae):
         pipe.vae.to(torch.float32)
     spare_memory(pipe.vae, config, kind.checkpoint)
     offload = Offload(device, config.offload)

@@ -61,6 +61,12 @@ def export_run(target: str, form: str = "diffusers", output: Path | None = None)
         raise UserError(
             f"{path} is a fully fine-tuned denoiser, and the format kohya is for LoRA adapters; use diffusers or merged"
         )
+    quantised = weights.config.model.quantize
+    if form == "merged" and quantised is not None:
+        raise UserError(
+            f"{path} was trained on a model with model.quantize={quantised}, and adapters cannot be merged into such "
+            "weights; use diffusers, whose adapter stock diffusers puts on the model, quantised or not"
+        )
     directory = output or Path(path) / "export" / (f"{form}-step-{step:06d}" if at else form)
     _refuse_foreign(directory)
     quiet_libraries()
