@@ -231,7 +231,7 @@ def test_embeddings_are_kept_apart(saved: Saved) -> None:
 
 
 def test_a_replaced_denoiser_is_quantised(saved: Saved, tmp_path: Path) -> None:
-    """A directory or a single file, in place of the model's own."""
+    """From a directory; a single file, which diffusers would leave as it is, is refused."""
     from safetensors.torch import save_file
 
     directory = saved("sdxl")
@@ -241,7 +241,9 @@ def test_a_replaced_denoiser_is_quantised(saved: Saved, tmp_path: Path) -> None:
     wanted = predicted(
         load_model(directory, torch.float32, trainable=False, quantize="int8"), CASES["sdxl"], torch.float32
     )
-    for given in (file, directory / "unet"):
-        made = load_model(directory, torch.float32, trainable=False, quantize="int8", denoiser=str(given))
-        assert sum(map(is_quantised, made.tuned.denoiser.parameters())) > 10
-        assert torch.equal(predicted(made, CASES["sdxl"], torch.float32), wanted)
+    with pytest.raises(UserError, match=r"model\.denoiser '.*unet.safetensors': .* a single file, and model\.quantize"):
+        _ = load_model(directory, torch.float32, trainable=False, quantize="int8", denoiser=str(file)).tuned
+    given = str(directory / "unet")
+    made = load_model(directory, torch.float32, trainable=False, quantize="int8", denoiser=given)
+    assert sum(map(is_quantised, made.tuned.denoiser.parameters())) > 10
+    assert torch.equal(predicted(made, CASES["sdxl"], torch.float32), wanted)

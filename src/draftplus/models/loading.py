@@ -220,15 +220,15 @@ def _from_tensors(
         like = cls.from_config(cls.load_config(directory, subfolder=name))
     state = _known_names(like, state)
     fitting.refuse_misfit(fitting.compared(like, state), _taken_for(state))
+    if told:  # which diffusers would pass over in silence for a UNet
+        raise ValueError("it is a single file, and model.quantize needs a directory; or set model.quantize=null")
     if not fitting.reads_single_files(cls):
-        if told:
-            raise ValueError("it is a single file, which diffusers cannot quantise in this family; give a directory")
         part = cls.from_config(like.config).to(dtype)
         part.load_state_dict(state)
         return part.eval()
     # its converters empty what they are given, which another part may need
     given = {"config": str(directory), "subfolder": name, "torch_dtype": dtype, "local_files_only": True}
-    return cls.from_single_file(dict(state), **given, **told)
+    return cls.from_single_file(dict(state), **given)
 
 
 def _text_encoder(cls: Any, state: dict[str, Tensor], directory: Path, name: str, dtype: torch.dtype) -> Any:

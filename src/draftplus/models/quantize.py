@@ -40,7 +40,7 @@ def refuse_impossible(config: ModelConfig, device: torch.device, single_file: bo
 
 
 def arguments(config: ModelConfig, name: str, of_diffusers: bool, dtype: torch.dtype) -> dict[str, Any]:
-    """Keywords of `from_pretrained` and `from_single_file` by which a part is quantised as it is read.
+    """Keywords of `from_pretrained` by which a part is quantised as it is read.
 
     name: of the part. dtype: of the layers that stay as they are, and of what the quantised ones compute.
     """
