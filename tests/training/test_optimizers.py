@@ -121,7 +121,14 @@ def test_8_bits_are_near_32() -> None:
 @pytest.mark.parametrize("name", ["adafactor", eight_bit])
 def test_a_run_continues_exactly(name: str, settings: list[str], tmp_path: Path) -> None:
     """In another process. Its adapters are large enough that 8 bits are used."""
-    settings = [*settings, f"optim.name={name}", "model.lora.rank=300", "model.lora.alpha=300", "optim.ema=0.9"]
+    settings = [
+        *settings,
+        f"optim.name={name}",
+        "model.lora.rank=300",
+        "model.lora.alpha=300",
+        "optim.ema=0.9",
+        "eval.every=2",
+    ]
     whole = train_here(settings, "name=whole")
     assert all(row["grad_norm"] > 0 for row in rows(whole / "metrics.jsonl"))
     run = train_here(settings, "train.steps=2")
