@@ -20,7 +20,7 @@ from draftplus.errors import UserError
 from draftplus.models import lora
 from draftplus.models.lora_files import LORA_FILE, lora_file, read_lora
 from draftplus.models.quantize import is_quantised, keep_small
-from draftplus.weights import first_line, read_state_dict
+from draftplus.weights import first_line, read_state_dict, sort_metadata
 
 DENOISER_FILES = "diffusion_pytorch_model{suffix}.safetensors"  # the names that diffusers loads
 DENOISER_INDEX = "diffusion_pytorch_model.safetensors.index.json"
@@ -125,6 +125,8 @@ class Tuned:
             save_torch_state_dict(
                 dict(state), directory, filename_pattern=DENOISER_FILES, max_shard_size=LARGEST_FILE, metadata=told
             )
+        for file in directory.glob("*.safetensors") if told else ():
+            sort_metadata(file)
 
     def networks(self) -> list[Any]:
         return [self.denoiser] if self.frozen is None else [self.denoiser, self.frozen]

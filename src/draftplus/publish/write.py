@@ -26,6 +26,7 @@ from draftplus.runs.checksums import files_hash
 from draftplus.runs.directory import is_run, saved_steps, step_name
 from draftplus.runs.files import whole_directory
 from draftplus.runs.weights import find_weights, parted
+from draftplus.weights import sort_metadata
 
 KOHYA = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")  # for which diffusers has a converter
 
@@ -140,6 +141,7 @@ def _kohya(what: Export, directory: Path) -> dict[str, Any]:
         header["ss_v2"] = str(widths == {1024})
     name = f"{what.label.replace('@', '-')}.safetensors"
     save_file(convert_state_dict_to_kohya(state), directory / name, metadata=header)
+    sort_metadata(directory / name)
     unet = read_lora(directory / name, getattr(diffusers, pipeline)).half("unet", None)
     lost = state.keys() - {f"unet.{key}" for key in unet}
     if lost:  # of a layer that Stable Diffusion itself does not have
