@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -13,30 +13,39 @@ from weakref import WeakSet
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import Store
+from torch.distributed.rendezvous import rendezvous
 
-from draftplus.errors import UserError, notice
+from draftplus.errors import Interrupted, UserError, notice
 from draftplus.launcher import end_with_launcher
+from draftplus.meeting import Meeting
 
-PATIENCE = timedelta(hours=2)  # for a process that evaluates while others wait
+PATIENCE = 30.0  # minutes, the default of parallel.timeout
+MARGIN = timedelta(minutes=1)  # by which the backend is more patient; it cannot say who is missing
 MEMORY = torch.device("cpu")  # where networks lie that are not needed
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all. rank 0 writes files and prints."""
+    """This process among all. rank 0 writes files and prints.
+
+    meeting: through which it communicates; None: at once, as a process alone does.
+    """
 
     rank: int
     size: int
     device: torch.device
+    meeting: Meeting | None = None
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all processes, in place."""
+        """The sum over all processes, in place. Who has it completes what it is for, also if a stop is asked for."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            with self._together("sum", commits=True):
+                dist.all_reduce(tensor)
         return tensor
 
     def gather(self, value: Any) -> list[Any]:
@@ -44,13 +53,27 @@ class World:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        with self._together("gathering"):
+            dist.all_gather_object(values, value)
         return values
 
     def barrier(self) -> None:
         """Waits for all processes."""
         if self.size > 1:
-            dist.barrier()
+            with self._together("end"):
+                dist.barrier()
+
+    def leave(self, error: BaseException | None = None) -> None:
+        """Tells the others not to wait for this process, which stops, or fails with an error."""
+        if self.meeting is not None:
+            self.meeting.leave(error)
+
+    @contextmanager
+    def _together(self, what: str, commits: bool = False) -> Iterator[None]:
+        with self.meeting.of_all(what, commits) if self.meeting is not None else nullcontext():
+            yield
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)  # NCCL returns before it has communicated
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
@@ -76,21 +99,40 @@ def is_main_process() -> bool:
 
 
 @contextmanager
-def world(device: str = "auto") -> Iterator[World]:
-    """Joins the processes that `torchrun` started (NCCL on GPUs, gloo elsewhere), or stands alone."""
+def world(device: str = "auto", patience: float = PATIENCE) -> Iterator[World]:
+    """Joins the processes that `torchrun` started (NCCL on GPUs, gloo elsewhere), or stands alone.
+
+    patience: minutes without progress after which a process that others wait for ends them all with Stalled.
+    """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     chosen = pick_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    joins = size > 1 and not dist.is_initialized()
     end_with_launcher()
-    if joins:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=PATIENCE)
-    try:
+    if size == 1 or dist.is_initialized():
         yield World(rank, size, chosen)
-    finally:
-        if joins:
+        return
+    longest = timedelta(minutes=patience) + MARGIN
+
+    def connect() -> Store:
+        return next(iter(rendezvous("env://", timeout=longest)))[0]
+
+    meeting = Meeting(connect, rank, size, 60 * patience)
+    try:
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=meeting.store, rank=rank, world_size=size, timeout=longest)
+        try:
+            yield World(rank, size, chosen, meeting)
+        except Interrupted:
+            meeting.leave()
+            raise
+        except BaseException as error:
+            meeting.leave(error)
+            raise
+        finally:
             dist.destroy_process_group()
+    finally:
+        meeting.close()
 
 
 class Offload:

@@ -45,6 +45,10 @@ class Interrupted(BaseException):
     """Somebody asked the process to stop; what was complete is saved."""
 
 
+class Stalled(RuntimeError):
+    """Processes that wait for one another will not get on: one died, hangs or has left. The message is the one line."""
+
+
 @lru_cache(maxsize=256)
 def notice(message: str) -> None:
     """One line on stderr that the user should know; the same one once in a process, and by the first of several."""

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from draftplus.errors import printable
+from draftplus.pulse import beat
 
 Advance = Callable[[int, str], None]  # (units done so far, what to say)
 
@@ -24,12 +25,17 @@ class Progress:
     """What a job calls as it goes: `advance(done, note)`, or `advance.event(done, note)` for what deserves a line."""
 
     show: Callable[[int, str, bool], None]
+    title: str = ""
 
     def __call__(self, done: int, note: str) -> None:
-        self.show(done, note, False)
+        self._show(done, note, False)
 
     def event(self, done: int, note: str) -> None:
-        self.show(done, note, True)
+        self._show(done, note, True)
+
+    def _show(self, done: int, note: str, event: bool) -> None:
+        beat(", ".join(filter(None, [self.title, f"{done} done", note])))
+        self.show(done, note, event)
 
 
 @contextmanager
@@ -39,8 +45,9 @@ def progress(title: str, total: int | None, show: bool = True, unit: str = "") -
     Calls made of what it yields say how many units are done, with a note. Without a terminal there is a line at each
     event and one a minute, also while no call is made, and nothing at all for a job of less than two seconds.
     """
+    beat(title)
     if not show:
-        yield Progress(lambda done, note, event: None)
+        yield Progress(lambda done, note, event: None, title)
     elif sys.stderr.isatty():
         with _bar(title, total, unit) as told:
             yield told
@@ -69,7 +76,7 @@ def _bar(title: str, total: int | None, unit: str) -> Iterator[Progress]:
     # a step may take longer than the 30 s over which rich would measure the speed; what is not counted leaves no bar
     with Bar(*columns, console=Console(stderr=True), transient=total is None, speed_estimate_period=1800) as bar:
         task = bar.add_task(title, total=total, note="")
-        yield Progress(lambda done, note, event: bar.update(task, completed=done, note=printable(note)))
+        yield Progress(lambda done, note, event: bar.update(task, completed=done, note=printable(note)), title)
 
 
 @contextmanager
@@ -83,7 +90,7 @@ def _lines(title: str, total: int | None, unit: str) -> Iterator[Progress]:
     watching = threading.Thread(target=watch, daemon=True)
     watching.start()
     try:
-        yield Progress(lines.show)
+        yield Progress(lines.show, title)
         lines.end()
     finally:
         over.set()

@@ -1,10 +1,11 @@
-"""What went wrong where it is neither a user's mistake nor a fault of the program: the disk, permissions, memory."""
+"""What went wrong where it is neither a user's mistake nor a fault of the program: the disk, permissions, memory,
+another process."""
 
 from __future__ import annotations
 
 import errno
 
-from draftplus.errors import WHERE, is_out_of_memory
+from draftplus.errors import WHERE, Stalled, is_out_of_memory
 
 # what a system may deny to a correct program
 _DENIED = {
@@ -18,6 +19,8 @@ _DENIED = {
 
 def in_one_line(error: BaseException) -> str | None:
     """The line that says it all of such a failure; None for any other, whose traceback is needed."""
+    if isinstance(error, Stalled):
+        return str(error)
     if is_out_of_memory(error):
         notes = [note.removeprefix(WHERE) for note in getattr(error, "__notes__", ()) if note.startswith(WHERE)]
         where = f" in {', '.join(dict.fromkeys(notes))}" if notes else ""

@@ -203,6 +203,10 @@ class ParallelConfig:
         "auto", "how several processes share the model; shard is not available yet",
         choices=("auto", "replicate", "shard"),
     )  # fmt: skip
+    timeout: float = _key(
+        30.0, "minutes without progress after which a process that others wait for ends the run with a reason", above=0,
+        added=True,
+    )  # fmt: skip
 
 
 @dataclass

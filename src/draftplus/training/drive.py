@@ -85,7 +85,7 @@ def drive(
 
     note = ""  # on the last step
 
-    with interruption() as interrupt, progress("training", task.total, here.is_main, "steps") as advance:
+    with interruption(here.meeting) as interrupt, progress("training", task.total, here.is_main, "steps") as advance:
 
         def evaluating(done: int, doing: str) -> None:
             advance(done, ", ".join(filter(None, [doing, note])))
@@ -121,9 +121,11 @@ def drive(
                 note = task.note(row)
                 advance(state.step, note)
         except Interrupted:
+            here.leave()
             save_last()
             raise
         except Exception as error:
+            here.leave(error)
             save_after_error()
             if interrupt.asked and isinstance(error, RuntimeError):
                 raise Interrupted from None  # another process that left first breaks the communication of this one

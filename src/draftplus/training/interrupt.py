@@ -9,19 +9,23 @@ from contextlib import contextmanager
 from types import FrameType
 
 from draftplus.errors import Interrupted
+from draftplus.meeting import Meeting
 
 
 class Interruption:
-    """Whether a stop was asked for. Inside `abandonable` it raises there; elsewhere it waits for the next one."""
+    """Whether a stop was asked for. Inside `abandonable` it raises there; elsewhere it waits for the next one.
 
-    def __init__(self) -> None:
-        self.asked = False
-        self._abandonable = False
+    Where processes meet, the meeting raises, on all of them. may_leave: whether what is going on may be thrown away.
+    """
+
+    def __init__(self, meeting: Meeting | None = None) -> None:
+        self.asked = self.may_leave = False
+        self._meeting = meeting
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
-        if self._abandonable:
-            self._abandonable = False  # once: a second signal must not break what is being saved
+        if self.may_leave and not (self._meeting is not None and self._meeting.holds):
+            self.may_leave = False  # once: a second signal must not break what is being saved
             raise Interrupted
 
     @contextmanager
@@ -30,25 +34,32 @@ class Interruption:
 
         Raises Interrupted as soon as a stop is asked for.
         """
-        self._abandonable = True
+        self.may_leave = True
         try:
             if self.asked:
                 raise Interrupted
             yield
         finally:
-            self._abandonable = False
+            self.may_leave = False
 
 
 @contextmanager
-def interruption() -> Iterator[Interruption]:
-    """Listens for SIGTERM and SIGINT; signals reach only the main thread, elsewhere nothing is caught."""
-    state = Interruption()
+def interruption(meeting: Meeting | None = None) -> Iterator[Interruption]:
+    """Listens for SIGTERM and SIGINT; signals reach only the main thread, elsewhere nothing is caught.
+
+    meeting: of the processes that are all to stop where one is asked to.
+    """
+    state = Interruption(meeting)
     if threading.current_thread() is not threading.main_thread():
         yield state
         return
     before = {number: signal.signal(number, state._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    if meeting is not None:
+        meeting.listen(state)
     try:
         yield state
     finally:
+        if meeting is not None:
+            meeting.listen(None)
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -28,7 +28,7 @@ def train(config: Config, run: Path, told: Callable[[Path], None] | None = None)
     Raises UserError for a user's mistake, and Interrupted, once the last complete step is saved, where the process is
     asked to stop.
     """
-    with world(config.device) as here:
+    with world(config.device, config.parallel.timeout) as here:
         placement = make_placement(config.parallel.mode, here)
         with locked(run) if here.is_main else nullcontext(), sdpa_kernel(ATTENTION):
             task = fine_tuning(config, run, placement, here)
@@ -38,7 +38,7 @@ def train(config: Config, run: Path, told: Callable[[Path], None] | None = None)
 
 def train_reward(config: RewardTrainConfig, run: Path, told: Callable[[Path], None] | None = None) -> Path:
     """Trains a reward on preference pairs, or continues, as `train` does a diffusion model."""
-    with world(config.device) as here:
+    with world(config.device, config.parallel.timeout) as here:
         placement = make_placement(config.parallel.mode, here)
         with locked(run) if here.is_main else nullcontext():
             task = preference(config, run, placement, here)
