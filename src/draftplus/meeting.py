@@ -30,7 +30,7 @@ GO, STOP = "go", "stop"
 BETWEEN_LOOKS = 0.5  # seconds
 GONE = 60.0  # seconds without a sign of life after which a process counts as gone
 LONGEST_NAP = 0.05  # seconds
-KEPT = 1000  # meetings that the store remembers, so that nobody asks for one that it has just forgotten
+KEPT = 100  # meetings that the store remembers, so that nobody asks for one that it has just forgotten
 GOES_ON = "what was saved is intact; the same command continues the run"
 
 Phase = Literal["works", "waits", "communicates"]
@@ -92,11 +92,11 @@ class Meeting:
         self.rank, self.size, self.patience = rank, size, patience
         self.stoppable: Stoppable | None = None
         self._lock = threading.Lock()
-        with _store_errors():
-            store = connect()
-            self.name = _agree(store, rank, size, max(patience, GONE))
-            self._store, watched = (PrefixStore(f"{self.name}/meeting", one) for one in (store, connect()))
-        self.store = PrefixStore(f"{self.name}/group", store)
+        with _store_errors("cannot be reached"):
+            store, other = connect(), connect()
+            name = agreed_name(store, rank, size, max(patience, GONE))
+        self.store = PrefixStore(f"{name}/group", store)  # for the backend
+        self._store, watched = (PrefixStore(f"{name}/meeting", one) for one in (store, other))
         self._at, self._left, self._looks = At(), False, 0
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, args=(watched,), daemon=True)
@@ -119,10 +119,10 @@ class Meeting:
         try:
             with _store_errors():
                 verdict = self._verdict(number)
+            self._left = verdict != GO
             if verdict == STOP:
-                self._left = True
                 raise Interrupted
-            if verdict != GO:
+            if self._left:
                 raise Stalled(json.loads(verdict)[1])
             if commits and self.stoppable is not None:
                 self.stoppable.may_leave = False
@@ -162,6 +162,8 @@ class Meeting:
 
     def close(self) -> None:
         """Ends the thread."""
+        if self._left and self.rank == 0:
+            time.sleep(2 * BETWEEN_LOOKS)  # the store may be this process's, and the others have yet to look
         self._over.set()
         self._thread.join(10 * BETWEEN_LOOKS)
 
@@ -175,7 +177,7 @@ class Meeting:
         while not self._over.wait(BETWEEN_LOOKS):
             # a machine that was suspended meanwhile has not waited
             passed, last = min(time.monotonic() - last, 2 * BETWEEN_LOOKS), time.monotonic()
-            at = self._at
+            at, lost = self._at, False
             if at != seen:
                 seen, waited = at, 0.0
                 others = {rank: Watched() for rank in range(self.size) if rank != self.rank}
@@ -188,9 +190,11 @@ class Meeting:
                     why = self._hindrance(store, at, others, passed)
                     if at.phase == "communicates" and why is None and waited > self.patience:
                         why = f"the {at.what} has not ended in {_minutes(self.patience)}, though all processes came"
-            except RuntimeError:
-                return  # the store is gone, which the main thread will find out
-            if why is not None and at.phase != "waits" and at == self._at:
+            except RuntimeError as error:  # the store is gone; the main thread will find that out, unless it hangs
+                if self._over.wait(self.patience):
+                    return
+                why, at, lost = _lost(error), self._at, True
+            if why is not None and (at.phase != "waits" or lost) and at == self._at:
                 print(f"draftplus: {printable(why)}", file=sys.stderr, flush=True)
                 os._exit(1)  # the main thread cannot be reached
 
@@ -231,7 +235,7 @@ class Meeting:
         return None
 
 
-def _agree(store: Store, rank: int, size: int, patience: float) -> str:
+def agreed_name(store: Store, rank: int, size: int, patience: float) -> str:
     """A name that only these processes know, and none of those before them.
 
     torchrun keeps its store when it starts processes again, with all that those before left in it, such as addresses
@@ -261,17 +265,21 @@ def _agree(store: Store, rank: int, size: int, patience: float) -> str:
 
 
 @contextmanager
-def _store_errors() -> Iterator[None]:
+def _store_errors(what: str = "has gone") -> Iterator[None]:
     try:
         yield
     except Stalled:
         raise
     except RuntimeError as error:
-        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise Stalled(
-            f"the connection to the store of the processes at {where} is lost ({_line(error)}): torchrun, rank 0 or "
-            f"the network has gone; {GOES_ON}"
-        ) from None
+        raise Stalled(_lost(error, what)) from None
+
+
+def _lost(error: BaseException, what: str = "has gone") -> str:
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    return (
+        f"the processes' store at {where} {what} ({_line(error)}); torchrun, rank 0 or the network may have ended; "
+        f"{GOES_ON}"
+    )
 
 
 def _line(error: BaseException) -> str:

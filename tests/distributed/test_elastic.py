@@ -1,0 +1,50 @@
+"""A rank that is killed is replaced, and the run goes on from its last checkpoint as if nothing had happened.
+
+DRAFTPLUS_KILLS=20 in the environment kills at as many random moments, instead of three.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.support.elastic import Torchrun, kill_at_random
+from tests.support.processes import commands
+from tests.support.runs import REWARDS, fingerprint, rows
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the ranks in /proc"),
+    pytest.mark.timeout(3600),
+]
+
+KILLS = int(os.environ.get("DRAFTPLUS_KILLS", "3"))
+RESTARTS = 3
+STEPS = 24
+MORE = (f"reward={REWARDS}:redness", f"train.steps={STEPS}", "eval.every=8", "checkpoint.every=3", "optim.ema=0.5")
+
+
+def test_killed_ranks_are_replaced(settings: list[str], tmp_path: Path) -> None:
+    """Weights and every number are those of a run that nobody interrupted, bit for bit; nothing is left lying about."""
+    for child in (reference := commands(["train", *settings, *MORE, "name=whole"], tmp_path / "whole", 2)):
+        assert child.wait() == 0, reference[0].err.read_text()
+    whole, left, number = tmp_path / "runs" / "whole", KILLS, 0
+    while left:
+        run, number = tmp_path / "runs" / f"killed{number}", number + 1
+        options = ["--standalone", "--nproc-per-node=2", f"--max-restarts={RESTARTS}"]
+        arguments = ["train", *settings, *MORE, f"name={run.name}"]
+        with Torchrun(options, arguments, tmp_path, name=f"{run.name}.txt") as torchrun:
+            seen, draw = set[int](), random.Random(number)
+            for _ in range(min(left, RESTARTS)):
+                told = kill_at_random(torchrun, run, STEPS, draw, seen)
+                print(run.name, told)
+                left -= told is not None
+            assert torchrun.wait() == 0, torchrun.log.read_text()
+        assert fingerprint(run) == fingerprint(whole)
+        evaluated = [[{**row, "seconds": 0} for row in rows(one / "eval.jsonl")] for one in (run, whole)]
+        assert evaluated[0] == evaluated[1]
+        files = [sorted(p.relative_to(one) for p in one.rglob("*") if p.is_file()) for one in (run, whole)]
+        assert files[0] == files[1]
