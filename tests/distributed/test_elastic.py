@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.elastic import Torchrun, kill_at_random
+from tests.support.elastic import Agent, kill_at_random
 from tests.support.processes import commands
 from tests.support.runs import REWARDS, fingerprint, rows
 
@@ -34,15 +34,14 @@ def test_killed_ranks_are_replaced(settings: list[str], tmp_path: Path) -> None:
     whole, left, number = tmp_path / "runs" / "whole", KILLS, 0
     while left:
         run, number = tmp_path / "runs" / f"killed{number}", number + 1
-        options = ["--standalone", "--nproc-per-node=2", f"--max-restarts={RESTARTS}"]
         arguments = ["train", *settings, *MORE, f"name={run.name}"]
-        with Torchrun(options, arguments, tmp_path, name=f"{run.name}.txt") as torchrun:
+        with Agent(arguments, tmp_path / f"agent{number}", max_restarts=RESTARTS) as agent:
             seen, draw = set[int](), random.Random(number)
             for _ in range(min(left, RESTARTS)):
-                told = kill_at_random(torchrun, run, STEPS, draw, seen)
+                told = kill_at_random(agent, run, STEPS, draw, seen)
                 print(run.name, told)
                 left -= told is not None
-            assert torchrun.wait() == 0, torchrun.log.read_text()
+            assert agent.child.wait() == 0, agent.child.err.read_text()
         assert fingerprint(run) == fingerprint(whole)
         evaluated = [[{**row, "seconds": 0} for row in rows(one / "eval.jsonl")] for one in (run, whole)]
         assert evaluated[0] == evaluated[1]

@@ -43,8 +43,9 @@ class Child:
     """A process that runs a function; what it prints goes to files."""
 
     def __init__(
-        self, target: Callable[..., Any], arguments: Sequence[Any], directory: Path, environment: Mapping[str, str]
-    ) -> None:
+        self, target: Callable[..., Any], arguments: Sequence[Any], directory: Path, environment: Mapping[str, str],
+        daemon: bool = True,
+    ) -> None:  # fmt: skip
         self.out, self.err = directory / "stdout.txt", directory / "stderr.txt"
         before = os.environ.get("PYTHONPATH")
         os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "src"), *([before] if before else [])])
@@ -52,7 +53,7 @@ class Child:
             self.process = _context.Process(
                 target=_run,
                 args=(target, tuple(arguments), directory, dict(environment), self.out, self.err),
-                daemon=True,  # a test that fails leaves none behind
+                daemon=daemon,  # a test that fails leaves none behind; but one of those may start no others
             )
             self.process.start()
         finally:
