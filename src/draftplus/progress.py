@@ -11,7 +11,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from draftplus.errors import printable
-from draftplus.pulse import beat
 
 Advance = Callable[[int, str], None]  # (units done so far, what to say)
 
@@ -20,12 +19,30 @@ FIRST = 10.0  # seconds until the first line that nothing but time has called fo
 APART = 60.0  # seconds from one such line to the next
 
 
+@dataclass
+class Pulse:
+    """How often this process has shown that it gets on, and what at. Processes that wait for it look at this."""
+
+    beats: int = 0
+    doing: str = "starting"
+
+
+PULSE = Pulse()
+
+
+def beat(doing: str | None = None) -> None:
+    """A sign of progress. To be given where work goes on, and never by waiting."""
+    PULSE.beats += 1
+    PULSE.doing = doing or PULSE.doing
+
+
 @dataclass(frozen=True)
 class Progress:
     """What a job calls as it goes: `advance(done, note)`, or `advance.event(done, note)` for what deserves a line."""
 
     show: Callable[[int, str, bool], None]
     title: str = ""
+    unit: str = ""
 
     def __call__(self, done: int, note: str) -> None:
         self._show(done, note, False)
@@ -34,7 +51,7 @@ class Progress:
         self._show(done, note, True)
 
     def _show(self, done: int, note: str, event: bool) -> None:
-        beat(", ".join(filter(None, [self.title, f"{done} done", note])))
+        beat(", ".join(filter(None, [self.title, f"{done} {self.unit}".rstrip() + " done", note.partition(", ")[0]])))
         self.show(done, note, event)
 
 
@@ -47,7 +64,7 @@ def progress(title: str, total: int | None, show: bool = True, unit: str = "") -
     """
     beat(title)
     if not show:
-        yield Progress(lambda done, note, event: None, title)
+        yield Progress(lambda done, note, event: None, title, unit)
     elif sys.stderr.isatty():
         with _bar(title, total, unit) as told:
             yield told
@@ -76,7 +93,7 @@ def _bar(title: str, total: int | None, unit: str) -> Iterator[Progress]:
     # a step may take longer than the 30 s over which rich would measure the speed; what is not counted leaves no bar
     with Bar(*columns, console=Console(stderr=True), transient=total is None, speed_estimate_period=1800) as bar:
         task = bar.add_task(title, total=total, note="")
-        yield Progress(lambda done, note, event: bar.update(task, completed=done, note=printable(note)), title)
+        yield Progress(lambda done, note, event: bar.update(task, completed=done, note=printable(note)), title, unit)
 
 
 @contextmanager
@@ -90,7 +107,7 @@ def _lines(title: str, total: int | None, unit: str) -> Iterator[Progress]:
     watching = threading.Thread(target=watch, daemon=True)
     watching.start()
     try:
-        yield Progress(lines.show, title)
+        yield Progress(lines.show, title, unit)
         lines.end()
     finally:
         over.set()

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Installs Debian's Slurm and munge, for tests/cluster, which start them on their own. Needs root and Debian or Ubuntu.
+# Installs Debian's Slurm and munge, which tests/cluster start on their own, and ip, for hosts on one machine.
+# Needs root and Debian or Ubuntu.
 set -euo pipefail
 
 PATH=$PATH:/usr/sbin:/sbin
-if command -v slurmctld && command -v slurmd && command -v munged; then exit; fi >/dev/null
+if command -v slurmctld && command -v slurmd && command -v munged && command -v ip; then exit; fi >/dev/null
 export DEBIAN_FRONTEND=noninteractive
 apt-get update
-apt-get install -y --no-install-recommends slurm-wlm munge
+apt-get install -y --no-install-recommends slurm-wlm munge iproute2

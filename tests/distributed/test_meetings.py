@@ -12,8 +12,8 @@ import pytest
 from torch.distributed.distributed_c10d import HashStore
 
 from draftplus.cli.failures import in_one_line
+from draftplus.distributed.meeting import At, Watched, agreed_name
 from draftplus.errors import Stalled
-from draftplus.meeting import At, Watched, agreed_name
 from tests.support import meetings
 from tests.support.processes import Child, commands, ranks
 from tests.support.runs import REWARDS, fingerprint, rows
@@ -122,8 +122,7 @@ def whole(settings: list[str], tmp_path: Path, _whole: dict[str, str]) -> str:
     return _whole["fingerprint"]
 
 
-@pytest.mark.parametrize("when", ["training", "evaluation"])
-@pytest.mark.parametrize("told", [0, 1])
+@pytest.mark.parametrize(("when", "told"), [("training", 0), ("training", 1), ("evaluation", 0)])
 def test_a_stop_of_one_stops_all(settings: list[str], tmp_path: Path, whole: str, when: str, told: int) -> None:
     """SIGTERM to one rank alone, be it the one that works (1) or the one that waits for it (0)."""
     directory, run = tmp_path / "stopped", tmp_path / "runs" / "run"

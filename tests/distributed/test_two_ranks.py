@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests.support.processes import ROOT, commands, ranks
-from tests.support.runs import REWARDS, fingerprint, relative, rows, train_here, update_of, weights
+from tests.support.runs import REWARDS, assert_nearly_equal, fingerprint, relative, train_here
 from tests.support.steps import BATCH, OBJECTIVES, REUSE, take_steps, take_steps_on_a_rank
 from tests.tiny import randomize, tiny_model
 
@@ -64,27 +64,6 @@ def test_random_windows_are_the_same_on_all_ranks(on_two_ranks: list[dict[str, d
     first, second = (results["alignprop"]["windows"] for results in on_two_ranks)
     assert first == second
     assert len(set(first)) > 1, "these steps drew one window only, which shows nothing"
-
-
-def assert_nearly_equal(run: Path, alone: Path) -> None:
-    """In float32, where the order of sums shows."""
-    base = weights(alone / "adapters" / "step-000000")
-    for directory in ("adapter", "adapters/step-000002"):
-        moved = update_of(base, weights(alone / directory))
-        assert relative(update_of(base, weights(run / directory)), moved) < 1e-3
-    for name in ("metrics.jsonl", "eval.jsonl"):
-        ours, theirs = rows(run / name), rows(alone / name)
-        assert [row["step"] for row in ours] == [row["step"] for row in theirs]
-        for mine, other in zip(ours, theirs, strict=True):
-            assert mine.keys() == other.keys()
-            for key in mine.keys() - {"per_image", "lpips_per_prompt"}:
-                assert mine[key] == pytest.approx(other[key], rel=1e-3, abs=1e-6), key
-            for key in mine.keys() & {"per_image", "lpips_per_prompt"}:
-                assert mine[key].keys() == other[key].keys()
-                for name in mine[key]:
-                    assert mine[key][name] == pytest.approx(other[key][name], rel=1e-3, abs=1e-5), name
-    pictures = [sorted(p.relative_to(r) for p in (r / "samples").rglob("*.png")) for r in (run, alone)]
-    assert pictures[0] == pictures[1]
 
 
 @pytest.fixture

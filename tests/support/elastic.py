@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,13 @@ class Agent:
     """
 
     def __init__(
-        self, arguments: Sequence[str], directory: Path, namespace: str | None = None, **options: Any
+        self, arguments: Sequence[str], directory: Path, namespace: str | None = None,
+        environment: Mapping[str, str] | None = None, **options: Any,
     ) -> None:  # fmt: skip
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
         given = [list(arguments), namespace, options]
-        self.child = Child(_launch, given, directory, {}, daemon=False)
+        self.child = Child(_launch, given, directory, environment or {}, daemon=False)
 
     def ranks(self) -> dict[int, int]:
         """The processes that train now, or did last, by rank."""

@@ -7,19 +7,19 @@ import signal
 import time
 
 from draftplus.distributed import world
+from draftplus.distributed.meeting import KEPT
 from draftplus.errors import UserError
-from draftplus.meeting import KEPT
-from draftplus.pulse import beat
+from draftplus.progress import beat
 
 PATIENCE = 0.05  # minutes
 
 
 def busy_for_long() -> None:
-    """Rank 1 works for thrice the patience, and shows that it gets on."""
+    """Rank 1 works for twice the patience, and shows that it gets on."""
     with world("cpu", PATIENCE) as here:
-        for _ in range(9 * here.rank):
+        for _ in range(7 * here.rank):
             time.sleep(1)
-            beat("the ninth part of a long work")
+            beat("a part of a long work")
         here.barrier()
 
 

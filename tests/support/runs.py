@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -110,3 +111,26 @@ def relative(a: Tensor, b: Tensor) -> float:
     """|a - b| / |b|."""
     assert b.norm() > 0
     return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def assert_nearly_equal(
+    run: Path, alone: Path, directories: Sequence[str] = ("adapter", "adapters/step-000002")
+) -> None:  # fmt: skip
+    """In float32, where the order of sums shows."""
+    base = weights(alone / "adapters" / "step-000000")
+    for directory in directories:
+        moved = update_of(base, weights(alone / directory))
+        assert relative(update_of(base, weights(run / directory)), moved) < 1e-3
+    for name in ("metrics.jsonl", "eval.jsonl"):
+        ours, theirs = rows(run / name), rows(alone / name)
+        assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+        for mine, other in zip(ours, theirs, strict=True):
+            assert mine.keys() == other.keys()
+            for key in mine.keys() - {"per_image", "lpips_per_prompt"}:
+                assert mine[key] == pytest.approx(other[key], rel=1e-3, abs=1e-6), key
+            for key in mine.keys() & {"per_image", "lpips_per_prompt"}:
+                assert mine[key].keys() == other[key].keys()
+                for name in mine[key]:
+                    assert mine[key][name] == pytest.approx(other[key][name], rel=1e-3, abs=1e-5), name
+    pictures = [sorted(p.relative_to(r) for p in (r / "samples").rglob("*.png")) for r in (run, alone)]
+    assert pictures[0] == pictures[1]

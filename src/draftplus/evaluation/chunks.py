@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from draftplus.pulse import beat
+from draftplus.progress import beat
 
 SAMPLING_BATCH = 16  # images per pass without gradient, unless train.sampling_batch_size says otherwise
 

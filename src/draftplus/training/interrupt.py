@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from draftplus.distributed.meeting import Meeting
 from draftplus.errors import Interrupted
-from draftplus.meeting import Meeting
 
 
 class Interruption:

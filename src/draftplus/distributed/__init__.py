@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
+from draftplus.distributed.meeting import Meeting
 from draftplus.errors import Interrupted, UserError, notice
 from draftplus.launcher import end_with_launcher
-from draftplus.meeting import Meeting
 
 PATIENCE = 30.0  # minutes, the default of parallel.timeout
 MARGIN = timedelta(minutes=1)  # by which the backend is more patient; it cannot say who is missing

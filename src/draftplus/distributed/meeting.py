@@ -24,7 +24,7 @@ from typing import Literal, Protocol
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from draftplus.errors import Interrupted, Stalled, printable
-from draftplus.pulse import PULSE, beat
+from draftplus.progress import PULSE, beat
 
 GO, STOP = "go", "stop"
 BETWEEN_LOOKS = 0.5  # seconds
@@ -221,16 +221,14 @@ class Meeting:
         for rank, other in others.items():
             key = f"sign/{rank}"
             other.look(store.get(key).decode() if store.check([key]) else other.sign, passed)
-            name, held_up = f"rank {rank} on {other.host}", f"holds up the {at.what}"
             if other.silent > (limit := min(GONE, self.patience)):
-                why = f"{name} {held_up} and has given no sign of life for {_minutes(limit)}: it has died, stopped or "
-                why += f"lost its network; it was last at '{other.doing}'"
+                what = f"has given no sign of life for {_minutes(limit)}: it has died, stopped or lost its network"
             elif at.phase == "waits" and other.quiet > self.patience and other.at.before(at):
-                why = f"{name} {held_up} and has shown no progress for {_minutes(self.patience)} (parallel.timeout), "
-                why += f"at '{other.doing}'"
+                what = f"has shown no progress for {_minutes(self.patience)} (parallel.timeout)"
             else:
                 continue
-            store.compare_set(f"verdict/{at.number}", "", json.dumps([rank, f"{why}; {GOES_ON}"]))
+            why = f"rank {rank} on {other.host} {what}, at '{other.doing}', and holds up the {at.what}; {GOES_ON}"
+            store.compare_set(f"verdict/{at.number}", "", json.dumps([rank, why]))
             return why
         return None
 
@@ -287,4 +285,5 @@ def _line(error: BaseException) -> str:
 
 
 def _minutes(seconds: float) -> str:
-    return f"{seconds / 60:g} minutes"
+    minutes = seconds / 60
+    return f"{minutes:g} minute{'s' * (minutes != 1)}"
