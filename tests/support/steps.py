@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from draftplus.sharding import own, whole
 from draftplus.training.fine_tuning import FineTuning
 from draftplus.training.placement import Placement, Replicated, Sharded
 from draftplus.training.reuse import PrefixCache
-from draftplus.training.state import initial_state
+from draftplus.training.state import initial_state, tensors_of
 from draftplus.training.step import Setup
 from draftplus.types import Scores
 from tests.tiny import CPU, SHAPE, TinyScorer, problem, randomize, tiny_model
@@ -59,7 +59,8 @@ class Updates:
     """What some steps did.
 
     update: of all weights, one vector. metrics: by step and name. scores: of each image. scored: each pass's prompts.
-    known: whether the cache knew what the frozen model draws, at each step that asked it.
+    known: whether the cache knew what the frozen model draws, at each step that asked it. held: how many numbers of the
+    trained weights, their gradients and the optimizer this process has.
     """
 
     update: Tensor
@@ -69,6 +70,7 @@ class Updates:
     scores: list[Tensor] = field(default_factory=list)
     scored: list[list[str]] = field(default_factory=list)
     known: list[bool] = field(default_factory=list)
+    held: dict[str, int] = field(default_factory=dict)
 
 
 class Watched(PrefixCache):
@@ -123,17 +125,24 @@ def take_steps(
     task = FineTuning(setup, {}, Combined({"recording": (recording, 1.0)}), EvaluationSet([], 2), Path(), steps)
     state = initial_state(task.parameters, config.optim)
     result = Updates(torch.empty(0), {}, [], [], scores, scored, known)
+    look = lambda optimizer, *_: result.held.update(gradients=_numbers(p.grad for p in parameters.values()))  # noqa: E731
+    state.optimizer.register_step_pre_hook(look)
     for step in range(steps):
         means = task.step(state, nullcontext)
         state.step += 1
         result.metrics.update({f"step {step} {key}": value for key, value in means.items()})
         result.windows.append(plan(objective, made.sampler.schedule, seed, step).window.steps)
         result.prompts.append(setup.share(step).prompts)
+    result.held |= {name: _numbers(tensors.values()) for name, tensors in tensors_of(state).items()}
     result.update = torch.cat([whole(p.detach() - before[key]).flatten() for key, p in parameters.items()])
     with torch.no_grad():
         for key, parameter in parameters.items():
             parameter.copy_(before[key])
     return result
+
+
+def _numbers(tensors: Iterable[Tensor]) -> int:
+    return sum(own(tensor).numel() for tensor in tensors)
 
 
 def take_steps_in_parts(path: str, full: bool, methods: list[str], within: int | None, micro: int) -> None:
@@ -143,7 +152,7 @@ def take_steps_in_parts(path: str, full: bool, methods: list[str], within: int |
     with world("cpu") as here:
         placement = Sharded(here, within)
         placement.place(model)
-        held = [sum(own(p).numel() for p in network.parameters()) for network in model.tuned.networks()]
+        held = [_numbers(network.parameters()) for network in model.tuned.networks()]
         made = {
             name: vars(take_steps(model, OBJECTIVES[name], micro, None, here=here, placement=placement))
             for name in methods
