@@ -9,10 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from torch.distributed.distributed_c10d import HashStore
+from torch.distributed import HashStore
 
 from draftplus.cli.failures import in_one_line
-from draftplus.distributed.meeting import At, Watched, agreed_name
+from draftplus.distributed.joining import agreed_name
+from draftplus.distributed.meeting import At, Watched
 from draftplus.errors import Stalled
 from tests.support import meetings
 from tests.support.processes import Child, commands, ranks
@@ -158,3 +159,19 @@ def test_a_hanging_rank_ends_the_run(settings: list[str], tmp_path: Path) -> Non
     assert len(said.splitlines()) <= 4, said
     done = len(rows(metrics))
     assert (run / "checkpoints" / f"step-{done:06d}").is_dir()
+
+
+def test_parts_are_stopped_together(settings: list[str], tmp_path: Path) -> None:
+    """Where the processes hold parts of the denoiser, none may leave a pass alone, and all save the same step."""
+    more = ["parallel.mode=shard", "model.lora=null", "optim.lr=1e-4", "train.steps=200", "checkpoint.every=1000"]
+    children = commands(["train", *settings, *more, "eval.every=1000"], tmp_path / "stopped", 2)
+    run = tmp_path / "runs" / "run"
+    children[0].wait_until(lambda: (run / "metrics.jsonl").exists() and len(rows(run / "metrics.jsonl")) >= 2)
+    children[1].signal(signal.SIGTERM)
+    assert [child.wait(30) for child in children] == [1, 1], children[0].err.read_text()
+    done = len(rows(run / "metrics.jsonl"))
+    assert 2 <= done < 200 and (run / "checkpoints" / f"step-{done:06d}").is_dir()
+    again = ["train", *settings, *more, f"eval.every={done + 1}", f"train.steps={done + 1}"]
+    for child in (children := commands(again, tmp_path / "again", 2)):
+        assert child.wait() == 0, children[0].err.read_text()
+    assert [row["step"] for row in rows(run / "metrics.jsonl")] == list(range(1, done + 2))

@@ -15,14 +15,14 @@ import socket
 import sys
 import threading
 import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass
 from typing import Literal, Protocol
 
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
+from draftplus.distributed.joining import agreed_name, in_minutes
 from draftplus.errors import Interrupted, Stalled, printable
 from draftplus.progress import PULSE, beat
 
@@ -85,19 +85,21 @@ class Meeting:
     """The meetings of a run, which all its processes hold in the same order.
 
     connect: a new connection to the store. patience: seconds without progress after which a process that others wait
-    for ends them all. stoppable: set by whoever listens for signals.
+    for ends them all. stoppable: set by whoever listens for signals. inseparable: whether the processes communicate in
+    what they compute, too, so that none may break it off alone.
     """
 
     def __init__(self, connect: Callable[[], Store], rank: int, size: int, patience: float) -> None:
         self.rank, self.size, self.patience = rank, size, patience
         self.stoppable: Stoppable | None = None
+        self.inseparable = False
         self._lock = threading.Lock()
         with _store_errors("cannot be reached"):
             store, other = connect(), connect()
             name = agreed_name(store, rank, size, max(patience, GONE))
         self.store = PrefixStore(f"{name}/group", store)  # for the backend
         self._store, watched = (PrefixStore(f"{name}/meeting", one) for one in (store, other))
-        self._at, self._left, self._looks = At(), False, 0
+        self._at, self._left, self._failed, self._looks = At(), False, False, 0
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, args=(watched,), daemon=True)
         self._thread.start()
@@ -105,7 +107,7 @@ class Meeting:
     @property
     def holds(self) -> bool:
         """Whether this process waits for the others or communicates, which must not be broken off."""
-        return self._at.phase != "works"
+        return self.inseparable or self._at.phase != "works"
 
     @contextmanager
     def of_all(self, what: str, commits: bool = False) -> Iterator[None]:
@@ -114,15 +116,17 @@ class Meeting:
         commits: what was begun is completed from here on, also where a stop is asked for. Raises Interrupted where one
         of the processes was asked to stop, and Stalled where they cannot go on.
         """
+        if self._failed:
+            raise Stalled("after an error the processes do not meet any more")
         number, what = self._at.number, f"{what} of '{PULSE.doing}'"
         self._at = At(number, "waits", what)
         try:
             with _store_errors():
                 verdict = self._verdict(number)
-            self._left = verdict != GO
+            self._left, self._failed = verdict != GO, verdict not in (GO, STOP)
             if verdict == STOP:
                 raise Interrupted
-            if self._left:
+            if self._failed:
                 raise Stalled(json.loads(verdict)[1])
             if commits and self.stoppable is not None:
                 self.stoppable.may_leave = False
@@ -153,7 +157,7 @@ class Meeting:
         """Tells the others that this process will not come to the next meeting: all stop, or fail with its error."""
         if (error is None and self._left) or isinstance(error, Stalled):
             return  # they know
-        self._left = True
+        self._left, self._failed = True, error is not None
         why = f"rank {self.rank} on {socket.gethostname()} ended: {_line(error)}" if error is not None else ""
         number = self._at.number
         with suppress(RuntimeError):
@@ -173,23 +177,20 @@ class Meeting:
             self.stoppable = stoppable
 
     def _watch(self, store: Store) -> None:
-        seen, others, waited, last = At(-1), dict[int, Watched](), 0.0, time.monotonic()
+        seen, beats, others, quiet, last = At(-1), 0, dict[int, Watched](), 0.0, time.monotonic()
         while not self._over.wait(BETWEEN_LOOKS):
             # a machine that was suspended meanwhile has not waited
             passed, last = min(time.monotonic() - last, 2 * BETWEEN_LOOKS), time.monotonic()
             at, lost = self._at, False
             if at != seen:
-                seen, waited = at, 0.0
                 others = {rank: Watched() for rank in range(self.size) if rank != self.rank}
-            waited += passed
+            quiet = quiet + passed if (at, PULSE.beats) == (seen, beats) else 0.0
+            seen, beats = at, PULSE.beats
             try:
                 self._show(store, at)
-                if at.phase == "works":
-                    why = self._verdict_on_this(store, at)
-                else:
-                    why = self._hindrance(store, at, others, passed)
-                    if at.phase == "communicates" and why is None and waited > self.patience:
-                        why = f"the {at.what} has not ended in {_minutes(self.patience)}, though all processes came"
+                why = self._verdict_on_this(store, at) if at.phase == "works" else None
+                if why is None and (at.phase != "works" or self.inseparable):
+                    why = self._hindrance(store, at, others, passed) or self._standstill(at, others, quiet)
             except RuntimeError as error:  # the store is gone; the main thread will find that out, unless it hangs
                 if self._over.wait(self.patience):
                     return
@@ -222,9 +223,9 @@ class Meeting:
             key = f"sign/{rank}"
             other.look(store.get(key).decode() if store.check([key]) else other.sign, passed)
             if other.silent > (limit := min(GONE, self.patience)):
-                what = f"has given no sign of life for {_minutes(limit)}: it has died, stopped or lost its network"
+                what = f"has given no sign of life for {in_minutes(limit)}: it has died, stopped or lost its network"
             elif at.phase == "waits" and other.quiet > self.patience and other.at.before(at):
-                what = f"has shown no progress for {_minutes(self.patience)} (parallel.timeout)"
+                what = f"has shown no progress for {in_minutes(self.patience)} (parallel.timeout)"
             else:
                 continue
             why = f"rank {rank} on {other.host} {what}, at '{other.doing}', and holds up the {at.what}; {GOES_ON}"
@@ -232,34 +233,19 @@ class Meeting:
             return why
         return None
 
-
-def agreed_name(store: Store, rank: int, size: int, patience: float) -> str:
-    """A name that only these processes know, and none of those before them.
-
-    torchrun keeps its store when it starts processes again, with all that those before left in it, such as addresses
-    at which nobody listens any more; and each of several torchruns counts its restarts for itself.
-    """
-    mine, end = uuid.uuid4().hex, time.monotonic() + patience
-
-    def pause(missing: Sequence[int]) -> None:
-        if time.monotonic() > end:
-            names = ", ".join(map(str, missing))
-            raise Stalled(f"{len(missing)} of {size} processes did not start in {_minutes(patience)}: rank {names}")
-        time.sleep(LONGEST_NAP)
-
-    if rank == 0:
-        while missing := [other for other in range(1, size) if not store.check([f"{mine}/{other}"])]:
-            for other in missing:
-                if store.check([f"hello/{other}"]):  # which may be an earlier one's
-                    store.set(f"answer/{store.get(f'hello/{other}').decode()}", mine)
-            pause(missing)
-        return mine
-    store.set(f"hello/{rank}", mine)
-    while not store.check([f"answer/{mine}"]):
-        pause([0])
-    name = store.get(f"answer/{mine}").decode()
-    store.set(f"{name}/{rank}", "")
-    return name
+    def _standstill(self, at: At, others: Mapping[int, Watched], quiet: float) -> str | None:
+        """Why to end where the backend itself may be waiting, which does not say for whom."""
+        if at.phase == "waits" or quiet <= self.patience:
+            return None
+        if at.phase == "communicates":
+            return f"the {at.what} has not ended in {in_minutes(self.patience)}, though all processes came; {GOES_ON}"
+        if any(other.quiet <= self.patience for other in others.values()):
+            return None
+        where = [f"rank {rank} at '{other.doing}'" for rank, other in others.items()]
+        return (
+            f"no process has shown progress for {in_minutes(self.patience)} (parallel.timeout): rank {self.rank} at "
+            f"'{PULSE.doing}', {', '.join(where)}; {GOES_ON}"
+        )
 
 
 @contextmanager
@@ -282,8 +268,3 @@ def _lost(error: BaseException, what: str = "has gone") -> str:
 
 def _line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-def _minutes(seconds: float) -> str:
-    minutes = seconds / 60
-    return f"{minutes:g} minute{'s' * (minutes != 1)}"

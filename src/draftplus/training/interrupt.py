@@ -36,7 +36,7 @@ class Interruption:
         """
         self.may_leave = True
         try:
-            if self.asked:
+            if self.asked and not (self._meeting is not None and self._meeting.inseparable):
                 raise Interrupted
             yield
         finally:
