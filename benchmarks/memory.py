@@ -3,6 +3,7 @@
     python -m benchmarks.memory sd15
     python -m benchmarks.memory sdxl            ten minutes on one core, and 20 GiB of memory
     python -m benchmarks.memory sdxl --kl 0
+    python -m benchmarks.memory sd15 --size 256 --no-checkpointing
 
 One image of 512 x 512 pixels, K = 1, LoRA of rank 8 on attention, frozen weights in bfloat16, gradient checkpointing of
 denoiser and decoder, a reward of PickScore's shape. Memory is the highest resident memory during the step (VmHWM, set
@@ -72,13 +73,17 @@ def main(options: argparse.Namespace) -> None:
     shape = SHAPES[options.model]
     config = settings(shape, options.size, 1, steps=1, kl=options.kl)
     model = build(shape, config.model.lora, torch.device("cpu"), torch.bfloat16)
+    if options.no_checkpointing:
+        model.tuned.denoiser.disable_gradient_checkpointing()
+        model.vae.disable_gradient_checkpointing()
     reward = clip_h(torch.device("cpu"))
     began = time.perf_counter()
     loaded, above = peak(model, reward, config)
     frozen = sum(p.numel() for p in model.tuned.denoiser.parameters() if p.dtype == torch.bfloat16)
     widened = f", {2 * frozen / 2**30:.2f} GiB of it frozen weights in float32 for the KL term" if options.kl else ""
     print(
-        f"{shape.label}, {options.size} pixels, KL {'on' if options.kl else 'off'}: "
+        f"{shape.label}, {options.size} pixels, KL {'on' if options.kl else 'off'}, "
+        f"gradient checkpointing {'off' if options.no_checkpointing else 'on'}: "
         f"{above:.2f} GiB above the loaded {loaded:.2f} GiB{widened}; {time.perf_counter() - began:.0f} s"
     )
 
@@ -88,6 +93,7 @@ if __name__ == "__main__":
     parser.add_argument("model", choices=list(SHAPES))
     parser.add_argument("--size", type=int, default=512, help="in pixels (default 512)")
     parser.add_argument("--kl", type=float, default=0.1, help="coefficient of the KL term; 0: none (default 0.1)")
+    parser.add_argument("--no-checkpointing", action="store_true", help="keep all activations for the backward pass")
     chosen = parser.parse_args()
     Path("/proc/self/oom_score_adj").write_text("1000")  # where memory ends, this process does, and no other
     if not RETURN_MEMORY.items() <= os.environ.items():  # glibc reads them when a process starts

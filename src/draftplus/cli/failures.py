@@ -25,7 +25,8 @@ def in_one_line(error: BaseException) -> str | None:
         return (
             f"out of memory{where} ({reason[:160].rstrip('. ')}); lower train.micro_batch_size (images of a backward "
             "pass), train.sampling_batch_size (images of a pass without gradient) or sampler.height and sampler.width, "
-            "or set model.gradient_checkpointing=true, model.dtype=bfloat16 or model.offload=true"
+            "or set model.gradient_checkpointing=true, model.dtype=bfloat16 or model.offload=true; draftplus plan, "
+            "with the same recipe and settings and --memory, says which of these is enough"
         )
     if isinstance(error, OSError) and error.errno in _DENIED:
         paths = [str(path) for path in (error.filename, error.filename2) if path is not None]

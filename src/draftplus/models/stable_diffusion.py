@@ -16,6 +16,7 @@ from draftplus.diffusion.levels import saved
 from draftplus.distributed import Offload
 from draftplus.errors import UserError, needs_memory, notice
 from draftplus.models import loading, single_file
+from draftplus.models.bare import is_bare
 from draftplus.models.embeddings import Embeddings
 from draftplus.models.kind import spare_memory
 from draftplus.models.tuned import Tuned, make_tuned
@@ -149,14 +150,15 @@ def load(
     """Loads a model of the Stable Diffusion 1.x/2.x family, ready to be trained or, if not `trainable`, to be sampled.
 
     path: diffusers directory, hub id, or a single .safetensors/.ckpt file. dtype: of frozen weights, instead of the
-    configuration's; trained weights, and the frozen copy of a fully tuned denoiser, are in at least float32.
+    configuration's; trained weights, and the frozen copy of a fully tuned denoiser, are in at least float32. On the
+    meta device no weights are read.
 
     Raises UserError for a missing model, one of another family, or weights that would run code.
     """
     from diffusers import StableDiffusionPipeline
 
     frozen = dtype or getattr(torch, config.dtype)
-    unet, vae, text_encoder, tokenizer, scheduler_config = _components(config, path, frozen)
+    unet, vae, text_encoder, tokenizer, scheduler_config = _components(config, path, frozen, is_bare(device))
     _refuse_other_families(path, unet.config, vae.config, text_encoder.config)
     for part in (unet, vae, text_encoder):
         part.requires_grad_(False).eval().to(device)
@@ -208,19 +210,21 @@ def _mended(path: str, scheduler_config: Mapping[str, Any]) -> Mapping[str, Any]
     return mended
 
 
-def _components(config: ModelConfig, path: str, dtype: torch.dtype) -> tuple[Any, Any, Any, Any, Mapping[str, Any]]:
+def _components(
+    config: ModelConfig, path: str, dtype: torch.dtype, bare: bool
+) -> tuple[Any, Any, Any, Any, Mapping[str, Any]]:
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
     networks = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
     with loading.loading("model.path", path, NAME):
         if loading.is_single_file(path):
-            source = single_file.source(config, path)
+            source = single_file.source(config, path, bare)
             tokenizer = single_file.tokenizer(source.directory)
         else:
             directory = loading.fetched(config, path)
             accepts = lambda parts: _refuse_other_families(path, *parts.values())  # noqa: E731
-            source = loading.source(config, path, directory, networks, accepts)
+            source = loading.source(config, path, directory, networks, accepts, bare)
             tokenizer = CLIPTokenizer.from_pretrained(source.directory, subfolder="tokenizer")
         if tokenizer.vocab_size <= len(tokenizer.all_special_ids):  # transformers does not miss the files
             raise ValueError("its tokenizer has no vocabulary")

@@ -1,0 +1,321 @@
+"""What a step takes in memory, part by part: the code of training, run on tensors that have shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from draftplus.build import build_model, build_problem
+from draftplus.config import Config
+from draftplus.data.batches import Batch
+from draftplus.diffusion.methods import METHODS
+from draftplus.diffusion.objectives import plan, plan_around
+from draftplus.diffusion.problem import Problem, StepPlan
+from draftplus.diffusion.sampler import Rollout, sample
+from draftplus.distributed import World
+from draftplus.evaluation.chunks import SAMPLING_BATCH
+from draftplus.models.bare import Encoder
+from draftplus.planning.meter import META, Meter, counting, storages
+from draftplus.planning.rewards import Uncounted, bare_reward
+from draftplus.rewards.offloaded import networks_of
+from draftplus.training.ddpo import ddpo_step
+from draftplus.training.placement import Replicated
+from draftplus.training.state import State, initial_state
+from draftplus.training.step import Setup, precisely, tail
+from draftplus.training.update import update
+from draftplus.types import Model, Reward, Scorer, Scores
+
+MOST_GRADED = 4  # steps of a window that are taken; what each further one adds is that of the last of these
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A run without weights. rewards: by name, those that are trained on and those that are held out."""
+
+    config: Config
+    model: Model
+    rewards: Mapping[str, Reward]
+    problem: Problem
+
+    @property
+    def uncounted(self) -> list[str]:
+        return [name for name, reward in self.rewards.items() if isinstance(reward, Uncounted)]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes, of one process.
+
+    weights: by part. trained: "gradients", "optimizer", "average". kept: what the backward pass of a micro-batch keeps,
+    by part, with the weights that the KL term widens. phases: the most that is held at once, by phase, all in all.
+    """
+
+    weights: Mapping[str, int]
+    trained: Mapping[str, int]
+    kept: Mapping[str, int]
+    phases: Mapping[str, int]
+    images: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def peak(self) -> int:
+        return max(self.phases.values())
+
+    @property
+    def fullest(self) -> str:
+        """The phase that needs the most."""
+        return max(self.phases, key=lambda phase: self.phases[phase])
+
+
+def subject(config: Config) -> Subject:
+    """The run of a configuration, without weights.
+
+    Raises UserError for what does not fit together, as training does.
+    """
+    # where networks lie is reckoned here, not moved
+    model = build_model(replace(config.model, offload=False), META, config.seed)
+    with counting():
+        model.encode([None])  # which makes the encoders
+    differentiates = METHODS[config.objective.method].differentiates
+    named = {**config.eval.rewards, **config.reward}
+    rewards = {name: bare_reward(name, one, differentiates) for name, one in named.items()}
+    return Subject(config, model, rewards, build_problem(config, model, rewards))
+
+
+class _Imagined(World):
+    """One of several processes, whose sums are its own."""
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value] * self.size
+
+
+def measure(run: Subject, micro: int, share: int, prompt: str, ranks: int = 1) -> Memory:
+    """What one process of `ranks` needs, whose share of a step is `share` images, in micro-batches of `micro`.
+
+    prompt: that of all images.
+    """
+    config, model = run.config, run.model
+    tuned: Any = model.tuned
+    networks = _networks(run)
+    weights = {part: storages(found) for part, found in networks.items()}
+    parameters = tuned.trainable()
+    adapters = sum(one.nbytes for one in parameters.values()) if tuned.frozen is None else 0
+    weights["denoiser"] -= adapters
+    if adapters:
+        weights["adapters"] = adapters
+    batch = min(share, config.train.sampling_batch_size or _sampling_batch(config, micro))
+    setup = _setup(run, micro, micro, prompt, ranks)
+    with counting() as meter:
+        base = meter.hold(_tensors(networks))
+        state = initial_state(parameters, config.optim)
+        average = meter.now - base
+        sampling = _sampling(meter, run.problem, setup, batch)
+        decoding = _evaluating(meter, run.problem, setup, micro)
+        gradients = sum(parameter.nbytes for parameter in parameters.values())
+        temporary, before = 0, meter.now
+        kept: dict[str, int] = {}
+        if METHODS[config.objective.method].differentiates:
+            above, kept = _stepping(meter, run.problem, setup, share > micro)
+            full = meter.restart()
+            update(state, config.optim, {"loss": 1.0}, setup.placement)
+            optimizer = meter.now - before
+            temporary = max(0, meter.peak - full - optimizer)
+        else:
+            above = _policy_gradient(meter, setup, state)
+            optimizer = meter.now - before
+            above -= optimizer
+    if config.device != "cpu":  # whose update takes all weights at once
+        temporary = max(temporary, gradients)
+    copies = gradients if ranks > 1 else 0  # gradients are summed in one flat tensor
+    trained = {"gradients": gradients, "optimizer": optimizer, "average": average}
+    always = sum(weights.values()) - _away(run, weights)
+    fixed = always + optimizer + average
+    resting = fixed - (weights["autoencoder"] + weights["rewards"] if offloads(config) else 0)
+    phases = {
+        "embedding prompts": weights["text encoders"] + weights["autoencoder"] + (0 if _lazy(run) else fixed),
+        "sampling": resting + sampling,
+        "evaluation": fixed + decoding,
+        "step": fixed + above,
+        "update": fixed + gradients + max(temporary, copies),
+    }
+    images = {"micro": micro, "sampling": batch, "share": share}
+    return Memory(weights, trained, kept, phases, images)
+
+
+def offloads(config: Config) -> bool:
+    """Whether networks leave the device while they are not needed."""
+    return config.model.offload and config.device != "cpu"
+
+
+def _lazy(run: Subject) -> bool:
+    """Whether text encoders are gone before the denoiser comes."""
+    return bool(getattr(getattr(run.model, "kind", None), "large_encoders", False))
+
+
+def _away(run: Subject, weights: Mapping[str, int]) -> int:
+    """The weights that are not on the device in a step."""
+    return weights["text encoders"] if _lazy(run) or offloads(run.config) else 0
+
+
+def _sampling_batch(config: Config, micro: int) -> int:
+    return SAMPLING_BATCH if METHODS[config.objective.method].differentiates else micro
+
+
+def _networks(run: Subject) -> dict[str, list[nn.Module]]:
+    """By the part of the memory that they are."""
+    model: Any = run.model
+    tuned = model.tuned
+    parts = {
+        "denoiser": [tuned.denoiser],
+        "frozen copy": [tuned.frozen] if tuned.frozen is not None else [],
+        "autoencoder": [model.vae],
+        "text encoders": [one for one in tuned.encoders.values() if isinstance(one, Encoder)],
+        "rewards": list(dict.fromkeys(one for reward in run.rewards.values() for one in _within(reward))),
+    }
+    return parts
+
+
+def _within(reward: Reward) -> list[nn.Module]:
+    features: Any = getattr(reward, "features", None)  # a method of a reward that the reward holds
+    return networks_of(reward) + (networks_of(features.__self__) if hasattr(features, "__self__") else [])
+
+
+def _tensors(networks: Mapping[str, list[nn.Module]]) -> Iterator[Tensor]:
+    for found in networks.values():
+        for network in found:
+            yield from network.parameters()
+            yield from network.buffers()
+
+
+def _setup(run: Subject, micro: int, images: int, prompt: str, ranks: int) -> Setup:
+    config = run.config
+    train = replace(config.train, global_batch_size=images * ranks, micro_batch_size=micro)
+    config = replace(config, train=train, data=replace(config.data, images_per_prompt=1))
+    here = _Imagined(0, ranks, META)
+    shape = run.model.latent_shape(config.sampler.height, config.sampler.width)
+    return Setup(config, run.problem, [prompt], shape, micro, here, Replicated(here))
+
+
+def _sampling(meter: Meter, problem: Problem, setup: Setup, images: int) -> int:
+    """What a step of the denoiser without gradient takes over `images`."""
+    conditioning = problem.model.encode([*setup.prompts] * images)
+    latents = torch.empty(images, *setup.shape, device=META)
+    before = meter.restart()
+    with torch.no_grad(), problem.model.tuned.folded():
+        sample(problem.sampler.denoiser(conditioning), Rollout(latents), problem.sampler.schedule,
+               problem.sampler.solver, begin=0, end=1, noise=lambda _: torch.empty_like(latents))  # fmt: skip
+    return meter.peak - before
+
+
+@torch.no_grad()
+def _evaluating(meter: Meter, problem: Problem, setup: Setup, images: int) -> int:
+    """What decoding and scoring of `images` takes where no gradient is needed."""
+    latents = torch.empty(images, *setup.shape, device=META)
+    before = meter.restart()
+    problem.scorer(problem.model.decode(latents), [*setup.prompts] * images)
+    return meter.peak - before
+
+
+def _stepping(meter: Meter, problem: Problem, setup: Setup, again: bool) -> tuple[int, dict[str, int]]:
+    """The most that a micro-batch takes from its window on, and what its backward pass keeps.
+
+    again: whether gradients of earlier micro-batches are there.
+    """
+    planned = plan(problem.objective, problem.sampler.schedule, setup.config.seed, 0)
+    steps = planned.window.steps
+    if len(steps) <= MOST_GRADED:
+        return _tail(meter, problem, setup, planned, again)
+    fewer, kept = _tail(meter, problem, setup, _shortened(problem, planned, MOST_GRADED - 1), again)
+    more, most = _tail(meter, problem, setup, _shortened(problem, planned, MOST_GRADED), again)
+    rest = len(steps) - MOST_GRADED
+    return more + rest * (more - fewer), {part: most[part] + rest * (most[part] - kept[part]) for part in most}
+
+
+def _shortened(problem: Problem, planned: StepPlan, steps: int) -> StepPlan:
+    window = replace(planned.window, steps=planned.window.steps[-steps:])
+    return plan_around(window, problem.objective, problem.sampler.schedule)
+
+
+def _tail(meter: Meter, problem: Problem, setup: Setup, planned: StepPlan, again: bool) -> tuple[int, dict[str, int]]:
+    images, at = setup.micro, dict[str, int]()
+    share: Batch[str] = Batch([*setup.prompts] * images, list(range(images)))
+    conditioning = problem.model.encode(share.prompts)
+    drawn = torch.empty(images, *setup.shape, device=META)
+    start = Rollout(drawn, torch.empty_like(drawn) if planned.window.first else None)
+    start.kept.update({step: drawn for step in planned.keep if step < planned.window.first})
+    setup = replace(setup, problem=replace(problem, scorer=_Marked(meter, problem.scorer, at)))
+    parameters = problem.model.tuned.trainable().values()
+    for parameter in parameters:
+        parameter.grad = None
+    before = meter.restart()
+    for parameter in parameters if again else ():
+        parameter.grad = torch.zeros_like(parameter)
+    held = meter.now
+    with precisely(setup, planned):
+        widened = meter.now - held
+        with _decoding(meter, problem.model, at):
+            tail(setup, 0, planned, start, share, conditioning)
+    base = held + widened
+    kept = {
+        "window": at["window"] - base, "decode": at["decode"] - at["window"], "reward": at["reward"] - at["decode"],
+        "widened weights": widened,
+    }  # fmt: skip
+    return meter.peak - before, kept
+
+
+@dataclass(frozen=True)
+class _Marked:
+    """A problem's scorer, after whose first scores it is noted what is held."""
+
+    meter: Meter
+    scorer: Scorer
+    at: dict[str, int]
+    differentiable: bool = True
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Scores:
+        scores = self.scorer(images, prompts)
+        self.at.setdefault("reward", self.meter.now)
+        return scores
+
+
+@contextmanager
+def _decoding(meter: Meter, model: Any, at: dict[str, int]) -> Iterator[None]:
+    """Inside, it is noted what is held before and after images are first decoded."""
+    decode = model.decode
+
+    def decoded(latents: Tensor) -> Tensor:
+        at.setdefault("window", meter.now)
+        images: Tensor = decode(latents)
+        at.setdefault("decode", meter.now)
+        return images
+
+    model.decode = decoded
+    try:
+        yield
+    finally:
+        del model.decode
+
+
+def _policy_gradient(meter: Meter, setup: Setup, state: State) -> int:
+    before = meter.restart()
+    ddpo_step(setup, state, nullcontext)
+    return meter.peak - before
+
+
+def parameters(run: Subject) -> dict[str, int]:
+    """How many parameters the networks have, by part, and how many are trained."""
+    counts = {
+        part: sum(one.numel() for network in found for one in network.parameters())
+        for part, found in _networks(run).items()
+    }
+    trained = sum(one.numel() for one in run.model.tuned.trainable().values())
+    if not counts.pop("frozen copy"):
+        counts["denoiser"] -= trained
+    return {"trained": trained, **counts}
