@@ -17,11 +17,13 @@ from draftplus.diffusion.objectives import plan
 from draftplus.diffusion.sampler import Rollout
 from draftplus.distributed import World
 from draftplus.planning.measure import Memory, measure, subject
+from draftplus.planning.meter import Meter, storages
 from draftplus.rewards.clip import load_emoji_clip
 from draftplus.runs.plan import plan_run
 from draftplus.training.placement import Replicated
 from draftplus.training.state import initial_state
 from draftplus.training.step import Setup, loss, precisely
+from draftplus.training.update import update
 from tests.support.pipelines import save_pipeline
 from tests.tiny import CPU
 
@@ -103,3 +105,67 @@ def test_activations_are_those_of_a_real_step(saved: Any, name: str) -> None:
     true = kept(setup)
     assert told == pytest.approx(true, rel=0.05), (told, true)
     assert found.phases["step"] > told
+
+
+@pytest.mark.parametrize("tuning", ["model.lora.rank=4", "model.lora=null"])
+def test_weights_and_what_training_adds_are_exact(saved: Any, tuning: str) -> None:
+    """To the byte: against a true model after one true update."""
+    config = configured(saved("sd"), FAMILIES["sd"], tuning, "optim.ema=0.99")
+    found = planned(config)
+    setup, state = real(config)
+    model: Any = setup.problem.model
+    parameters = state.parameters
+    adapters = sum(one.nbytes for one in parameters.values()) if model.tuned.frozen is None else 0
+    assert found.weights["denoiser"] + found.weights.get("adapters", 0) == storages([model.tuned.denoiser])
+    assert found.weights.get("adapters", 0) == adapters
+    assert found.weights["frozen copy"] == (0 if adapters else storages([model.tuned.frozen]))
+    assert found.weights["autoencoder"] == storages([model.vae])
+    for parameter in parameters.values():
+        parameter.grad = torch.ones_like(parameter)
+    gradients = sum(one.grad.nbytes for one in parameters.values() if one.grad is not None)
+    update(state, config.optim, {"loss": 1.0}, setup.placement)
+    moments = [one for of in state.optimizer.state.values() for name, one in of.items() if name != "step"]
+    assert state.ema is not None
+    average = sum(one.nbytes for one in state.ema.shadow.values())
+    told = {"gradients": gradients, "optimizer": sum(one.nbytes for one in moments), "average": average}
+    assert dict(found.trained) == told
+
+
+def test_checkpointing_and_the_batch_change_what_is_kept(saved: Any) -> None:
+    config = configured(saved("sdxl"), FAMILIES["sdxl"])
+    run = subject(config)
+    one, two = (measure(run, images, 2, PROMPT) for images in (1, 2))
+    less = measure(subject(configured(saved("sdxl"), 64, "model.gradient_checkpointing=true")), 2, 2, PROMPT)
+    assert one.kept["window"] < two.kept["window"] and one.peak < two.peak
+    assert less.kept["window"] < two.kept["window"] / 2
+    assert less.peak < two.peak and less.weights == two.weights
+
+
+def test_what_is_counted_goes_when_nothing_holds_it() -> None:
+    with Meter() as meter:
+        x = torch.empty(256, device="meta")
+        y = x * 2 + 1
+        assert meter.now == 2 * 1024 and meter.peak == 3 * 1024
+        view = y[:3]
+        del y
+        assert meter.now == 2 * 1024, "a view holds its storage"
+        del x, view
+        assert meter.now == 0 and meter.restart() == meter.peak == 0
+
+
+def test_many_steps_are_reckoned_from_a_few(saved: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a window of 6 steps keeps, from 3 and 4 of them, is what it keeps when all are taken."""
+    from draftplus.planning import measure as module
+
+    config = configured(saved("sd"), 16, "sampler.steps=6", "objective.grad_steps=6")
+    reckoned = planned(config)
+    monkeypatch.setattr(module, "MOST_GRADED", 6)
+    taken = planned(config)
+    assert reckoned.kept["window"] == pytest.approx(taken.kept["window"], rel=1e-3)
+    assert reckoned.peak == pytest.approx(taken.peak, rel=0.01)
+
+
+@pytest.mark.parametrize("method", ["ddpo", "draft_lv", "refl", "alignprop", "drtune"])
+def test_every_method_has_a_plan(saved: Any, method: str) -> None:
+    config = configured(saved("sd"), 16, f"objective.method={method}", "sampler.eta=1.0")
+    assert planned(config).phases["step"] > 0

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from draftplus.build import build_model, build_problem
+from draftplus.build import build_model, build_problem, refuse_unknown_reward
 from draftplus.config import Config
 from draftplus.data.batches import Batch
 from draftplus.diffusion.methods import METHODS
@@ -76,12 +76,14 @@ def subject(config: Config) -> Subject:
 
     Raises UserError for what does not fit together, as training does.
     """
+    differentiates = METHODS[config.objective.method].differentiates
+    named = {**config.eval.rewards, **config.reward}
+    for name in named:
+        refuse_unknown_reward(name)
     # where networks lie is reckoned here, not moved
     model = build_model(replace(config.model, offload=False), META, config.seed)
     with counting():
         model.encode([None])  # which makes the encoders
-    differentiates = METHODS[config.objective.method].differentiates
-    named = {**config.eval.rewards, **config.reward}
     rewards = {name: bare_reward(name, one, differentiates) for name, one in named.items()}
     return Subject(config, model, rewards, build_problem(config, model, rewards))
 

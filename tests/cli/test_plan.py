@@ -1,0 +1,89 @@
+"""`draftplus plan` says what a run takes in memory, and what to switch on where it does not fit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from draftplus.errors import UserError
+from draftplus.planning.plan import REMEDIES, bytes_of, plan_memory
+from tests.support.runs import configure
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("24GB", 24 * GIB), ("24", 24 * GIB), ("24 GiB", 24 * GIB), ("1.5g", 3 * GIB // 2), ("512mb", GIB // 2),
+     ("2TB", 2048 * GIB), ("4096B", 4096)],
+)  # fmt: skip
+def test_sizes(text: str, size: int) -> None:
+    assert bytes_of(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "-1GB", "0", "24 GBs", "24XB", "GB"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(UserError, match=re.escape(f"--memory '{text}'")):
+        bytes_of(text)
+
+
+def test_what_it_prints(draftplus: Callable[..., Any], settings: list[str], tmp_path: Path) -> None:
+    """Without reading a weight or writing a file; the same passes as of a dry run."""
+    before = sorted(tmp_path.rglob("*"))
+    printed = draftplus("plan", *settings, "objective.kl_coeff=0.1", "--memory", "8GB", "--gpus", "2")
+    assert (printed.code, printed.err) == (0, "")
+    assert sorted(tmp_path.rglob("*")) == before
+    assert "2 without gradient, 1 with gradient, 1 of the frozen model, each doubled by guidance" in printed.out
+    assert re.search(r"peak +\d+\.\d MiB, in \w+; \d+\.\d MiB with gradient checkpointing on", printed.out)
+    assert "fits              largest micro-batch that fits in 8.00 GiB" in printed.out
+    assert "sharding is not available yet" in printed.out
+
+
+def test_weights_are_not_read(
+    draftplus: Callable[..., Any], settings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPModel, CLIPTextModel
+
+    def read(*_: Any, **__: Any) -> None:
+        raise AssertionError("weights were read")
+
+    for cls in (UNet2DConditionModel, CLIPModel, CLIPTextModel):
+        monkeypatch.setattr(cls, "from_pretrained", read)
+    assert draftplus("plan", *settings).code == 0
+
+
+def test_advice_is_in_order_of_its_cost(settings: list[str]) -> None:
+    """Each lowers the memory, in the order of the table, and the last is the first with which the run fits."""
+    config = configure([*settings, "train.micro_batch_size=4", "objective.grad_steps=2", "device=cpu"])
+    now = plan_memory(config).memory.peak
+    limit = int(0.75 * now)
+    found = plan_memory(config, limit)
+    assert not found.fits and found.advice and found.fits_with_advice
+    peaks = [now, *(one.memory.peak for one in found.advice)]
+    assert all(later < 0.99 * earlier + 1 for earlier, later in pairwise(peaks))
+    assert all(peak > limit for peak in peaks[:-1])
+    order = [remedy.cost for remedy in REMEDIES]
+    places = [order.index(one.cost) for one in found.advice]
+    assert places == sorted(places)
+    assert found.largest is not None and found.largest < 4
+
+
+def test_nothing_fits_in_nothing(draftplus: Callable[..., Any], settings: list[str]) -> None:
+    printed = draftplus("plan", *settings, "--memory", "1KB")
+    assert printed.code == 0
+    assert "does not fit" in printed.out and "and still it does not fit" in printed.out
+
+
+def test_refusals(refused: Callable[..., None], settings: list[str]) -> None:
+    refused(["plan", *settings, "--memory", "lots"], "--memory 'lots'", "24GB")
+    refused(["plan", *settings, "--gpus", "0"], "--gpus 0")
+    refused(["plan", *settings, "--gpus", "3"], "train.global_batch_size")
+    refused(["plan", *settings, "parallel.mode=shard"], "parallel.mode=shard is not available yet")
+    refused(["plan", *settings, "reward=clipp"], "unknown reward 'clipp'")
+    refused(["plan", *settings, "model.path=/nowhere/model"], "/nowhere/model")
