@@ -84,6 +84,7 @@ def plan_memory(config: Config, memory: int | None = None, gpus: int = 1) -> Pla
     """
     if gpus < 1:
         raise UserError(f"--gpus {gpus}: give at least 1")
+    config = settled(config)
     make_placement(config.parallel.mode, World(0, gpus, META))
     quiet_libraries()
     micro, share = micro_batch_size(config, gpus), config.train.global_batch_size // gpus
