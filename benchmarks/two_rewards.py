@@ -47,7 +47,8 @@ def train(way: str, weights: list[float], seed: int, steps: int, output: Path) -
     return draftplus.train(
         "emoji",
         [f"reward={{{rewards}}}", f"seed={seed}", f"train.steps={steps}", f"eval.every={steps}", "eval.max_prompts=15",
-         "eval.images_per_prompt=4", "sampler.steps=6", "optim.lr=3e-3", f"output_dir={output}", f"name={WAYS[way]}-{seed}"],
+         "eval.images_per_prompt=4", "sampler.steps=6", "sampler.guidance_scale=1", "optim.lr=3e-3",
+         f"output_dir={output}", f"name={WAYS[way]}-{seed}"],
     )  # fmt: skip
 
 

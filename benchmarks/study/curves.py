@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 DRAWS = 2000
+OVER = ("both", "seeds", "prompts")  # what an interval is over
 
 Array = NDArray[Any]
 Measures = Mapping[str, Array]  # by name: (seeds, prompts)
@@ -66,15 +67,16 @@ class Draws:
 
 
 @lru_cache(maxsize=64)
-def bootstrap(seeds: int, prompts: int, draws: int = DRAWS) -> Draws:
-    """Everything, and then what is drawn."""
+def bootstrap(seeds: int, prompts: int, draws: int = DRAWS, over: str = "both") -> Draws:
+    """Everything, and then what is drawn. over: one of OVER; what it does not name is all there in every draw."""
     generator = np.random.default_rng(0)
 
-    def counts(n: int) -> Array:
-        drawn = generator.integers(0, n, (draws, max(1, n - 1)))
-        return np.vstack([np.ones(n), (drawn[:, :, None] == np.arange(n)).sum(1)])
+    def counts(n: int, drawn: bool) -> Array:
+        numbers = generator.integers(0, n, (draws, max(1, n - 1)))
+        counted = (numbers[:, :, None] == np.arange(n)).sum(1)
+        return np.vstack([np.ones(n), counted if drawn else np.ones((draws, n))])
 
-    return Draws(counts(seeds), counts(prompts))
+    return Draws(counts(seeds, over != "prompts"), counts(prompts, over != "seeds"))
 
 
 def each_seed(seeds: int, prompts: int) -> Draws:
@@ -158,15 +160,15 @@ def difference_of(value: Callable[[Curve, Draws], Array]) -> Difference:
     return lambda ours, rival, drawn: value(ours, drawn) - value(rival, drawn)
 
 
-def compared(ours: Curve, rival: Curve, difference: Difference, prompts: int) -> Compared:
-    """The difference of two curves in the seeds that both have, paired."""
+def compared(ours: Curve, rival: Curve, difference: Difference, prompts: int, over: str = "both") -> Compared:
+    """The difference of two curves in the seeds that both have, paired. over: one of OVER."""
     seeds = sorted(set(ours.seeds) & set(rival.seeds))
     if not seeds:
         return Compared(None, 0, 0, 0)
     a, b = ours.of(seeds), rival.of(seeds)
     alone = difference(a, b, each_seed(len(seeds), prompts))
     reached = alone[~np.isnan(alone)]
-    told = estimate(difference(a, b, bootstrap(len(seeds), prompts)))
+    told = estimate(difference(a, b, bootstrap(len(seeds), prompts, over=over)))
     return Compared(told, int((reached > 0).sum()), len(reached), len(seeds))
 
 

@@ -13,7 +13,7 @@ import yaml
 
 HERE = Path(__file__).parent
 DONE = "done.json"  # what a finished run was made with, and how long it took
-OF_FILE = {"recipe", "reward", "held_out", "seeds", "common", "early", "fixed", "lines", "settings"}
+OF_FILE = {"recipe", "reward", "held_out", "seeds", "common", "early", "fixed", "lines", "drawn", "settings"}
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Plan:
     """A study. reward: the trained one. held_out: one that is only measured.
 
     early: the setting whose evaluations are "stopped early". fixed: the rival that was chosen beforehand. lines: by
-    label, the settings whose last steps a knob joins, the strongest hold first.
+    label, the settings whose last steps a knob joins, the strongest hold first. drawn: the settings of the figure.
     """
 
     recipe: str
@@ -42,6 +42,7 @@ class Plan:
     early: str | None = None
     fixed: str | None = None
     lines: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    drawn: Sequence[str] = ()
 
     @property
     def rivals(self) -> set[str]:
@@ -103,7 +104,7 @@ def read_plan(name: str | Path, changes: Sequence[str] = (), only: Sequence[str]
     }
     told["common"] = {**told["common"], **dict(_change(one) for one in changes)}
     plan = Plan(settings=settings, **told)
-    if missing := plan.rivals - set(settings):
+    if missing := {*plan.rivals, *plan.drawn} - set(settings):
         raise ValueError(f"{path}: no setting is named {sorted(missing)[0]}")
     if not only:
         return plan

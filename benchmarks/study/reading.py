@@ -25,7 +25,7 @@ class Study:
     """What was measured. curves: by setting, over its evaluations. steps: those of each curve's points.
 
     knobs: by label, curves over a knob of the sampling of `Plan.early` or a line of settings, at the last step.
-    seconds: of a step, by setting.
+    seconds: of a step, by setting. over: what intervals are over, one of `curves.OVER`.
     """
 
     plan: Plan
@@ -36,6 +36,7 @@ class Study:
     knobs: Mapping[str, Curve]
     names: Mapping[str, list[str]]
     seconds: Mapping[str, float]
+    over: str = "both"
 
 
 def read_study(plan: Plan, directory: Path, only: Collection[int] | None = None) -> Study:

@@ -47,6 +47,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
 
 
+def drawn_of(made: Study, curve: Curve) -> Draws:
+    """The draws that a curve's intervals come from."""
+    return bootstrap(len(curve.seeds), len(made.prompts), over=made.over)
+
+
 def percent_at(made: Study, gain: float) -> Callable[[Curve, Draws], Array]:
     """LPIPS at a gain in percent of the base model's, for each draw."""
 
@@ -106,7 +111,7 @@ def best(made: Study, curves: Sequence[Curve], gain: float) -> Curve | None:
     """The curve with the highest LPIPS at a gain, by all its seeds, of those that get there in half of them."""
     kept: dict[int, float] = {}
     for number, curve in enumerate(curves):
-        value = percent_at(made, gain)(curve, bootstrap(len(curve.seeds), len(made.prompts)))[0]
+        value = percent_at(made, gain)(curve, drawn_of(made, curve))[0]
         if not np.isnan(value) and (~np.isnan(reaching(made, curve, gain))).mean() >= MANY:
             kept[number] = float(value)
     return curves[max(kept, key=lambda number: kept[number])] if kept else None
@@ -117,14 +122,14 @@ def against(made: Study, curve: Curve, rival: Rival, gain: float) -> Compared:
     other = rival.at(gain)
     if other is None:
         return Compared(None, 0, 0, 0)
-    return compared(curve, other, difference_of(percent_at(made, gain)), len(made.prompts))
+    return compared(curve, other, difference_of(percent_at(made, gain)), len(made.prompts), made.over)
 
 
 def equal_gain(made: Study) -> str:
     """What every setting keeps where it has gained so much, in how many seeds it does, and how these scatter."""
     rows = list[Row]()
     for curve in [*made.curves.values(), *lines(made).values()]:
-        row, drawn = [curve.label], bootstrap(len(curve.seeds), len(made.prompts))
+        row, drawn = [curve.label], drawn_of(made, curve)
         for gain in GAINS:
             alone, told = reaching(made, curve, gain), estimate(percent_at(made, gain)(curve, drawn))
             reached = f"{(~np.isnan(alone)).sum()} of {len(alone)} seeds"
@@ -184,7 +189,7 @@ def finals(made: Study) -> str:
 
 
 def _final(made: Study, label: str, curve: Curve, beside: Sequence[str], seconds: str) -> Row:
-    drawn, point = bootstrap(len(curve.seeds), len(made.prompts)), curve.points[0]
+    drawn, point = drawn_of(made, curve), curve.points[0]
     gain = estimate(gains(curve, made.base, made.plan.reward, drawn)[0])
     kept = estimate(100 * drawn.mean(point["lpips"]) / drawn.mean(made.base["lpips"]))
     told = [_plain(point[name]) if name in point else "" for name in beside]
@@ -209,7 +214,8 @@ def beside_early(made: Study) -> str:
 
     for curve in made.curves.values():
         told = [
-            "" if one is curve else compared(curve.at(-1), one, difference, len(made.prompts)).told() for one in beside
+            "" if one is curve else compared(curve.at(-1), one, difference, len(made.prompts), made.over).told()
+            for one in beside
         ]
         rows.append([curve.label, *told])
     return table(["setting", *(f"less {one.label}, stopped early" for one in beside)], rows)
@@ -228,7 +234,8 @@ def coefficients(made: Study) -> str:
                     scaled: Array = scale * drawn.mean(one.points[0][name])
                     return scaled
 
-                row.append(compared(more, less, difference_of(value), len(made.prompts)).told(1 if scale > 1 else 2))
+                told = compared(more, less, difference_of(value), len(made.prompts), made.over)
+                row.append(told.told(1 if scale > 1 else 2))
             rows.append(row)
     return table(["from, to", "LPIPS, % of base; rises in", "reward; rises in"], rows)
 
@@ -245,12 +252,12 @@ def others_at(made: Study, gain: float) -> str:
                 return at_gain(one, gain, made.base, made.plan.reward, name, drawn)
 
             known = all(name in point for point in curve.points)
-            told = estimate(value(curve, bootstrap(len(curve.seeds), len(made.prompts)))) if known else None
+            told = estimate(value(curve, drawn_of(made, curve))) if known else None
             row.append(_plain(np.array(told.value)) if told else "–")
             if early is None or curve is early or told is None:
                 row.append("")
             else:
-                row.append(compared(curve, early, difference_of(value), len(made.prompts)).told(2))
+                row.append(compared(curve, early, difference_of(value), len(made.prompts), made.over).told(2))
         rows.append(row)
     head = [text for name in names for text in (name, f"{name}, less {early.label if early else ''} stopped early")]
     return table(["setting", *head], rows)
@@ -278,7 +285,9 @@ def _deviation(values: Array, digits: int) -> str:
 def sections(made: Study) -> Iterator[str]:
     """Everything, as Markdown."""
     seeds = sorted({seed for curve in made.curves.values() for seed in curve.seeds})
-    yield f"{len(seeds)} training seeds, {len(made.prompts)} prompts, {len(made.curves)} settings.\n"
+    over = "training seeds and prompts" if made.over == "both" else f"{made.over} alone"
+    told = f"{len(seeds)} training seeds, {len(made.prompts)} prompts, {len(made.curves)} settings"
+    yield f"{told}; intervals are over {over}.\n"
     base = f"{made.base[made.plan.reward].mean():.2f}, LPIPS {made.base['lpips'].mean():.3f}"
     yield f"## The last step\n\nBase model: reward {base}.\n\n{finals(made)}"
     if made.plan.lines:

@@ -24,11 +24,22 @@ from benchmarks.study.curves import (
     joined,
     scatter,
 )
+from benchmarks.study.figure import figure_of
 from benchmarks.study.packing import pack, unpack
 from benchmarks.study.plan import DONE, Plan, Setting, Task, read_plan, seeds_of, tasks_of
 from benchmarks.study.pool import Durations, run_queue
 from benchmarks.study.reading import Study, read_study
-from benchmarks.study.tables import GAINS, beside_early, chosen_apart, coefficients, rivals, sections, summary
+from benchmarks.study.tables import (
+    GAINS,
+    against,
+    beside_early,
+    chosen_apart,
+    coefficients,
+    percent_at,
+    rivals,
+    sections,
+    summary,
+)
 from benchmarks.study.train import METRICS, train
 from draftplus.runs.journal import read_rows
 from draftplus.runs.plan import plan_run
@@ -64,6 +75,15 @@ def test_a_bootstrap_draws_whole_seeds_and_prompts_one_fewer_than_there_are() ->
     np.testing.assert_allclose(drawn.mean(values)[3], values[np.ix_(rows, columns)].mean())
     np.testing.assert_allclose(drawn.mean(values)[0], values.mean())
     np.testing.assert_allclose(drawn.mean(values[:1])[3], values[0, columns].mean())
+
+
+def test_an_interval_over_one_of_both_has_all_of_the_other_and_is_as_wide_as_that_one_scatters() -> None:
+    both, seeds, prompts = (bootstrap(5, 7, 300, over) for over in ("both", "seeds", "prompts"))
+    assert (seeds.prompts == 1).all() and (prompts.seeds == 1).all()
+    np.testing.assert_array_equal(seeds.seeds, both.seeds)
+    np.testing.assert_array_equal(prompts.prompts, both.prompts)
+    values = np.arange(5.0)[:, None] + np.zeros((5, 7))  # seeds differ, prompts do not
+    assert np.ptp(prompts.mean(values)) == 0 < np.ptp(seeds.mean(values))
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
@@ -252,6 +272,7 @@ common: {sampler.steps: 4}
 early: draft
 fixed: window
 lines: {over β: [window, draft]}
+drawn: [draft, window, other]
 settings:
   draft: {label: DRaFT-1}
   window: {label: DRaFT+, objective.kl_coeff: 0.3}
@@ -302,6 +323,47 @@ def test_a_packed_study_has_the_same_tables(tmp_path: Path, capsys: pytest.Captu
     assert names([task for task in tasks if not task.finished()]) == ["other3"]
     kinds = {path.suffix for path in (tmp_path / "elsewhere").rglob("*") if path.is_file()}
     assert kinds == {".json", ".jsonl", ".yaml"}  # neither pictures nor weights
+
+
+def test_a_study_is_packed_again_with_fewer_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, runs = written(tmp_path)
+    whole, short = tmp_path / "whole.tar.gz", tmp_path / "short.tar.xz"
+    pack(runs, whole)
+    main(["pack", str(file), "--from", str(whole), "--digits", "3", "-o", str(short)])
+    assert "11 runs" in capsys.readouterr().err
+    assert short.stat().st_size < 0.7 * whole.stat().st_size
+    unpack(short, tmp_path / "short")
+    for name in ("eval.jsonl", "metrics.jsonl"):
+        rows, kept = (read_rows(root / "draft" / "seed-1" / name) for root in (runs, tmp_path / "short"))
+        assert [list(row) for row in rows] == [list(row) for row in kept] and rows != kept
+        for row, less in zip(rows, kept, strict=True):
+            numbers = {key: value for key, value in row.items() if isinstance(value, float)}
+            assert {key: less[key] for key in numbers} == pytest.approx(numbers, rel=5e-3)
+    tasks = tasks_of(read_plan(file), tmp_path / "short", range(4), "cpu")
+    assert names([task for task in tasks if not task.finished()]) == ["other3"]  # the others are not trained again
+
+
+def test_the_figure_has_the_numbers_of_the_tables(tmp_path: Path) -> None:
+    file, runs = written(tmp_path)
+    made = read_study(read_plan(file), runs)
+    whole, *beside = figure_of(made).axes
+    assert [axes.get_title(loc="left") for axes in beside] == [f"less {one.label}" for one in rivals(made)[:2]]
+    for curve in made.curves.values():
+        (line,) = (one for one in whole.lines if str(one.get_label()).startswith(f"{curve.label} ("))
+        gain, kept = (float(values[70]) for values in line.get_data())
+        drawn = bootstrap(len(curve.seeds), len(made.prompts))
+        assert kept == pytest.approx(percent_at(made, gain)(curve, drawn)[0])
+    for axes, rival in zip(beside, rivals(made), strict=False):
+        told = [
+            one.difference for curve in made.curves.values() if curve is not rival.at(1.0) for gain in GAINS
+            if (one := against(made, curve, rival, gain)).difference and one.reached >= one.seeds / 2
+        ]  # fmt: skip
+        assert told
+        bars = [one for one in axes.lines if len(one.get_xdata()) == 2 and one.get_ydata()[0] != one.get_ydata()[1]]
+        assert [tuple(one.get_ydata()) for one in bars] == [(one.low, one.high) for one in told if one]
+        assert [one.get_linewidth() > 2 for one in bars] == [one.low > 0 or one.high < 0 for one in told if one]
+    main(["figure", str(file), "--directory", str(runs), "-o", str(tmp_path / "figure.png")])
+    assert (tmp_path / "figure.png").read_bytes()[1:4] == b"PNG"
 
 
 def test_unpacking_leaves_a_finished_run_as_it_is(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from draftplus.report import write
-from draftplus.sweeps import launch
+from draftplus.sweeps import local
 from tests.report.synthetic import write_run, write_sweep
 
 Command = Callable[..., Any]
@@ -29,10 +29,26 @@ def test_a_dry_run_lists_the_runs_and_makes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_slurms_options_are_checked_before_anything_is_made(
+    draftplus: Command, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    printed = draftplus("sweep", "emoji", "seed=0,1", "--dry-run", "--slurm", "partition=gpu,gpus=2,time=30")
+    assert printed.code == 0
+    last = "each is a Slurm job: sbatch --nodes=1 --partition=gpu --gpus-per-node=2 --time=30"
+    assert printed.out.splitlines()[-1] == last
+    printed = draftplus("sweep", "emoji", "seed=0,1", "--slurm", "gpus=two")
+    assert printed.code == 2 and printed.err.startswith("draftplus: --slurm gpus=two: give the number of GPUs")
+    monkeypatch.setenv("PATH", "/nowhere")
+    printed = draftplus("sweep", "emoji", "seed=0,1", "--slurm", "gpus=2")
+    assert printed.code == 2 and printed.err.startswith("draftplus: --slurm") and printed.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.slow
 def test_a_failed_run_is_told_at_the_end(draftplus: Command, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(launch, "COMMAND", (sys.executable, str(STAND_IN)))
+    monkeypatch.setattr(local, "COMMAND", (sys.executable, str(STAND_IN)))
     (write_run(tmp_path / "sweeps" / "s" / "seed-0", pictures=False) / "adapter").rmdir()
     printed = draftplus("sweep", "emoji", "seed=0,1", "--name", "s")
     assert printed.code == 1
@@ -48,7 +64,7 @@ def test_a_sweep_that_made_nothing_has_no_report(
     draftplus: Callable[..., Any], tmp_path: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(launch, "COMMAND", (sys.executable, str(STAND_IN)))
+    monkeypatch.setattr(local, "COMMAND", (sys.executable, str(STAND_IN)))
     printed = draftplus("sweep", "emoji", "seed=1", "--name", "s")
     assert printed.code == 1 and printed.out == "0 of 1 runs finished: sweeps/s\n"
 

@@ -12,6 +12,7 @@ from draftplus.config import (
     ADDED,
     all_keys,
     flatten,
+    is_below,
     load_config,
     load_run_config,
     run_name,
@@ -98,7 +99,7 @@ def test_a_run_of_before_is_reported_beside_one_of_now(tmp_path: Path) -> None:
 def test_a_name_that_was_made_before_is_made_again() -> None:
     config = load_config(None, ["model.denoiser=x"])
     added = (*ADDED, "reward.emoji_clip.normalise")  # of each reward
-    shaping = {key: value for key, value in shaping_keys(config, False).items() if key not in added}
+    shaping = {key: value for key, value in shaping_keys(config, False).items() if not is_below(key, added)}
     shaping["model.unet"] = shaping.pop("model.denoiser")
     digits = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:8]
     assert run_name(config, "emoji", False) == f"emoji-{digits}"

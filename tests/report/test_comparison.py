@@ -89,6 +89,9 @@ def test_keys_of_watching_and_storing_separate_nothing(tmp_path):
     assert differing_keys(found) == [] and len(comparisons(found)[0].groups) == 1
 
 
+PATH = {"objective.kl_steps": "trajectory"}
+
+
 @pytest.mark.parametrize(
     ("changes", "label"),
     [
@@ -101,6 +104,18 @@ def test_keys_of_watching_and_storing_separate_nothing(tmp_path):
         ({"objective.method": "draft_lv"}, "DRaFT-LV"),
         ({"objective.method": "ddpo", "optim.lr": 3e-4}, "DDPO"),
         ({"objective.method": "alignprop", "objective.kl_coeff": 1}, "AlignProp with KL, β = 1"),
+        ({"objective.gate": 0.5}, "DRaFT-1, gate 0.5"),
+        ({"objective.gate": 0.5, "objective.kl_coeff": 3}, "DRaFT+, gate 0.5, β = 3"),
+        ({**PATH, "objective.kl_prefix_coeff": 30}, "DRaFT+ on the path, λ = 30"),
+        ({**PATH, "objective.kl_prefix_coeff": 30, "objective.kl_coeff": 1}, "DRaFT+ on the path (β = 1), λ = 30"),
+        ({**PATH, "objective.kl_coeff": 3}, "DRaFT+ on the whole path, β = 3"),
+        ({**PATH, "objective.kl_coeff": 3, "objective.kl_prefix_coeff": 0}, "DRaFT+, β = 3"),
+        (
+            {**PATH, "objective.kl_coeff": 3, "objective.kl_weights": "noise_level", "objective.gate": 0.25},
+            "DRaFT+ on the whole path weighted by noise level, gate 0.25, β = 3",
+        ),
+        ({**PATH, "objective.method": "refl", "objective.kl_prefix_coeff": 2}, "ReFL with KL on the path, λ = 2"),
+        ({"objective.kl_coeff": 2, "objective.kl_space": "velocity"}, "DRaFT+ in velocity space, β = 2"),
     ],
 )
 def test_methods_are_named_as_the_papers_do(tmp_path, changes, label):
@@ -124,6 +139,26 @@ def test_lines_over_the_kl_coefficient_begin_at_the_method_without(tmp_path):
     line = series_of(figures(*runs), "DRaFT+")
     assert [point.x for point in line.path()] == [0.0, 0.5, 3.0]
     assert line.start is not None and line.start.series == "DRaFT-1"
+
+
+def test_lines_over_the_coefficient_of_the_path_begin_at_the_method_without_it(tmp_path):
+    """Whose own coefficient may be any; others of it are other lines."""
+    runs = [
+        write_run(
+            tmp_path / f"{beta}-{rest}-{gate}",
+            {**PATH, "objective.kl_coeff": beta, "objective.kl_prefix_coeff": rest, "objective.gate": gate},
+            pictures=False,
+        )
+        for beta in (0.0, 1.0, 5.0) for rest in (0.0, 10.0, 30.0) for gate in (0.0, 0.5)
+    ]  # fmt: skip
+    found = figures(*runs)
+    for gate in ("", ", gate 0.5"):
+        for beta, name, plain in ((0, "DRaFT+ on the path", "DRaFT-1"), (1, "DRaFT+ on the path (β = 1)", "DRaFT+")):
+            line = series_of(found, name + gate)
+            assert [(point.x, point.symbol) for point in line.points] == [(10, "λ"), (30, "λ")]
+            assert line.start is not None and (line.start.series, line.start.x) == (plain + gate, beta)
+    text = write_report(runs, tmp_path / "page.html").read_text()
+    assert "λ = 30" in text and "KL coefficient β or λ (logarithmic; 0 is the method without)" in text
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,9 @@ from draftplus.config import load_config, to_yaml
 from draftplus.errors import UserError
 from draftplus.metrics.intervals import paired_gain
 from draftplus.progress import duration
-from draftplus.report import pictures, write_report
+from draftplus.report import charts, curves, pictures, write_report
 from draftplus.report.charts import widen
+from draftplus.report.read import read_run
 from draftplus.report.wording import method_in_words, show, show_gain
 from draftplus.runs.directory import locked
 from tests.report.page import LOADING, Page
@@ -87,6 +88,36 @@ def run_directory(tmp_path: Path) -> Path:
 
 def page_of(directory: Path) -> Page:
     return Page(write_report(directory).read_text(encoding="utf-8"))
+
+
+def test_the_term_on_the_path_is_drawn_in_its_parts_and_by_step(run_directory):
+    """The distance at a step is its mean over the last third, whatever was drawn before, and wherever it was drawn."""
+    assert "by sampling step" not in write_report(run_directory).read_text(encoding="utf-8")
+    settings = [
+        "objective.kl_steps=trajectory",
+        "objective.kl_prefix_coeff=3",
+        "objective.gate=0.25",
+        "sampler.steps=4",
+    ]
+    (run_directory / "config.yaml").write_text(to_yaml(load_config(None, [*settings, "train.steps=40"])))
+    told = metrics(40)
+    for row in told:
+        at, late = int(row["step"]) % 3, row["step"] > 27
+        row |= {"kl/window": 0.0, "kl/prefix": row["kl"], f"kl/step/{at}": (10.0 if late else 99.0) * (at + 1)}
+    told[39]["kl/step/2"] = math.nan
+    write_rows(run_directory / "metrics.jsonl", told)
+    text = write_report(run_directory).read_text(encoding="utf-8")
+    assert "<strong>KL, steps without gradient</strong>" in text and "KL, steps with gradient" not in text
+    assert "<strong>KL</strong>" not in text, "the sum of one part is that part"
+    assert "(steps 28 to 40)" in text and "The frozen model draws the first 1:" in text
+    (chart,) = curves._distances(read_run(run_directory))
+    assert (list(chart.steps), list(chart.values)) == ([0, 1, 2], [10.0, 20.0, 30.0])
+    assert "sampling step" in charts.draw(chart, "x") and "optimizer step" not in charts.draw(chart, "x")
+    Page(text)
+    write_rows(run_directory / "metrics.jsonl", [{**row, "kl/window": 0.1} for row in told])
+    text = write_report(run_directory).read_text(encoding="utf-8")
+    for title in ("KL", "KL, steps with gradient", "KL, steps without gradient", "KL, by sampling step"):
+        assert f"<strong>{title}</strong>" in text
 
 
 def test_page_is_well_formed_and_ids_are_unique(run_directory):
@@ -276,6 +307,9 @@ def test_no_run_is_a_users_mistake(tmp_path):
         write_report(tmp_path)
 
 
+PATH = {"method": "draft", "grad_steps": 1, "kl_coeff": 0.0, "kl_steps": "trajectory", "kl_draws": 1}
+
+
 @pytest.mark.parametrize(
     ("objective", "said"),
     [
@@ -287,6 +321,21 @@ def test_no_run_is_a_users_mistake(tmp_path):
         ({"method": "draft", "grad_steps": "all", "kl_coeff": 0}, "gradient through all 10 sampling steps"),
         ({"method": "refl", "grad_steps": 1, "kl_coeff": 0}, "ReFL: gradient through one random late step of 10"),
         ({"method": "alignprop", "grad_steps": 1, "kl_coeff": 1}, "AlignProp with the KL term of DRaFT+"),
+        ({"method": "draft", "grad_steps": 1, "kl_coeff": 0}, "no KL term"),
+        ({**PATH, "kl_prefix_coeff": 30.0}, "DRaFT+: gradient through the last of 10 sampling steps"),
+        (
+            {**PATH, "kl_prefix_coeff": 30.0},
+            ", KL coefficient λ = 30 at 1 step without gradient, drawn anew each time, in",
+        ),
+        (
+            {**PATH, "kl_coeff": 2.0, "kl_draws": 2, "kl_weights": "path"},
+            "KL coefficients β = 2 at the steps with gradient and λ = 2 at 2 steps without, drawn anew each time, "
+            "weighted as in the KL divergence of paths, in noise space",
+        ),
+        ({**PATH, "kl_prefix_coeff": 0.0}, "DRaFT: gradient through the last of 10 sampling steps, no KL term"),
+        ({"method": "draft", "grad_steps": 1, "gate": 0.5}, "the frozen model draws the first 5 of 10 steps"),
+        ({"method": "draft", "grad_steps": "all", "gate": 0.5}, "DRaFT: gradient through the last 5 of 10 sampling"),
+        ({"method": "draft", "grad_steps": 1, "gate": 0.1}, "the frozen model draws the first of 10 steps"),
     ],
 )
 def test_method_in_words(objective, said):

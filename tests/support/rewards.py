@@ -153,6 +153,15 @@ def breakable(images: Tensor, prompts: Sequence[str]) -> Tensor:
     return redness(images, prompts)
 
 
+def held(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Redness; from its third step on, a process waits for as long as a file "hold" is in the working directory."""
+    if torch.is_grad_enabled():
+        while Path("hold").exists() and len(CALLS) >= 2:
+            time.sleep(0.05)
+        CALLS.append(len(prompts))
+    return redness(images, prompts)
+
+
 def stubborn(images: Tensor, prompts: Sequence[str]) -> Tensor:
     """`patient`, which takes as long to clean up when it is interrupted."""
     try:

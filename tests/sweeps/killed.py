@@ -3,9 +3,11 @@
 import sys
 from pathlib import Path
 
-from draftplus.sweeps import launch
+from draftplus.sweeps import local
+from draftplus.sweeps.launch import run_sweep
 from draftplus.sweeps.plan import plan_sweep
 
 if __name__ == "__main__":
-    launch.COMMAND = (sys.executable, str(Path(__file__).with_name("stand_in.py")))
-    launch.run_sweep(plan_sweep("emoji", {"seed": ["3"]}, "s", Path(sys.argv[1])))
+    local.COMMAND = (sys.executable, str(Path(__file__).with_name("stand_in.py")))
+    planned = plan_sweep("emoji", {"seed": ["3"]}, "s", Path(sys.argv[1]))
+    run_sweep(planned, local.LocalRunner(planned, None))

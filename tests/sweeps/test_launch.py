@@ -15,8 +15,8 @@ import torch
 import draftplus
 from draftplus.errors import Interrupted, UserError
 from draftplus.runs.directory import is_held, locked
-from draftplus.sweeps import launch
-from draftplus.sweeps.launch import run_sweep, slots
+from draftplus.sweeps import launch, local
+from draftplus.sweeps.local import LocalRunner, slots
 from draftplus.sweeps.manifest import STATUSES, read_manifest
 from draftplus.sweeps.plan import plan_sweep
 from tests.support.runs import fingerprint, train_here
@@ -29,12 +29,16 @@ STAND_IN = Path(__file__).with_name("stand_in.py")
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    monkeypatch.setattr(launch, "COMMAND", (sys.executable, str(STAND_IN)))
-    monkeypatch.setattr(launch, "BETWEEN_LOOKS", 0.02)
+    monkeypatch.setattr(local, "COMMAND", (sys.executable, str(STAND_IN)))
+    monkeypatch.setattr(local, "BETWEEN_LOOKS", 0.02)
 
 
 def plan(tmp_path: Path, *seeds: object, name: str = "s"):
     return plan_sweep("emoji", {"seed": [str(seed) for seed in seeds]}, name, tmp_path)
+
+
+def run_sweep(planned, jobs: int | None = None):
+    return launch.run_sweep(planned, LocalRunner(planned, jobs))
 
 
 def statuses(manifest) -> list[str]:

@@ -23,7 +23,10 @@ from draftplus.report import write_report
 from draftplus.runs.plan import plan_run
 from draftplus.sweeps.grid import written_grid
 from draftplus.sweeps.launch import run_sweep
+from draftplus.sweeps.local import LocalRunner
 from draftplus.sweeps.plan import Plan, plan_sweep
+from draftplus.sweeps.slurm import SlurmRunner
+from draftplus.sweeps.slurm_options import SlurmOptions, read_options
 from draftplus.training.dry_run import describe as _describe
 from draftplus.training.train import train as _train
 from draftplus.types import Model, Reward
@@ -216,28 +219,31 @@ def sweep(
     directory: str | Path = "sweeps",
     jobs: int | None = None,
     trust: bool = False,
+    slurm: str | None = None,
 ) -> Path:
     """Trains a grid of runs, each in a process of its own, and writes the report. Returns the sweep's directory.
 
     recipe: a recipe's name or file, or a sweep file. grid: each key's values, such as {"objective.kl_coeff": [0, 1],
     "seed": range(3)}; a value that is itself a list stands in a list of its own. What became of each run is in
     manifest.json; the same call again goes on where it was stopped. jobs: how many runs train at the same time; one on
-    each GPU, or one, unless given. trust: as for `train`.
+    each GPU, or one, unless given. trust: as for `train`. slurm: `key=value,...`; each run is a job of a Slurm cluster
+    then, as with --slurm.
 
     Raises UserError for a user's mistake, before any run starts, and Interrupted where the process is asked to stop.
     """
+    options = read_options(slurm) if slurm is not None else None
     with trusting(trust):
         planned = plan_sweep(recipe, written_grid(grid or {}, "grid"), name, Path(directory))
-    run_planned(planned, jobs)
+    run_planned(planned, jobs, options)
     return planned.directory
 
 
-def run_planned(planned: Plan, jobs: int | None = None) -> Path | None:
-    """Trains the runs of a plan that are not finished, `jobs` at a time.
+def run_planned(planned: Plan, jobs: int | None = None, slurm: SlurmOptions | None = None) -> Path | None:
+    """Trains the runs of a plan that are not finished, `jobs` at a time, here or as Slurm jobs with these options.
 
     Returns the report's path; None where no run left anything.
     """
-    manifest = run_sweep(planned, jobs)
+    manifest = run_sweep(planned, LocalRunner(planned, jobs) if slurm is None else SlurmRunner(planned, slurm, jobs))
     try:
         return write_report(planned.directory)
     except UserError:

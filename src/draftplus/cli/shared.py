@@ -15,7 +15,10 @@ LoraScale = Annotated[
 ]
 Anneal = Annotated[
     str | None,
-    typer.Option("--anneal", help="Schedule from the base model to the tuned one: linear, power:2 or step:0.6."),
+    typer.Option(
+        "--anneal",
+        help="Schedule from the base model to the tuned one, instead of a gate: linear, power:2, step:0.6, tuned.",
+    ),
 ]
 
 Trust = Annotated[

@@ -15,7 +15,8 @@ EXAMPLES = examples(
     "  draftplus sweep emoji objective.kl_coeff=0,1,10 seed=0,1,2       nine runs, then the report\n"
     "  draftplus sweep emoji lora_scale=0.25,0.5 anneal=linear          knobs, which need no training of their own\n"
     "  draftplus sweep emoji 'model.lora={rank:4,alpha:4},{rank:8,alpha:8}' optim.betas=[0.9,0.99] --dry-run\n"
-    "  draftplus sweep trade-off.yaml                                   recipe, grid and runs from a file"
+    "  draftplus sweep trade-off.yaml                                   recipe, grid and runs from a file\n"
+    "  draftplus sweep emoji seed=0,1,2 --slurm partition=gpu,time=2:00:00,gpus=1   each run is a job of a cluster"
 )
 
 
@@ -31,7 +32,17 @@ def sweep(
         ),
     ] = None,
     jobs: Annotated[
-        int | None, typer.Option("--jobs", help="Runs to train at the same time. Default: one per GPU, or one.")
+        int | None,
+        typer.Option("--jobs", help="Runs to train at the same time. Default: one per GPU, or one; with --slurm, all."),
+    ] = None,
+    slurm: Annotated[
+        str | None,
+        typer.Option(
+            "--slurm",
+            metavar="KEY=VALUE,...",
+            help="Train each run as a Slurm job with these options: partition, time, nodes, gpus, cpus, account, "
+            "grace, or any of sbatch's. An empty text leaves all to the cluster.",
+        ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list the runs, and stop.")] = False,
     trust: Trust = False,
@@ -42,17 +53,21 @@ def sweep(
     from draftplus.config import trusting
     from draftplus.sweeps.grid import parse_grid
     from draftplus.sweeps.plan import plan_sweep
+    from draftplus.sweeps.slurm_options import read_options
 
+    options = read_options(slurm) if slurm is not None else None
     with trusting(trust):
         planned = plan_sweep(recipe, parse_grid(grid or []), name)
     if dry_run:
         print("\n".join(printable(f"{run.name}  {' '.join(run.settings)}") for run in planned.runs))
         print(f"{len(planned.runs)} runs, {sum(run.steps for run in planned.runs):,} steps: {planned.directory}")
+        if options is not None:
+            print(printable(f"each is a Slurm job: sbatch {' '.join(options.flags)}"))
         return
     from draftplus import api
     from draftplus.sweeps.manifest import read_manifest
 
-    page = api.run_planned(planned, jobs)
+    page = api.run_planned(planned, jobs, options)
     manifest = read_manifest(planned.directory)
     assert manifest is not None
     failed = list(manifest.with_status("failed"))

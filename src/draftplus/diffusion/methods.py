@@ -246,6 +246,11 @@ def check_method(config: Config, total: int) -> None:
             f"objective.grad_steps is {k}, but sampler.steps is {total}; set objective.grad_steps to at most {total}, "
             "or all"
         )
+    if config.objective.kl_prefix_coeff and config.objective.kl_steps != "trajectory":
+        raise UserError(
+            f"objective.kl_prefix_coeff is {config.objective.kl_prefix_coeff:g}, but objective.kl_steps="
+            f"{config.objective.kl_steps} looks at no step without gradient; set objective.kl_steps=trajectory"
+        )
     _check_gate(config, total)
     METHODS[name].check(config, total)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,8 +22,9 @@ from draftplus.models.lora_files import LORA_FILE, lora_file, read_lora
 from draftplus.weights import first_line, read_state_dict
 
 DENOISER_FILES = "diffusion_pytorch_model{suffix}.safetensors"  # the names that diffusers loads
+DENOISER_INDEX = "diffusion_pytorch_model.safetensors.index.json"
 LARGEST_FILE = "10GB"
-GATE = "draftplus.gate"  # in a file's header, which other programs pass over
+GATE = "draftplus.gate"  # in a file's header, or the index of several files; other programs pass over it
 
 
 class Tuned:
@@ -146,7 +148,8 @@ class Tuned:
             self._encoders_now = (self._encoders_now[0] + 1, 1.0, True)
         elif (directory / "config.json").is_file():
             weights = _denoiser_weights(directory)
-            self.gate = gate_of(sorted(directory.glob("*.safetensors"))[0])
+            index = directory / DENOISER_INDEX  # of several files, whose headers do not say it
+            self.gate = gate_of(index if index.is_file() else sorted(directory.glob("*.safetensors"))[0])
             self.frozen = self.frozen or copy.deepcopy(self.denoiser)
             self.denoiser.to(torch.promote_types(torch.float32, self.denoiser.dtype))  # tuned weights are not rounded
             try:
@@ -191,21 +194,32 @@ def make_tuned(
 
 
 def gate_of(file: Path) -> float:
-    """The gate that the weights of a file were trained with; 0 without one.
+    """The gate that the weights of a file, or of the files of an index, were trained with; 0 without one.
 
     Raises UserError for a value that is none.
     """
-    if file.suffix != ".safetensors":
+    if file.name == DENOISER_INDEX:
+        text = _index_metadata(file).get(GATE, "0")
+    elif file.suffix == ".safetensors":
+        with safe_open(file, "pt") as opened:
+            text = (opened.metadata() or {}).get(GATE, "0")
+    else:
         return 0.0
-    with safe_open(file, "pt") as opened:
-        text = (opened.metadata() or {}).get(GATE, "0")
     try:
         gate = float(text)
-    except ValueError:
+    except (TypeError, ValueError):
         gate = -1.0
     if not 0 <= gate < 1:
         raise UserError(f"{file}: {GATE} in its header is {text!r}; it must be a fraction from 0 up to 1")
     return gate
+
+
+def _index_metadata(index: Path) -> Mapping[str, Any]:
+    try:
+        told = json.loads(index.read_text(encoding="utf-8"))["metadata"]
+    except (ValueError, KeyError, TypeError):
+        return {}
+    return told if isinstance(told, dict) else {}
 
 
 def _denoiser_weights(directory: Path) -> dict[str, Tensor]:

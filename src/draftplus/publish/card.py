@@ -18,7 +18,7 @@ from draftplus.metrics.intervals import mean_over_images
 from draftplus.models.families import MODELS
 from draftplus.models.loading import is_single_file
 from draftplus.models.scheduler_file import differs_from_stock, scheduler_config
-from draftplus.publish.usage import elsewhere, family_of, is_local, pipeline_of, public, snippet
+from draftplus.publish.usage import elsewhere, family_of, gate_of, is_local, pipeline_of, public, snippet
 from draftplus.report.read import Run
 from draftplus.report.summary import gain_between, held_out_rewards
 from draftplus.report.wording import method_in_words, setting, show, show_gain
@@ -180,6 +180,18 @@ def _mean(held: HeldOut | None, name: str) -> str:
 
 def _notes(config: Config, form: str, told: dict[str, Any]) -> str:
     notes = []
+    gate, steps = gate_of(config), config.sampler.steps
+    if gate and form == "merged":
+        notes.append(
+            f"The run's pictures above have a gate: the base model drew the first {gate} of {steps} steps. A merged "
+            "model has none, and draws other pictures; the format diffusers keeps base model and tuning apart."
+        )
+    elif gate:
+        notes.append(
+            f"The base model draws the first {gate} of {steps} steps, as in training (`objective.gate`). Without the "
+            "callback, what was tuned acts at every step, and the pictures differ from those above. `draftplus` reads "
+            "the gate in the file itself."
+        )
     replaced = [f"`model.{key}={public(getattr(config.model, key))}`" for key in ("denoiser", "vae")
                 if getattr(config.model, key)]  # fmt: skip
     if replaced and form != "merged":

@@ -9,6 +9,7 @@ from typing import Any
 
 from draftplus.config import Config, ModelConfig, SamplerConfig
 from draftplus.diffusion.levels import LINEAR
+from draftplus.diffusion.methods import gated_steps
 from draftplus.diffusion.schedule import is_flow
 from draftplus.errors import UserError
 from draftplus.models.families import FAMILIES, MODELS, Family, index_of
@@ -77,10 +78,11 @@ def stock_scheduler(config: Config, file: Mapping[str, Any]) -> Any:
 def snippet(config: Config, form: str, lora: bool, file: str, dtype: str | None, prompt: str) -> str:
     """Python that draws a picture of the prompt with stock diffusers, run beside the exported files.
 
-    file: of the adapter. dtype: of merged weights.
+    file: of the adapter. dtype: of merged weights, which follow no gate.
     """
     pipeline, family, scheduler = pipeline_of(config.model), family_of(config.model), _scheduler(config)
     whole = form == "diffusers" and not lora
+    gate = 0 if form == "merged" else gate_of(config)
     classes = [scheduler[0]] if scheduler and form != "merged" else []
     classes += [pipeline, *([family.denoiser] if whole else [])]
     lines = ["import numpy"] if config.sampler.spacing == LINEAR else []
@@ -109,7 +111,9 @@ def snippet(config: Config, form: str, lora: bool, file: str, dtype: str | None,
         for name, told_of in _index(model).items():
             if told_of == [None, None] and name.startswith(("text_encoder", "tokenizer")):
                 given += f", {name}=None"
-        part = f", {family.component}={family.denoiser}.from_pretrained(here)" if whole else ""
+        tuned = f"{family.denoiser}.from_pretrained(here)"
+        part = f", {family.component}={tuned}" if whole and not gate else ""
+        lines += [f"tuned = {tuned}"] if whole and gate else []
         lines.append(f"pipeline = {pipeline}.{load}(base{given}{part})")
         if scheduler:
             mended = "".join(f", {key}={value!r}" for key, value in scheduler[1].items())
@@ -118,7 +122,35 @@ def snippet(config: Config, form: str, lora: bool, file: str, dtype: str | None,
             lines.append(f'pipeline.load_lora_weights(here, weight_name="{file}")')
     if config.model.vae_tiling:
         lines.append("pipeline.vae.enable_tiling()")
-    return "\n".join([*lines, "image = pipeline(", *(f"    {one}," for one in _call(config, prompt)), ").images[0]"])
+    call = _call(config, prompt)
+    if gate:
+        lines += _gated(gate, config, family.component if whole else None)
+        call.append("callback_on_step_end=switch")
+    return "\n".join([*lines, "image = pipeline(", *(f"    {one}," for one in call), ").images[0]"])
+
+
+def gate_of(config: Config) -> int:
+    """How many of a run's sampling steps the base model draws."""
+    gate, steps = config.objective.gate, config.sampler.steps
+    return gated_steps(gate, steps) if gate and steps else 0
+
+
+def _gated(gate: int, config: Config, component: str | None) -> list[str]:
+    """Lines that let the base model draw the first steps. component: what was tuned as a whole; None: there is LoRA."""
+    base, tuned = "pipeline.disable_lora()", "pipeline.enable_lora()"
+    first = "the first step" if gate == 1 else f"the first {gate} steps"
+    lines = [f"# the base model draws {first} of {config.sampler.steps}; say so before every picture", base]
+    if component is not None:
+        tuned = f"pipeline.{component} = tuned"
+        lines = [f"base_{component} = pipeline.{component}", lines[0], f"pipeline.{component} = base_{component}"]
+    return [
+        "", *lines, "", "",
+        "def switch(pipeline, step, timestep, tensors):",
+        f"    if step == {gate - 1}:  # counted from 0, and done",
+        f"        {tuned}",
+        "    return tensors",
+        "", "",
+    ]  # fmt: skip
 
 
 def _call(config: Config, prompt: str) -> list[str]:
@@ -151,6 +183,7 @@ def elsewhere(config: Config, form: str, lora: bool, file: str) -> str:
         settings += f", the model's own shift{_levels(sampler)}"
     if sampler.negative_prompt:
         settings += f", negative prompt “{sampler.negative_prompt}”"
+    settings += _gate_elsewhere(config, form)
     if form == "kohya":
         word = file.removesuffix(".safetensors")
         return (
@@ -173,6 +206,21 @@ def elsewhere(config: Config, form: str, lora: bool, file: str) -> str:
     return (
         f"ComfyUI, AUTOMATIC1111 and programs like them want {wanted}: `draftplus export … --format {other}`. "
         f"{settings}."
+    )
+
+
+def _gate_elsewhere(config: Config, form: str) -> str:
+    gate, steps = gate_of(config), config.sampler.steps
+    if not gate:
+        return ""
+    tuned = "the merged weights draw" if form == "merged" else "the tuned weights draw"
+    told = f". These programs know of no gate: with them {tuned} all {steps} steps, and other pictures than those above"
+    if form != "kohya":
+        return told
+    return (
+        f"{told}. In ComfyUI two nodes *KSampler (Advanced)* in a row follow it: the first with the base model, "
+        f"`start_at_step` 0, `end_at_step` {gate} and `return_with_leftover_noise` enabled, the second with the LoRA, "
+        f"`add_noise` disabled and `start_at_step` {gate}"
     )
 
 

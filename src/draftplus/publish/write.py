@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from draftplus.build import build_model, quiet_libraries
 from draftplus.config import Config
-from draftplus.errors import UserError
+from draftplus.errors import UserError, notice
 from draftplus.models.lora_files import LORA_FILE, read_lora
 from draftplus.models.stored import stored_dtype
+from draftplus.models.tuned import GATE
 from draftplus.publish.card import files_of_export, write_card
-from draftplus.publish.usage import pipeline_of, stock_scheduler
+from draftplus.publish.usage import gate_of, pipeline_of, stock_scheduler
 from draftplus.report.read import Run, read_run
 from draftplus.runs.checksums import files_hash
 from draftplus.runs.directory import is_run, saved_steps, step_name
@@ -66,6 +67,12 @@ def export_run(target: str, form: str = "diffusers", output: Path | None = None)
     with whole_directory(directory) as building:
         told = FORMATS[form](what, building)
         write_card(building, form, what.run, what.config, step, what.label, what.is_lora, told)
+    gate, steps = gate_of(what.config), what.config.sampler.steps
+    if gate and form in NO_GATE:
+        notice(
+            f"the format {form} has no gate: {NO_GATE[form]} all {steps} sampling steps, where in {what.label} the "
+            f"base model draws the first {gate}; README.md tells of it"
+        )
     return directory
 
 
@@ -118,6 +125,7 @@ def _kohya(what: Export, directory: Path) -> dict[str, Any]:
     state = load_file(what.adapter / LORA_FILE)
     ranks = {tensor.shape[0] for name, tensor in state.items() if "lora_A" in name}
     header = {"format": "pt", "ss_network_module": "networks.lora", "ss_output_name": what.label}
+    header |= {GATE: repr(what.config.objective.gate)} if what.config.objective.gate else {}  # draftplus reads it
     header |= {"ss_network_dim": str(max(ranks)), "ss_network_alpha": str(max(ranks))}
     widths = {tensor.shape[1] for name, tensor in state.items() if name.endswith("attn2.to_k.lora_A.weight")}
     if pipeline == "StableDiffusionXLPipeline":  # AUTOMATIC1111 and Forge list a file only beside models of its version
@@ -150,6 +158,8 @@ def _merged(what: Export, directory: Path) -> dict[str, Any]:
     return {"dtype": name}
 
 
+# the formats that cannot say that the base model draws the first steps, and what is done instead
+NO_GATE = {"kohya": "other programs than draftplus draw with the adapter in", "merged": "its tuned weights draw"}
 FORMATS: Mapping[str, Callable[[Export, Path], dict[str, Any]]] = {
     "diffusers": _diffusers,
     "kohya": _kohya,

@@ -53,7 +53,7 @@ STYLE = {
 
 @dataclass(frozen=True)
 class Chart:
-    """One curve over optimizer steps.
+    """One curve over optimizer steps, or over what `axis` says.
 
     values: NaN and infinity leave a gap. errors: half-lengths of error bars. smoothed: a second, bolder curve over
     the same steps. level: a dashed horizontal line, with its label. markers: dots at the points. from_zero: the axis
@@ -72,6 +72,7 @@ class Chart:
     from_zero: bool = False
     best: int | None = None
     stopped: int | None = None
+    axis: str = "optimizer step"
 
 
 def draw(chart: Chart, prefix: str) -> str:
@@ -105,7 +106,7 @@ def draw(chart: Chart, prefix: str) -> str:
         widen(axes)
         if chart.from_zero:
             axes.set_ylim(0, 1.2 * float(np.nanmax(values)) or 1)
-        axes.set_xlabel("optimizer step")
+        axes.set_xlabel(chart.axis)
         axes.spines["left"].set_visible(False)
         buffer = io.StringIO()
         figure.savefig(

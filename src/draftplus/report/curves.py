@@ -7,10 +7,14 @@ from collections.abc import Sequence
 from html import escape
 
 from draftplus.config import flatten
+from draftplus.diffusion.methods import gated_steps
+from draftplus.diffusion.regularisers import PREFIX, WINDOW
 from draftplus.report import summary
 from draftplus.report.charts import Chart, draw
 from draftplus.report.read import Run
 from draftplus.runs.rows import reward_key, reward_names
+
+STEP = "kl/step/"  # before a sampling step, in the key of the two models' distance there
 
 
 def curves(run: Run) -> str:
@@ -89,7 +93,47 @@ def _start(steps: Sequence[int], values: Sequence[float]) -> tuple[float, str]:
 def _kl(run: Run) -> list[Chart]:
     if not any(summary.series(run, "kl")[1]):  # without the term it is not evaluated
         return []
-    return curve(run, "kl", "KL", "Distance from the frozen model's prediction, over the steps that carry gradient.")
+    whole = "Distance from the frozen model's prediction, over the steps that carry gradient."
+    if not any(PREFIX in row for row in run.steps):
+        return curve(run, "kl", "KL", whole)
+    parts = [
+        ("kl", "KL", "Distance from the frozen model's prediction: the sum of the parts below, without coefficients."),
+        (WINDOW, "KL, steps with gradient", whole),
+        (PREFIX, "KL, steps without gradient", "At the steps that were drawn, weighted as in the loss, without λ."),
+    ]
+    there = [part for part in parts if any(summary.series(run, part[0])[1])]
+    if len(there) == 2:  # the sum is its only part
+        there = there[1:]
+    return [*(chart for part in there for chart in curve(run, *part)), *_distances(run)]
+
+
+def _distances(run: Run) -> list[Chart]:
+    """How far apart the two models are at each sampling step, by what training saw of them towards its end."""
+    late = run.steps[-max(1, len(run.steps) // 3) :]
+    seen: dict[int, list[float]] = {}
+    for row in late:
+        for key, value in row.items():
+            known = summary.number(value)
+            if (
+                key.startswith(STEP)
+                and key.removeprefix(STEP).isdecimal()
+                and known is not None
+                and math.isfinite(known)
+            ):
+                seen.setdefault(int(key.removeprefix(STEP)), []).append(known)
+    if not seen:
+        return []
+    steps = sorted(seen)
+    values = [sum(seen[step]) / len(seen[step]) for step in steps]
+    total, flat = len(run.steps), flatten(run.config)
+    note = (
+        f"Mean over the last third of training (steps {total - len(late) + 1} to {total}) of the squared difference of "
+        "the two models' predictions, where they were compared; 0 is pure noise."
+    )
+    gate, sampled = flat.get("objective.gate") or 0, flat.get("sampler.steps")
+    if gate and isinstance(sampled, int) and (first := gated_steps(gate, sampled)):
+        note += f" The frozen model draws the first {first}: there the tuned one would differ so much, if it drew them."
+    return [Chart("KL, by sampling step", note, steps, values, markers=True, from_zero=True, axis="sampling step")]
 
 
 def _diversity(run: Run) -> list[Chart]:

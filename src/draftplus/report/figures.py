@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -76,9 +77,10 @@ def _name_coefficients(axes: Axes, ink: Ink, numbers: Numbering, figures: Figure
 
             right, up = max(((1, 1), (-1, -1), (1, -1), (-1, 1)), key=room)
             axes.annotate(
-                f"β = {point.x:g}", (at.value, point.lpips.value), xytext=(8 * right, 6 * up), fontsize=8.5,
-                textcoords="offset points", color=ink.muted, zorder=6, gid=f"line-{numbers.series[series.name]}",
-                ha="left" if right > 0 else "right", va="bottom" if up > 0 else "top",
+                f"{point.symbol} = {point.x:g}", (at.value, point.lpips.value), xytext=(8 * right, 6 * up),
+                fontsize=8.5, textcoords="offset points", color=ink.muted, zorder=6,
+                gid=f"line-{numbers.series[series.name]}", ha="left" if right > 0 else "right",
+                va="bottom" if up > 0 else "top",
             )  # fmt: skip
 
 
@@ -135,17 +137,26 @@ def _mark(
 def against_kl(figures: Figures, reward: str | None, looks: Mapping[str, Look], numbers: Numbering) -> Drawing | None:
     """Diversity (reward None) or a reward against the KL coefficient, 0 included; None with fewer than two of them."""
     lines = [s for s in figures.series if s.kind == FINAL and any(p.x > 0 for p in s.points)]
-    coefficients = sorted({point.x for series in lines for point in series.path()})
+
+    def over(series: Series, point: Point) -> float:
+        return 0.0 if point is series.start else point.x
+
+    coefficients = sorted({over(series, point) for series in lines for point in series.path()})
     if len(coefficients) < 2:
         return None
     place = _places(coefficients)
+    starts = {series.start.series for series in lines if series.start is not None}
+    without = "DRaFT" if all(name.startswith("DRaFT-") for name in starts) else "the method without"
+
+    def across(series: Series, point: Point) -> Mean:
+        return Mean(place[over(series, point)])
 
     def up(point: Point) -> Mean | None:
         return point.lpips if reward is None else point.reward(reward)
 
     def paint(axes: Axes, ink: Ink) -> None:
         for series in lines:
-            _line(axes, ink, looks[series.name], numbers, series, lambda p: Mean(place[p.x]), up)
+            _line(axes, ink, looks[series.name], numbers, series, partial(across, series), up)
             if series.start is not None and (at := up(series.start)) is not None:
                 start = series.start
                 own, gid = looks[start.series], f"line-{numbers.series[start.series]}"
@@ -160,7 +171,8 @@ def against_kl(figures: Figures, reward: str | None, looks: Mapping[str, Look], 
                 )  # fmt: skip
         shown = coefficients if len(coefficients) <= 9 else coefficients[:: -(-len(coefficients) // 9)]
         axes.set_xticks([place[one] for one in shown], [f"{one:g}" for one in shown])
-        axes.set_xlabel("KL coefficient β (logarithmic; 0 is DRaFT)" if 0 in place else "KL coefficient β")
+        symbols = " or ".join(sorted({point.symbol for series in lines for point in series.points}))
+        axes.set_xlabel(f"KL coefficient {symbols}{f' (logarithmic; 0 is {without})' if 0 in place else ''}")
         axes.set_ylabel("diversity, mean LPIPS" if reward is None else f"held-out reward, {reward}")
         axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10], min_n_ticks=3))
         axes.margins(0.05, 0.14)

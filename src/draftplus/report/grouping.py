@@ -21,12 +21,13 @@ from draftplus.config import (
     to_dict,
 )
 from draftplus.report.read import Run
-from draftplus.report.wording import method_label, setting
+from draftplus.report.wording import kl_coefficients, method_label, setting
 
 # keys of how a run is watched and stored, which change nothing of what it becomes
 BESIDE = keys_that_affect("conduct", "record")
 MISSING = "no such key"  # null is a value of its own
 OF_MODEL = keys_where(lambda facts: facts.of_model)  # no run has their defaults, which are null
+WEIGHTED = {"noise_level": "noise level", "path": "divergence"}  # values of objective.kl_weights
 METHOD_KEYS = keys_where(lambda facts: facts.in_method_name)
 
 
@@ -35,7 +36,8 @@ class Group:
     """Runs that differ in nothing but their seed, one of each.
 
     short: those that did not get as far as the others, and copies: those whose seed another has; both are left out.
-    plain: the method's name at a KL coefficient of 0.
+    kl_coeff: the coefficient that its method's line is over, called `symbol`: β of the steps with gradient, or λ of the
+    others. plain: the method's name at a coefficient of 0; plain_coeff: the coefficient that it then has of its own.
     """
 
     method: str
@@ -44,11 +46,13 @@ class Group:
     short: list[Run] = field(default_factory=list)
     copies: list[Run] = field(default_factory=list)
     plain: str = ""
+    plain_coeff: float = 0.0
+    symbol: str = "β"
 
     @property
     def label(self) -> str:
         """The method, with its KL coefficient where it has one."""
-        return f"{self.method}, β = {self.kl_coeff:g}" if self.kl_coeff > 0 else self.method
+        return f"{self.method}, {self.symbol} = {self.kl_coeff:g}" if self.kl_coeff > 0 else self.method
 
 
 @dataclass
@@ -116,7 +120,8 @@ def differing_keys(runs: Sequence[Run]) -> list[str]:
 def method_name(flat: dict[str, Any]) -> str:
     """The method's name as the papers write it, such as DRaFT-2 or DRaFT+."""
     method, k = str(flat.get("objective.method")), flat.get("objective.grad_steps")
-    steps, with_kl = flat.get("sampler.steps"), (flat.get("objective.kl_coeff") or 0) > 0
+    steps, (window, prefix) = flat.get("sampler.steps"), kl_coefficients(flat)
+    with_kl = window > 0 or prefix > 0
     name = method_label(method)
     if method != "draft":
         name += " with KL" if with_kl else ""
@@ -124,9 +129,14 @@ def method_name(flat: dict[str, Any]) -> str:
         name = "DRaFT+" if k == 1 else f"DRaFT+ (K = {k})"
     else:
         name = "DRaFT" if k in ("all", steps) else f"DRaFT-{k}"
-    if with_kl and flat.get("objective.kl_space") == "x0":
-        name += " in x0 space"
-    return name
+    if prefix > 0:
+        tied = flat.get("objective.kl_prefix_coeff") is None
+        name += " on the whole path" if tied else " on the path" + (f" (β = {window:g})" if window > 0 else "")
+        name += f" weighted by {WEIGHTED[weights]}" if (weights := flat.get("objective.kl_weights")) in WEIGHTED else ""
+    if with_kl and flat.get("objective.kl_space") in ("x0", "velocity"):
+        name += f" in {flat['objective.kl_space']} space"
+    gate = flat.get("objective.gate") or 0
+    return f"{name}, gate {gate:g}" if gate else name
 
 
 def _groups(runs: Sequence[Run]) -> list[Group]:
@@ -141,15 +151,24 @@ def _groups(runs: Sequence[Run]) -> list[Group]:
         names = _names(members, keys)
         for run in members:
             flat, more = settings_of(run), names[id(run)]
-            kl = float(flat.get("objective.kl_coeff") or 0)
-            plain = ", ".join([method_name({**flat, "objective.kl_coeff": 0}), *more])
+            kl, key, rest, symbol = _coefficient(flat)
+            plain = ", ".join([method_name({**flat, key: 0}), *more])
             identity = json.dumps([method, kl, [flat.get(key, MISSING) for key in keys]], sort_keys=True, default=str)
-            groups.setdefault(identity, Group(", ".join([method, *more]), kl, [], plain=plain)).runs.append(run)
+            made = Group(", ".join([method, *more]), kl, [], plain=plain, plain_coeff=rest, symbol=symbol)
+            groups.setdefault(identity, made).runs.append(run)
     told = sorted(groups.values(), key=lambda group: (_order(group.method), group.method, group.kl_coeff))
     for group in told:
         _set_short_aside(group)
         _set_copies_aside(group)
     return told
+
+
+def _coefficient(flat: Mapping[str, Any]) -> tuple[float, str, float, str]:
+    """The KL coefficient that a run's line is over, its key, the one that is left where it is 0, and its symbol."""
+    window, prefix = kl_coefficients(flat)
+    if prefix > 0 and flat.get("objective.kl_prefix_coeff") is not None:
+        return float(prefix), "objective.kl_prefix_coeff", float(window), "λ"
+    return float(window), "objective.kl_coeff", 0.0, "β"
 
 
 def _names(runs: Sequence[Run], keys: Sequence[str]) -> dict[int, list[str]]:
@@ -194,7 +213,10 @@ def _told(
 
 def _order(method: str) -> int:
     names = ("DRaFT-1", "DRaFT", "DRaFT-LV", "DRaFT+", "DDPO")
-    return next((i for i, name in enumerate(names) if method.partition(",")[0] == name), 1 if "DRaFT-" in method else 9)
+    name = method.partition(",")[0]
+    if name.startswith("DRaFT+"):
+        return names.index("DRaFT+")
+    return names.index(name) if name in names else 1 if "DRaFT-" in method else 9
 
 
 def last_step(run: Run) -> int:

@@ -152,7 +152,9 @@ def _cell(
 
 
 def _broken(label: str) -> str:
-    return "<br>".join(escape(part).replace("β = ", "β&nbsp;=&nbsp;") for part in label.split(", "))
+    return "<br>".join(
+        escape(part).replace("β = ", "β&nbsp;=&nbsp;").replace("λ = ", "λ&nbsp;=&nbsp;") for part in label.split(", ")
+    )
 
 
 def _text(prompts: Sequence[str], index: int) -> str:

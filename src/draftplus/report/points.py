@@ -30,7 +30,7 @@ FINAL, EARLY, SCALE, ANNEAL, EVALUATED = "final", "early", "scale", "anneal", "e
 
 @dataclass(frozen=True)
 class Point:
-    """One setting. x: its value on the axis of its kind (KL coefficient, step or scale)."""
+    """One setting. x: its value on the axis of its kind (KL coefficient, step or scale). symbol: of the coefficient."""
 
     series: str
     label: str
@@ -40,6 +40,7 @@ class Point:
     step: int | None = None
     x: float = 0.0
     source: str = ""
+    symbol: str = "β"
 
     def reward(self, name: str) -> Mean | None:
         """A reward's mean, where it was measured."""
@@ -171,7 +172,10 @@ def _base_label(run: Run, others: Sequence[Run]) -> str:
 
 
 def _final(groups: Sequence[Group], base: Point | None) -> list[Series]:
-    """A line for each method, over its KL coefficients; DRaFT+ begins at DRaFT, which is its coefficient 0."""
+    """A line for each method, over its KL coefficients; DRaFT+ begins at DRaFT, which is its coefficient 0.
+
+    On the path it begins at the method without that part of the term, whose own coefficient β may be any.
+    """
     told: dict[str, Series] = {}
     of: dict[str, list[Group]] = {}
     for group in groups:
@@ -181,11 +185,14 @@ def _final(groups: Sequence[Group], base: Point | None) -> list[Series]:
             continue
         point = _point(group.method, group.label, rows, group.kl_coeff, max(last_step(run) for run, _ in rows))
         if point is not None:
+            point = replace(point, symbol=group.symbol)
             told.setdefault(group.method, Series(group.method, FINAL, group.method)).points.append(point)
     for name, series in told.items():
-        plain = of[name][0].plain
-        if plain != name and len(of.get(plain, ())) == 1 and plain in told and _alike(of[plain][0], of[name][0]):
-            series.start = told[plain].points[0]
+        first = of[name][0]
+        begin = [one for one in of.get(first.plain, ()) if one.kl_coeff == first.plain_coeff]
+        if first.plain != name and len(begin) == 1 and first.plain in told and _alike(begin[0], first):
+            at = [point for point in told[first.plain].points if point.x == first.plain_coeff]
+            series.start = at[0] if at else None
         series.points.sort(key=lambda point: point.x)
     return list(told.values())
 

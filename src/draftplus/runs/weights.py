@@ -37,6 +37,7 @@ def find_weights(target: str, overrides: Sequence[str] = (), code: Collection[st
     Raises UserError for a step that was not saved, and for code of a run that is not trusted.
     """
     refuse_nobodys_home("target", target)
+    _refuse_gate(overrides)
     path, sign, at = parted(target)
     if not is_run(path):
         if sign:
@@ -78,6 +79,15 @@ def intact(adapter: Path) -> Path:
         others = "the same draftplus train command writes adapter/ again, and RUN@step names the weights of a step"
         raise UserError(f"{adapter}: damaged ({error}); use other weights: {others}") from None
     return adapter
+
+
+def _refuse_gate(overrides: Sequence[str]) -> None:
+    """UserError for a gate beside a target, whose weights have their own."""
+    if any(one.partition("=")[0].strip() == "objective.gate" for one in overrides):
+        raise UserError(
+            "objective.gate is set in training, and trained weights remember theirs; to sample them otherwise, use "
+            "--anneal tuned for no gate, or --anneal step:F for one at the fraction F"
+        )
 
 
 def _refuse_missing(target: str) -> None:

@@ -33,10 +33,16 @@ def describe(config: Config, run: Path) -> str:
         began = time.perf_counter()
         task.step(state, nullcontext)
         seconds = time.perf_counter() - began
+        uses = config.train.prefix_cache.uses
+        if uses > 1:  # the same start noises once more
+            began = time.perf_counter()
+            task.step(state, nullcontext)
+            seconds = (seconds + (uses - 1) * (time.perf_counter() - began)) / uses
     setup, held_out, sampler = task.setup, task.held_out, task.setup.problem.sampler
     doubled = sampler.model.doubles(sampler.negative_prompt, sampler.guidance_scale)
-    uses, gate = config.train.prefix_cache.uses, sampler.gate
+    gate, total = sampler.gate, len(sampler.schedule)
     plain, graded, frozen = passes(setup.problem, config.seed)
+    saved = f", once for {uses} uses of a start noise: {plain - gate} passes without gradient at the others"
     parameters = sum(parameter.numel() for parameter in task.parameters.values())
     evaluations = 1 + -(-task.total // config.eval.every) + sum("checkpoint" not in one for one in config.eval.variants)
     images = len(held_out.prompts) * held_out.images_per_prompt
@@ -58,8 +64,8 @@ def describe(config: Config, run: Path) -> str:
             + (", each doubled by guidance" if doubled else ""),
             *(
                 [
-                    f"gate                  the frozen model draws the first {gate} of {len(sampler.schedule)} steps"
-                    + (f", once for {uses} uses of a start noise" if uses > 1 else "")
+                    f"gate                  the frozen model draws the first {gate} of {total} steps"
+                    + (saved if uses > 1 else "")
                 ]
                 if gate
                 else []
@@ -99,7 +105,10 @@ def describe_reward(config: RewardTrainConfig, run: Path) -> str:
 
 
 def passes(problem: Problem, seed: int) -> tuple[int, int, int]:
-    """Passes of the denoiser for one image of a step: without gradient, with gradient, and of the frozen model."""
+    """Passes of the denoiser for one image of a step: without gradient, with gradient, and of the frozen model.
+
+    Those without gradient draw the image, before the gate by the frozen model. The last are those of regularisers.
+    """
     objective, schedule = problem.objective, problem.sampler.schedule
     method, planned = METHODS[objective.method], plan(objective, schedule, seed, 0)
     window, end = planned.window, len(schedule) if planned.window.x0_at is None else planned.window.x0_at + 1
@@ -107,8 +116,11 @@ def passes(problem: Problem, seed: int) -> tuple[int, int, int]:
     within = {step for step in planned.keep if step < end}  # evaluated once more for a regulariser
     repeats = method.repeats(objective)
     graded = repeats * (len(window.steps) + copies + len(within))
-    # each regulariser looks at copies too, which are of a window's step
-    frozen = repeats * sum(len({*steps} & {*window.steps, *within}) + copies for steps in planned.looks.values())
+    looked = {*window.steps, *within}
+    frozen = repeats * sum(
+        len(looked.intersection(steps)) + copies * (window.steps[-1] in steps)  # copies are of the window's step
+        for steps in planned.looks.values()
+    )
     return end - len(window.steps) if method.differentiates else end, graded, frozen
 
 

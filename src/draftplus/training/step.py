@@ -210,7 +210,7 @@ def what_overflowed(setup: Setup, step: int) -> str | None:
     conditioning = problem.model.encode(share.prompts)
     for rows in chunks(len(share), setup.micro):
         noise, watch = setup.noise(step, share.indices[rows]), Watch()
-        denoise = watch.over(sampler.denoiser(conditioning.rows(rows)))
+        denoise = watch.over(sampler.drawing(conditioning.rows(rows)))
         start, fresh = sampler.start(noise("x_T", 0)), partial(noise, "solver")
         latents = sample(denoise, start, sampler.schedule, sampler.solver, noise=fresh).latents
         try:
