@@ -18,8 +18,9 @@ from benchmarks.gpu import settings
 from benchmarks.memory import conv2d
 from benchmarks.shapes import SHAPES, build, clip_h
 from draftplus.build import build_problem, quiet_libraries
-from draftplus.planning.measure import Memory, Subject, measure
+from draftplus.planning.measure import Memory, measure
 from draftplus.planning.meter import META
+from draftplus.planning.subject import Subject
 
 
 def planned(name: str, size: int, checkpointing: bool, kl: float) -> Memory:

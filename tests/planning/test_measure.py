@@ -16,8 +16,9 @@ from draftplus.data.batches import Batch
 from draftplus.diffusion.objectives import plan
 from draftplus.diffusion.sampler import Rollout
 from draftplus.distributed import World
-from draftplus.planning.measure import Memory, measure, subject
+from draftplus.planning.measure import Memory, measure
 from draftplus.planning.meter import Meter, storages
+from draftplus.planning.subject import subject
 from draftplus.rewards.clip import load_emoji_clip
 from draftplus.runs.plan import plan_run
 from draftplus.training.placement import Replicated

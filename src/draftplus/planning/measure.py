@@ -8,9 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from draftplus.build import build_model, build_problem, refuse_unknown_reward
 from draftplus.config import Config
 from draftplus.data.batches import Batch
 from draftplus.diffusion.methods import METHODS
@@ -19,32 +18,16 @@ from draftplus.diffusion.problem import Problem, StepPlan
 from draftplus.diffusion.sampler import Rollout, sample
 from draftplus.distributed import World
 from draftplus.evaluation.chunks import SAMPLING_BATCH
-from draftplus.models.bare import Encoder
 from draftplus.planning.meter import META, Meter, counting, storages
-from draftplus.planning.rewards import Uncounted, bare_reward
-from draftplus.rewards.offloaded import networks_of
+from draftplus.planning.subject import Subject, networks_by_part, tensors_of
 from draftplus.training.ddpo import ddpo_step
 from draftplus.training.placement import Replicated
 from draftplus.training.state import State, initial_state
 from draftplus.training.step import Setup, precisely, tail
 from draftplus.training.update import update
-from draftplus.types import Model, Reward, Scorer, Scores
+from draftplus.types import Scorer, Scores
 
 MOST_GRADED = 4  # steps of a window that are taken; what each further one adds is that of the last of these
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A run without weights. rewards: by name, those that are trained on and those that are held out."""
-
-    config: Config
-    model: Model
-    rewards: Mapping[str, Reward]
-    problem: Problem
-
-    @property
-    def uncounted(self) -> list[str]:
-        return [name for name, reward in self.rewards.items() if isinstance(reward, Uncounted)]
 
 
 @dataclass(frozen=True)
@@ -71,23 +54,6 @@ class Memory:
         return max(self.phases, key=lambda phase: self.phases[phase])
 
 
-def subject(config: Config) -> Subject:
-    """The run of a configuration, without weights.
-
-    Raises UserError for what does not fit together, as training does.
-    """
-    differentiates = METHODS[config.objective.method].differentiates
-    named = {**config.eval.rewards, **config.reward}
-    for name in named:
-        refuse_unknown_reward(name)
-    # where networks lie is reckoned here, not moved
-    model = build_model(replace(config.model, offload=False), META, config.seed)
-    with counting():
-        model.encode([None])  # which makes the encoders
-    rewards = {name: bare_reward(name, one, differentiates) for name, one in named.items()}
-    return Subject(config, model, rewards, build_problem(config, model, rewards))
-
-
 class _Imagined(World):
     """One of several processes, whose sums are its own."""
 
@@ -105,7 +71,7 @@ def measure(run: Subject, micro: int, share: int, prompt: str, ranks: int = 1) -
     """
     config, model = run.config, run.model
     tuned: Any = model.tuned
-    networks = _networks(run)
+    networks = networks_by_part(run)
     weights = {part: storages(found) for part, found in networks.items()}
     parameters = tuned.trainable()
     adapters = sum(one.nbytes for one in parameters.values()) if tuned.frozen is None else 0
@@ -115,7 +81,7 @@ def measure(run: Subject, micro: int, share: int, prompt: str, ranks: int = 1) -
     batch = min(share, config.train.sampling_batch_size or _sampling_batch(config, micro))
     setup = _setup(run, micro, micro, prompt, ranks)
     with counting() as meter:
-        base = meter.hold(_tensors(networks))
+        base = meter.hold(tensors_of(networks))
         state = initial_state(parameters, config.optim)
         average = meter.now - base
         sampling = _sampling(meter, run.problem, setup, batch)
@@ -168,32 +134,6 @@ def _away(run: Subject, weights: Mapping[str, int]) -> int:
 
 def _sampling_batch(config: Config, micro: int) -> int:
     return SAMPLING_BATCH if METHODS[config.objective.method].differentiates else micro
-
-
-def _networks(run: Subject) -> dict[str, list[nn.Module]]:
-    """By the part of the memory that they are."""
-    model: Any = run.model
-    tuned = model.tuned
-    parts = {
-        "denoiser": [tuned.denoiser],
-        "frozen copy": [tuned.frozen] if tuned.frozen is not None else [],
-        "autoencoder": [model.vae],
-        "text encoders": [one for one in tuned.encoders.values() if isinstance(one, Encoder)],
-        "rewards": list(dict.fromkeys(one for reward in run.rewards.values() for one in _within(reward))),
-    }
-    return parts
-
-
-def _within(reward: Reward) -> list[nn.Module]:
-    features: Any = getattr(reward, "features", None)  # a method of a reward that the reward holds
-    return networks_of(reward) + (networks_of(features.__self__) if hasattr(features, "__self__") else [])
-
-
-def _tensors(networks: Mapping[str, list[nn.Module]]) -> Iterator[Tensor]:
-    for found in networks.values():
-        for network in found:
-            yield from network.parameters()
-            yield from network.buffers()
 
 
 def _setup(run: Subject, micro: int, images: int, prompt: str, ranks: int) -> Setup:
@@ -309,15 +249,3 @@ def _policy_gradient(meter: Meter, setup: Setup, state: State) -> int:
     before = meter.restart()
     ddpo_step(setup, state, nullcontext)
     return meter.peak - before
-
-
-def parameters(run: Subject) -> dict[str, int]:
-    """How many parameters the networks have, by part, and how many are trained."""
-    counts = {
-        part: sum(one.numel() for network in found for one in network.parameters())
-        for part, found in _networks(run).items()
-    }
-    trained = sum(one.numel() for one in run.model.tuned.trainable().values())
-    if not counts.pop("frozen copy"):
-        counts["denoiser"] -= trained
-    return {"trained": trained, **counts}

@@ -13,8 +13,9 @@ from draftplus.diffusion.methods import METHODS
 from draftplus.distributed import World
 from draftplus.errors import UserError
 from draftplus.evaluation.chunks import SAMPLING_BATCH
-from draftplus.planning.measure import Memory, Subject, measure, parameters, subject
+from draftplus.planning.measure import Memory, measure
 from draftplus.planning.meter import META
+from draftplus.planning.subject import Subject, parameters, subject
 from draftplus.progress import progress
 from draftplus.runs.plan import settled
 from draftplus.training.dry_run import passes
