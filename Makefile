@@ -1,5 +1,6 @@
 # make demo        train the embedded model on a reward, a few minutes on two cores
 # make test        all tests;  make test-fast leaves the slow ones out
+# make test-quantize   tests of quantised weights, in an environment of their own with torchao and bitsandbytes
 # make lint        ruff and mypy;  make format mends what ruff can
 #
 # On Linux, pip takes the CUDA build of PyTorch, some gigabytes. `make demo TORCH=cpu` takes the CPU build. Any other
@@ -11,10 +12,11 @@ TORCH ?=
 WORKERS ?= 2
 
 BIN := $(VENV)/bin
+QUANTIZED := tests/families/test_quantized.py tests/training/test_optimizers.py
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 TORCH_INDEX := $(if $(TORCH),--extra-index-url https://download.pytorch.org/whl/$(TORCH))
 
-.PHONY: demo test test-fast lint format docs clean
+.PHONY: demo test test-fast test-quantize lint format docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/draftplus train demo
@@ -24,6 +26,10 @@ test: $(VENV)/.installed-dev
 
 test-fast: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
+
+test-quantize:
+	$(MAKE) VENV=$(VENV)-quantize $(VENV)-quantize/.installed-quantize
+	OMP_NUM_THREADS=1 $(VENV)-quantize/bin/python -m pytest $(QUANTIZED)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check
@@ -39,7 +45,7 @@ docs: $(VENV)/.installed
 	$(BIN)/python docs/make_architecture.py
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-quantize build dist .pytest_cache .mypy_cache .ruff_cache
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -61,4 +67,8 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "Installing the tools for tests and checks"
 	@$(PIP) --quiet --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.installed-quantize: $(VENV)/.installed-dev
+	@$(PIP) --quiet --editable '.[quantize]'
 	@touch $@

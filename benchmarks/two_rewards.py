@@ -1,7 +1,7 @@
 """Two rewards whose scales differ several hundredfold, in one sum as they are and with `normalise: base`.
 
 python -m benchmarks.two_rewards                  # three seeds, two runs each; goes on where it was stopped
-python -m benchmarks.two_rewards --seeds 0 1 --steps 40
+python -m benchmarks.two_rewards --seeds 0 --weights 8 1
 
 Prints the held-out means of both rewards before and after, and the gains in deviations of the base model's pictures.
 """
@@ -55,8 +55,8 @@ def train(way: str, weights: list[float], seed: int, steps: int, output: Path) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--weights", type=float, nargs=2, default=[1.0, 1.0], help="of both rewards in the sum")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--weights", type=float, nargs=2, default=[5.0, 1.0], help="of both rewards in the sum")
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--output", type=Path, default=Path("runs/two_rewards"))
     chosen = parser.parse_args()
     print("| | " + " | ".join(f"`{name}`, before and after | gain in deviations" for name in REWARDS.values()) + " |")

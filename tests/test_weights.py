@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from draftplus.errors import UserError
-from draftplus.weights import first_line, read_state_dict
+from draftplus.weights import first_line, read_header, read_state_dict, sort_metadata
 
 TENSORS = {"a": torch.arange(3.0), "b": torch.eye(2)}
 
@@ -24,6 +24,17 @@ def test_tensors_come_back(tmp_path: Path) -> None:
     for file in tmp_path.iterdir():
         found = read_state_dict(file)
         assert found.keys() == TENSORS.keys() and all(torch.equal(found[k], TENSORS[k]) for k in found), file
+
+
+def test_what_a_file_says_of_itself_has_one_order(tmp_path: Path) -> None:
+    told = {"format": "pt", "b": 'quoted "é"', "a": "1", "c": ""}
+    files = [tmp_path / f"{index}.safetensors" for index in range(20)]
+    for file in files:  # in as many orders as safetensors draws
+        save_file(TENSORS, file, metadata=told)
+        sort_metadata(file)
+    assert len({file.read_bytes() for file in files}) == 1
+    assert read_header(files[0])[1] == told
+    assert all(torch.equal(value, TENSORS[name]) for name, value in read_state_dict(files[0]).items())
 
 
 @pytest.mark.parametrize("content", [[1, 2], None, 3, torch.zeros(2), {"state_dict": 5}], ids=str)

@@ -6,6 +6,7 @@ A new reward or model is one file and one line here. A user's own is named as `p
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -68,6 +69,7 @@ def quiet_libraries() -> None:
     transformers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.set_verbosity_error()
+    logging.getLogger("torchao").setLevel(logging.ERROR)  # it names every kernel that this machine has not
 
 
 def _resolve(target: str) -> Any:

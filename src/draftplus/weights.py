@@ -6,6 +6,7 @@ saved under tensor parallelism.
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import re
@@ -86,6 +87,21 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
             return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: damaged or not a safetensors file: {error}") from None
+
+
+def sort_metadata(path: Path) -> None:
+    """Puts what a .safetensors file says of itself in the order of its keys; safetensors writes any order.
+
+    So the same weights are the same bytes. The file must say something; it keeps its length.
+    """
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) <= length:
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 @contextmanager

@@ -69,6 +69,24 @@ def test_the_floor_is_of_the_same_passes(script: ModuleType) -> None:
 
 
 @pytest.mark.slow
+def test_the_floors_of_the_new_terms_too(script: ModuleType) -> None:
+    """KL over the trajectory, with and without the window's term; and a gate, once its start noise is known."""
+    small = ["sampler.steps=4", "train.global_batch_size=2", "train.micro_batch_size=2"]
+    plain, *others = script.STEPS.values()
+    assert plain == []
+    counts = []
+    for overrides in others:
+        setup = script.Setup([*small, *overrides])
+        if setup.setup.cache is not None:
+            setup.step()
+        expected = passes(setup, setup.step)
+        assert passes(setup, setup.passes()[0]) == expected
+        unet = [carries for name, _, carries, _ in expected if name == "unet"]
+        counts.append((unet.count(False), unet.count(True)))
+    assert counts == [(3 + 2, 2), (3 + 1, 2), (1, 1)]
+
+
+@pytest.mark.slow
 def test_the_tails_differ_by_the_frozen_model_alone(script: ModuleType) -> None:
     setup = script.Setup(["sampler.steps=3", "train.global_batch_size=2", "train.micro_batch_size=2"])
     _, frozen = setup.passes()

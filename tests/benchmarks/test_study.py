@@ -216,10 +216,11 @@ def test_the_queue_goes_seed_by_seed_in_one_process_and_skips_what_is_finished(t
     assert len({line for task in tasks for line in marks(task)}) == 1  # one process for all
     assert "Traceback" in (tmp_path / "logs" / "worker-0.txt").read_text()
     again = run_queue(small(tmp_path, {"a": {}, "c": {"new": 1}}), leave_a_mark, 2, tmp_path / "logs", tell=said.append)
-    assert names(again.skipped) == ["a0", "a1"] and names(again.done) == [
+    assert names(again.skipped) == ["a0", "a1"]
+    assert sorted(names(again.done)) == [
         "c0",
         "c1",
-    ]  # of other keys it is not finished
+    ]  # of other keys they are not finished; two processes end as they may
     assert [len(marks(task)) for task in tasks] == [1, 1, 2, 1, 1, 2]
 
 

@@ -126,7 +126,7 @@ def test_every_key_affects_one_thing() -> None:
 def test_which_model_is_tuned() -> None:
     # the values stand in eval.json in this order, those of later versions at the end and only where they are set
     first = ("model.path", "model.revision", "model.denoiser", "model.vae", "model.dtype")
-    assert (*first, "model.variant", "model.config", "model.vae_tiling") == BASE_MODEL
+    assert (*first, "model.variant", "model.config", "model.quantize", "model.vae_tiling") == BASE_MODEL
     flat = flatten(to_dict(load_config(None, ["model.path=x"])))
     assert base_model_of(flat) == ["x", None, None, None, "float32"]
     assert base_model_of({**flat, "model.variant": "fp16"}) == ["x", None, None, None, "float32", "fp16"]

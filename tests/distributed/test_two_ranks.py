@@ -17,7 +17,7 @@ import torch
 
 from tests.support.processes import ROOT, commands, ranks
 from tests.support.runs import REWARDS, fingerprint, relative, rows, train_here, update_of, weights
-from tests.support.steps import BATCH, OBJECTIVES, take_steps, take_steps_on_a_rank
+from tests.support.steps import BATCH, OBJECTIVES, REUSE, take_steps, take_steps_on_a_rank
 from tests.tiny import randomize, tiny_model
 
 STEPS = 3
@@ -37,7 +37,7 @@ def on_two_ranks(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> l
 def test_two_ranks_equal_one(tiny_path: Path, on_two_ranks: list[dict[str, dict[str, Any]]], method: str) -> None:
     model = tiny_model(tiny_path)
     randomize(model)
-    alone = take_steps(model, OBJECTIVES[method], BATCH, None, steps=STEPS)
+    alone = take_steps(model, OBJECTIVES[method], BATCH, None, steps=STEPS, keeps=False)
     for rank, results in enumerate(on_two_ranks):
         assert relative(results[method]["update"], alone.update) < 1e-9
         for name, value in results[method]["metrics"].items():
@@ -45,6 +45,8 @@ def test_two_ranks_equal_one(tiny_path: Path, on_two_ranks: list[dict[str, dict[
         assert results[method]["windows"] == alone.windows
         share = slice(rank * BATCH // 2, (rank + 1) * BATCH // 2)
         assert results[method]["prompts"] == [prompts[share] for prompts in alone.prompts]
+        assert results[method]["known"] == ([False, True, False] if method in REUSE else [])
+        assert not any(alone.known)
     first, second = (results[method]["update"] for results in on_two_ranks)
     assert torch.equal(first, second)
 

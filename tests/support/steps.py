@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from draftplus.config import Config, ObjectiveConfig
 from draftplus.config.objective import AlignpropConfig, DdpoConfig, ReflConfig
 from draftplus.config.schema import OptimConfig, PrefixCacheConfig, TrainConfig
 from draftplus.diffusion.objectives import plan
+from draftplus.diffusion.sampler import Rollout
 from draftplus.distributed import World, world
 from draftplus.evaluation.held_out import EvaluationSet
 from draftplus.models.stable_diffusion import StableDiffusion
@@ -56,6 +58,7 @@ class Updates:
     """What some steps did.
 
     update: of all weights, one vector. metrics: by step and name. scores: of each image. scored: each pass's prompts.
+    known: whether the cache knew what the frozen model draws, at each step that asked it.
     """
 
     update: Tensor
@@ -64,13 +67,33 @@ class Updates:
     prompts: list[list[str]]
     scores: list[Tensor] = field(default_factory=list)
     scored: list[list[str]] = field(default_factory=list)
+    known: list[bool] = field(default_factory=list)
+
+
+class Watched(PrefixCache):
+    """A cache that notes what it knew; without `keeps`, it knows nothing."""
+
+    def __init__(self, batches: int, keeps: bool, known: list[bool]) -> None:
+        super().__init__(batches)
+        self.keeps, self.known = keeps, known
+
+    def get(self, number: int, draw: Callable[[], Rollout]) -> Rollout:
+        drawn: list[Rollout] = []
+        found = super().get(number, lambda: drawn.append(draw()) or drawn[0])
+        if not self.keeps:
+            self._known.clear()
+        self.known.append(not drawn)
+        return found
 
 
 def take_steps(
     model: StableDiffusion, objective: ObjectiveConfig, micro: int, sampling: int | None, steps: int = 2, seed: int = 0,
-    here: World | None = None,
+    here: World | None = None, keeps: bool = True,
 ) -> Updates:  # fmt: skip
-    """Steps of AdamW from the model's weights, which are restored afterwards."""
+    """Steps of AdamW from the model's weights, which are restored afterwards.
+
+    keeps: whether a cache has what it is given.
+    """
     here = here or World(0, 1, CPU)
     name = next((name for name, known in OBJECTIVES.items() if known is objective), "")
     made = problem(model, objective, steps=4, **SAMPLERS.get(name, {}))
@@ -93,11 +116,12 @@ def take_steps(
             global_batch_size=BATCH, sampling_batch_size=sampling, prefix_cache=REUSE.get(name, PrefixCacheConfig())
         ),
     )  # fmt: skip
-    cache = PrefixCache(REUSE[name].batches) if name in REUSE else None
+    known: list[bool] = []
+    cache = Watched(REUSE[name].batches, keeps, known) if name in REUSE else None
     setup = Setup(config, made, ANIMALS, SHAPE, micro, here, Replicated(here), cache)
     task = FineTuning(setup, {}, Combined({"recording": (recording, 1.0)}), EvaluationSet([], 2), Path(), steps)
     state = initial_state(task.parameters, config.optim)
-    result = Updates(torch.empty(0), {}, [], [], scores, scored)
+    result = Updates(torch.empty(0), {}, [], [], scores, scored, known)
     for step in range(steps):
         means = task.step(state, nullcontext)
         state.step += 1

@@ -63,7 +63,7 @@ def test_a_sweep_file_is_a_recipe_a_grid_and_runs(tmp_path):
     ]  # fmt: skip
     last = plan.runs[-1].config
     assert (last.seed, last.optim.betas, last.objective.method) == (1, [0.9, 0.99], "draft_lv")
-    assert last.objective.kl_coeff == 1.0  # the recipe's
+    assert last.objective.kl_coeff == 10.0  # the recipe's
     over = plan_sweep(tmp_path / "sweep.yaml", {"seed": ["7"], "train.steps": ["2"]}, None, tmp_path)
     assert {run.config.seed for run in over.runs} == {7} and {run.steps for run in over.runs} == {2}
     assert over.directory != plan.directory

@@ -23,7 +23,7 @@ from draftplus.diffusion.schedule import make_schedule
 from draftplus.errors import UserError
 from draftplus.models.stable_diffusion import StableDiffusion
 from draftplus.models.tuned import GATE, gate_of
-from draftplus.training.reuse import PrefixCache, source, sources
+from draftplus.training.reuse import PrefixCache, source, sources, uses
 from tests.support.runs import fingerprint, rows, train_here, weights
 from tests.support.steps import OBJECTIVES, take_steps
 from tests.tiny import PROMPTS, SCHEDULER, gradients, noise_source, normal, problem, tiny_model
@@ -140,6 +140,8 @@ def test_each_batch_is_used_as_often_as_it_is_told() -> None:
     assert [source(PrefixCacheConfig(), step, 7) for step in range(20)] == list(range(20))
     assert sources(settings, range(2, 5), 7) == range(min(used[2:5]), max(used[2:5]) + 1)
     assert sources(settings, range(0), 7) == range(0)
+    for number in set(used):
+        assert uses(settings, number, 7) == [step for step in range(36) if used[step] == number]
 
 
 def test_the_cache_is_bounded() -> None:
@@ -181,12 +183,23 @@ def test_a_cache_saves_passes_and_changes_nothing(settings: list[str], monkeypat
 
 
 @pytest.mark.slow
-def test_a_gated_run_continues_as_if_it_had_never_stopped(settings: list[str]) -> None:
-    """Within a turn, where the cache is empty again."""
+def test_a_gated_run_continues_as_if_it_had_never_stopped(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within a turn, where the cache is empty again; later it is used again."""
+    known: list[bool] = []
+    get = PrefixCache.get
+
+    def noting(self: PrefixCache, number: int, draw: Any) -> Rollout:
+        known.append(number in self._known)
+        return get(self, number, draw)
+
+    monkeypatch.setattr(PrefixCache, "get", noting)
     more = [*GATED, *REUSED]
     whole = train_here(settings, *more, "train.steps=7", "name=whole")
+    assert known == [False, False, True, True, False, False, True]
     train_here(settings, *more, "train.steps=3", "name=parts")
+    known.clear()
     parts = train_here(settings, *more, "train.steps=7", "name=parts")
+    assert known == [False, False, False, True]
     assert fingerprint(parts) == fingerprint(whole)
     mine, theirs = weights(parts / "adapter"), weights(whole / "adapter")
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)

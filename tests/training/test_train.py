@@ -243,6 +243,7 @@ ON_THE_HUB = {  # and what each says of what it asks for first
     "hpsv2": rf"{CLIP_H}' has no tokenizer\.json on the hub .*: set args\.proc",
     "aesthetic": rf"needs {re.escape(AESTHETIC_FILE)} of '{AESTHETIC}', which is not on this disk",
     "image_reward": r"needs ImageReward\.pt of .zai-org/ImageReward., which is not on this disk",
+    "hpsv3": r"needs HPSv3\.safetensors of .MizzenAI/HPSv3., which is not on this disk",
     "mps": r"needs model\.safetensors of 'RE-N-Y/mpsv1', which is not on this disk",
     "clip": r"set reward\.clip\.path",
 }

@@ -15,7 +15,7 @@ from typing import Any
 from draftplus.config.facts import Facts
 from draftplus.config.keys import nearest, values
 from draftplus.config.rewards import AnyConfig
-from draftplus.config.schema import KNOBS, Config, SamplerConfig
+from draftplus.config.schema import KNOBS, Config, OptimConfig, SamplerConfig
 from draftplus.errors import UserError
 
 LONGEST_NAME = 200  # in bytes; file systems end at 255, and suffixes are added
@@ -33,6 +33,11 @@ def check_values(config: AnyConfig) -> None:
             refuse_nobodys_home(key, value)
     if not config.output_dir.strip():
         raise UserError("output_dir is empty; name a directory, such as output_dir=runs")
+    if config.optim.name == "adafactor" and config.optim.betas != OptimConfig().betas:
+        raise UserError(
+            f"optim.betas is {config.optim.betas}, but optim.name=adafactor has no such averages; leave it at "
+            f"{OptimConfig().betas}"
+        )
     if config.train.steps is None and config.train.epochs is None:
         raise UserError("train.steps and train.epochs are both null; set one of them")
 
@@ -72,6 +77,11 @@ def check(config: Config) -> None:
             )
     if config.stop.held_out_drop is not None and not config.eval.rewards:
         raise UserError("stop.held_out_drop needs a held-out reward; name one in eval.rewards")
+    if config.model.quantize is not None and config.model.lora is None:
+        raise UserError(
+            f"model.quantize is {config.model.quantize}, but model.lora is null: quantised weights are frozen, and "
+            "full fine-tuning trains them all; set model.quantize=null, or give model.lora a rank"
+        )
     _check_variants(config)
 
 

@@ -57,7 +57,7 @@ class PairsConfig:
 
 @dataclass
 class RewardOptimConfig(OptimConfig):
-    lr: float = _key(1e-5, "learning rate of AdamW", above=0)
+    lr: float = _key(1e-5, "learning rate; of adafactor at most 1, relative to a matrix's own size", above=0)
     grad_clip: float | None = _key(1.0, "gradients are clipped to this norm; null: no clipping", above=0)
 
 

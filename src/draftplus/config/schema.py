@@ -46,6 +46,10 @@ class ModelConfig:
         None, "configurations of a single file: diffusers directory, sd1, sd2, sd2-base or sdxl; null: by its weights",
         base_model=True, file=True, added=True,
     )  # fmt: skip
+    quantize: str | None = _key(
+        None, "smaller frozen weights of denoiser and text encoders, under LoRA; null: as model.dtype says",
+        choices=("int8", "fp8", "nf4"), base_model=True, added=True,
+    )  # fmt: skip
     lora: LoraConfig | None = _key(LoraConfig, "null: full fine-tuning of the denoiser")
     gradient_checkpointing: bool = _key(
         False, "recompute activations in the backward pass, which saves memory and takes more time", affects="conduct"
@@ -115,8 +119,12 @@ class DataConfig:
 
 @dataclass
 class OptimConfig:
-    lr: float = _key(1e-3, "learning rate of AdamW", above=0)
-    weight_decay: float = _key(0.0, "weight decay of AdamW", at_least=0)
+    name: str = _key(
+        "adamw", "adamw_8bit: moments in 8 bits, by bitsandbytes; adafactor: no first moment, and the second of "
+        "rows and columns", choices=("adamw", "adamw_8bit", "adafactor"), added=True,
+    )  # fmt: skip
+    lr: float = _key(1e-3, "learning rate; of adafactor at most 1, relative to a matrix's own size", above=0)
+    weight_decay: float = _key(0.0, "weight decay, apart from the gradient", at_least=0)
     betas: list[float] = _key(
         [0.9, 0.999], "betas of AdamW", at_least=0, below=1, each=True, count=2, hint="such as [0.9, 0.999]"
     )

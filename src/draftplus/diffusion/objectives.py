@@ -17,7 +17,7 @@ from torch import Tensor
 from draftplus.config import ObjectiveConfig
 from draftplus.diffusion.methods import METHODS
 from draftplus.diffusion.problem import Noise, Problem, StepPlan
-from draftplus.diffusion.regularisers import NOTHING, Penalties, active, penalties, prefix_coeff, told, weighted
+from draftplus.diffusion.regularisers import NOTHING, Penalties, active, penalties, told, weighted
 from draftplus.diffusion.sampler import Rollout, Visit, sample
 from draftplus.diffusion.schedule import Schedule
 from draftplus.diffusion.window import Window
@@ -75,10 +75,11 @@ def prefix(
     return _inferred(problem, conditioning, noise, start, begin, plan.window.first, plan.keep)
 
 
-def gated(problem: Problem, conditioning: Conditioning, noise: Noise) -> Rollout:
-    """The steps before the gate, which do not depend on what is trained; with their latents, where a penalty looks at
-    any of them."""
-    keep = range(problem.sampler.gate) if prefix_coeff(problem.objective) > 0 else ()
+def gated(problem: Problem, conditioning: Conditioning, noise: Noise, keep: Collection[int] = ()) -> Rollout:
+    """The steps before the gate, which do not depend on what is trained.
+
+    keep: steps whose latents are remembered, for penalties that look there.
+    """
     return _inferred(problem, conditioning, noise, None, 0, problem.sampler.gate, keep)
 
 

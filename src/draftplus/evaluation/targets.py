@@ -46,6 +46,7 @@ class Target:
             "model": self.model_hash, "dtype": self.config.model.dtype, "adapter": self.adapter_hash,
             "sampler": asdict(self.config.sampler), **asdict(self.knobs), "version": __version__,
             **({"vae_tiling": True} if self.config.model.vae_tiling else {}),
+            **({"quantize": self.config.model.quantize} if self.config.model.quantize else {}),
         }  # fmt: skip
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
@@ -85,7 +86,7 @@ def _find(name: str, overrides: Sequence[str], knobs: Knobs, settings: Config | 
         weights = find_weights(name, overrides)  # its own model, sampled as the others are
         config = weights.config
         if settings is not None:
-            given = {key: getattr(settings.model, key) for key in ("dtype", "vae_tiling")}
+            given = {key: getattr(settings.model, key) for key in ("dtype", "vae_tiling", "quantize")}
             config = replace(settings, model=replace(config.model, **given))
         return Target(name, weights.label, config, None, None, None, TUNED, model_hash(config.model), None)
     if _is_adapter(path):
@@ -133,7 +134,7 @@ def _is_adapter(path: Path) -> bool:
 def _refuse_other(target: Target, first: Target) -> None:
     if _base(target) != _base(first):
         models = [one.config.model for one in (first, target)]
-        both = [f"{model.path} in {model.dtype}{', tiled' * model.vae_tiling}" for model in models]
+        both = [f"{model.path} in {model.quantize or model.dtype}{', tiled' * model.vae_tiling}" for model in models]
         raise UserError(
             f"'{first.name}' and '{target.name}' have different base models ({' and '.join(both)}), so their "
             "numbers are not comparable; evaluate each one separately"
@@ -147,9 +148,9 @@ def _refuse_other(target: Target, first: Target) -> None:
             )
 
 
-def _base(target: Target) -> tuple[str, str, bool]:
+def _base(target: Target) -> tuple[str, str, bool, str | None]:
     model = target.config.model
-    return target.model_hash, model.dtype, model.vae_tiling
+    return target.model_hash, model.dtype, model.vae_tiling, model.quantize
 
 
 def model_hash(config: ModelConfig) -> str:

@@ -187,7 +187,8 @@ def store_of(label: str, source: Source, path: str, dtype: torch.dtype, device: 
     """
 
     def decided_by() -> Mapping[str, object]:
-        return {"family": label, "encoders": encoders_hash(source, path), "dtype": str(dtype)}
+        told = {"family": label, "encoders": encoders_hash(source, path), "dtype": str(dtype)}
+        return told if source.config.quantize is None else {**told, "quantize": source.config.quantize}
 
     return EmbeddingStore(decided_by, device)
 

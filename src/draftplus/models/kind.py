@@ -96,6 +96,15 @@ def spare_memory(vae: Any, config: ModelConfig, checkpoint: Callable[[Any], None
         checkpoint(vae)
 
 
+def decodes_in_float32(vae: Any) -> bool:
+    """Whether an autoencoder's configuration says that it overflows in float16, as stock pipelines ask of SDXL's.
+
+    One that says nothing about it has the same setting, by default, and no meaning.
+    """
+    told = vae.config.get("force_upcast") and "force_upcast" not in vae.config.get("_use_default_values", ())
+    return bool(told and vae.dtype == torch.float16)
+
+
 @dataclass(frozen=True)
 class Kind:
     """What a family has of its own. In what follows, `pipe` is its stock pipeline.

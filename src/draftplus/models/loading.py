@@ -17,7 +17,7 @@ from torch import Tensor
 from draftplus.config import ModelConfig
 from draftplus.errors import UserError, is_out_of_memory
 from draftplus.hub import by_hand
-from draftplus.models import files, fitting
+from draftplus.models import files, fitting, quantize
 from draftplus.models.bare import network
 from draftplus.models.files import Stored
 from draftplus.models.nemo import as_original, refuse_whole
@@ -175,17 +175,19 @@ def load_part(cls: Any, source: Source, name: str, dtype: torch.dtype) -> Any:
     """
     if source.bare:
         return network(cls, source.folder(name), dtype)
-    replaced = source.replaced(name)
+    replaced, told = source.replaced(name), quantize.arguments(source.config, name, _of_diffusers(cls), dtype)
     if replaced is not None:
-        return _replacement(cls, source, name, dtype, replaced)
+        return _replacement(cls, source, name, dtype, replaced, told)
     if source.state is None:
-        return _from_folder(cls, source.directory, name, dtype, source.stored[name])
+        return _from_folder(cls, source.directory, name, dtype, source.stored[name], told)
     if not _of_diffusers(cls):
         return _text_encoder(cls, source.state, source.directory, name, dtype)
-    return _from_tensors(cls, _only(name, source.state), source.directory, name, dtype)
+    return _from_tensors(cls, _only(name, source.state), source.directory, name, dtype, told)
 
 
-def _replacement(cls: Any, source: Source, name: str, dtype: torch.dtype, given: Path) -> Any:
+def _replacement(
+    cls: Any, source: Source, name: str, dtype: torch.dtype, given: Path, told: Mapping[str, Any]
+) -> Any:  # fmt: skip
     key, replacement = f"model.{REPLACED[name]}", str(source.replacement(name))
     if given.is_dir():
         where = f"{key} '{replacement}'"
@@ -193,16 +195,18 @@ def _replacement(cls: Any, source: Source, name: str, dtype: torch.dtype, given:
         if stored is not None:
             files.check(given, stored)
         with loading(key, replacement):
-            return _from_folder(cls, given, "", dtype, stored)
+            return _from_folder(cls, given, "", dtype, stored, told)
     state = as_original(read_state_dict(given))
     with loading(key, replacement):
-        return _from_tensors(cls, _only(name, state) or state, source.directory, name, dtype)
+        return _from_tensors(cls, _only(name, state) or state, source.directory, name, dtype, told)
 
 
-def _from_folder(cls: Any, directory: Path, name: str, dtype: torch.dtype, stored: Stored | None) -> Any:
+def _from_folder(
+    cls: Any, directory: Path, name: str, dtype: torch.dtype, stored: Stored | None, told: Mapping[str, Any]
+) -> Any:  # fmt: skip
     if stored is None:  # of which the libraries say more than an error
         raise FileNotFoundError(f"there are no weights in its folder {name}" if name else "there are no weights in it")
-    given = {"torch_dtype" if _of_diffusers(cls) else "dtype": dtype, **stored.arguments}
+    given = {"torch_dtype" if _of_diffusers(cls) else "dtype": dtype, **stored.arguments, **told}
     part, info = cls.from_pretrained(
         directory, subfolder=name, output_loading_info=True, ignore_mismatched_sizes=True, **given
     )
@@ -216,11 +220,15 @@ def _only(name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in state.items() if key.startswith(prefixes)}
 
 
-def _from_tensors(cls: Any, state: dict[str, Tensor], directory: Path, name: str, dtype: torch.dtype) -> Any:
+def _from_tensors(
+    cls: Any, state: dict[str, Tensor], directory: Path, name: str, dtype: torch.dtype, told: Mapping[str, Any]
+) -> Any:  # fmt: skip
     with torch.device("meta"):
         like = cls.from_config(cls.load_config(directory, subfolder=name))
     state = _known_names(like, state)
     fitting.refuse_misfit(fitting.compared(like, state), fitting.taken_for(state))
+    if told:  # which diffusers would pass over in silence for a UNet
+        raise ValueError("it is a single file, and model.quantize needs a directory; or set model.quantize=null")
     if not fitting.reads_single_files(cls):
         part = cls.from_config(like.config).to(dtype)
         part.load_state_dict(state)
@@ -252,15 +260,6 @@ def _known_names(like: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     if any(".resnets." in key for key in state):  # diffusers' own layout, whose attention had other names before 0.17
         state = like._fix_state_dict_keys_on_load(dict(state))
     return state
-
-
-def decodes_in_float32(vae: Any) -> bool:
-    """Whether an autoencoder's configuration says that it overflows in float16, as stock pipelines ask of SDXL's.
-
-    One that says nothing about it has the same setting, by default, and no meaning.
-    """
-    told = vae.config.get("force_upcast") and "force_upcast" not in vae.config.get("_use_default_values", ())
-    return bool(told and vae.dtype == torch.float16)
 
 
 def _of_diffusers(cls: Any) -> bool:

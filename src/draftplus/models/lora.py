@@ -19,6 +19,7 @@ from draftplus import rng
 from draftplus.config import LoraConfig
 from draftplus.errors import UserError
 from draftplus.models.lora_files import LoraFile
+from draftplus.models.quantize import is_quantised
 from draftplus.weights import first_line
 
 ADAPTER = "default"
@@ -106,9 +107,9 @@ def folded(denoiser: nn.Module) -> Iterator[None]:
     """Inside, float32 (or float64) weights hold W + scale * B A and the adapters are off, for faster inference.
 
     Precomputed tensors are swapped in and the originals back, so the frozen weights stay bit-identical; layers in half
-    precision, where a young adapter would be rounded away, keep their adapters on.
+    precision or quantised, where a young adapter would be rounded away, keep their adapters on.
     """
-    fitting = [layer for layer in layers(denoiser) if _base(layer).weight.dtype in (torch.float32, torch.float64)]
+    fitting = [layer for layer in layers(denoiser) if _is_wide(_base(layer).weight)]
     originals = [_base(layer).weight.data for layer in fitting]
     with torch.no_grad():
         merged = [
@@ -126,8 +127,17 @@ def folded(denoiser: nn.Module) -> Iterator[None]:
             _ORIGINALS.pop(layer, None)
 
 
+def _is_wide(weight: Tensor) -> bool:
+    return weight.dtype in (torch.float32, torch.float64) and not is_quantised(weight)
+
+
 def merge(network: Any) -> None:
-    """Adds the adapters to the weights, in at least float32 and rounded then; afterwards the layers are plain ones."""
+    """Adds the adapters to the weights, in at least float32 and rounded then; afterwards the layers are plain ones.
+
+    Raises UserError where these are quantised.
+    """
+    if any(is_quantised(_base(layer).weight) for layer in layers(network)):
+        raise UserError("adapters cannot be merged into quantised weights; load the model with model.quantize=null")
     with torch.no_grad():
         for layer in layers(network):
             weight, delta = _base(layer).weight, layer.get_delta_weight(ADAPTER)

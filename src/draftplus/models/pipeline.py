@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from draftplus.config import ModelConfig, SamplerConfig
 from draftplus.distributed import Offload
 from draftplus.errors import needs_memory
-from draftplus.models import loading, stock
+from draftplus.models import loading, quantize, stock
 from draftplus.models.bare import is_bare, without_content
 from draftplus.models.embedding_store import EmbeddingStore, store_of
 from draftplus.models.embeddings import Embeddings
-from draftplus.models.kind import Kind, Shape, spare_memory
+from draftplus.models.kind import Kind, Shape, decodes_in_float32, spare_memory
 from draftplus.models.tuned import Tuned, make_tuned
 from draftplus.progress import Advance
 from draftplus.types import Conditioning, Raw
@@ -132,8 +132,9 @@ class PipelineModel:
 
 
 def precision_of(network: nn.Module) -> torch.dtype:
-    """The precision of a network's own weights, whatever that of its adapters."""
-    return next(p.dtype for name, p in network.named_parameters() if "lora_" not in name)
+    """The precision of a network's own weights, whatever that of its adapters and of what is quantised."""
+    own = (p for name, p in network.named_parameters() if "lora_" not in name)
+    return next(p.dtype for p in own if not quantize.is_quantised(p))
 
 
 def load_pipeline(
@@ -148,6 +149,7 @@ def load_pipeline(
     Raises UserError for a missing model, one of another family, or weights that would run code.
     """
     frozen, bare = dtype or getattr(torch, config.dtype), is_bare(device)
+    quantize.refuse_impossible(config, device, loading.is_single_file(path))
     if bare:
         kind = replace(kind, embed=without_content(kind.embed))
     with loading.loading("model.path", path, kind.label):
@@ -167,7 +169,7 @@ def load_pipeline(
         return tuned
 
     pipe.vae = read("vae")
-    if loading.decodes_in_float32(pipe.vae):
+    if decodes_in_float32(pipe.vae):
         pipe.vae.to(torch.float32)
     spare_memory(pipe.vae, config, kind.checkpoint)
     offload = Offload(device, config.offload)

@@ -15,10 +15,10 @@ from draftplus.diffusion.guidance import classifier_free
 from draftplus.diffusion.levels import saved
 from draftplus.distributed import Offload
 from draftplus.errors import UserError, needs_memory, notice
-from draftplus.models import loading, single_file
+from draftplus.models import loading, quantize, single_file
 from draftplus.models.bare import is_bare
 from draftplus.models.embeddings import Embeddings
-from draftplus.models.kind import spare_memory
+from draftplus.models.kind import decodes_in_float32, spare_memory
 from draftplus.models.tuned import Tuned, make_tuned
 from draftplus.progress import Advance
 from draftplus.types import Conditioning, Raw
@@ -158,11 +158,12 @@ def load(
     from diffusers import StableDiffusionPipeline
 
     frozen = dtype or getattr(torch, config.dtype)
+    quantize.refuse_impossible(config, device, loading.is_single_file(path))
     unet, vae, text_encoder, tokenizer, scheduler_config = _components(config, path, frozen, is_bare(device))
     _refuse_other_families(path, unet.config, vae.config, text_encoder.config)
     for part in (unet, vae, text_encoder):
         part.requires_grad_(False).eval().to(device)
-    if loading.decodes_in_float32(vae):
+    if decodes_in_float32(vae):
         vae.to(torch.float32)
     tuned = make_tuned(unet, StableDiffusionPipeline, config.lora, seed, trainable, ATTENTION)
     if config.gradient_checkpointing:

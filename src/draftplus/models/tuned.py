@@ -19,7 +19,8 @@ from draftplus.config import LoraConfig
 from draftplus.errors import UserError
 from draftplus.models import lora
 from draftplus.models.lora_files import LORA_FILE, lora_file, read_lora
-from draftplus.weights import first_line, read_state_dict
+from draftplus.models.quantize import is_quantised, keep_small
+from draftplus.weights import first_line, read_state_dict, sort_metadata
 
 DENOISER_FILES = "diffusion_pytorch_model{suffix}.safetensors"  # the names that diffusers loads
 DENOISER_INDEX = "diffusion_pytorch_model.safetensors.index.json"
@@ -77,7 +78,7 @@ class Tuned:
             (tensor, tensor.dtype)
             for network in self.networks()
             for tensor in (*network.parameters(), *network.buffers())
-            if tensor.dtype in (torch.bfloat16, torch.float16)
+            if tensor.dtype in (torch.bfloat16, torch.float16) and not is_quantised(tensor)
         ]
         try:
             for tensor, _ in narrow:
@@ -124,6 +125,8 @@ class Tuned:
             save_torch_state_dict(
                 dict(state), directory, filename_pattern=DENOISER_FILES, max_shard_size=LARGEST_FILE, metadata=told
             )
+        for file in directory.glob("*.safetensors") if told else ():
+            sort_metadata(file)
 
     def networks(self) -> list[Any]:
         return [self.denoiser] if self.frozen is None else [self.denoiser, self.frozen]
@@ -148,6 +151,11 @@ class Tuned:
             self._encoders_now = (self._encoders_now[0] + 1, 1.0, True)
         elif (directory / "config.json").is_file():
             weights = _denoiser_weights(directory)
+            if any(map(is_quantised, self.denoiser.parameters())):
+                raise UserError(
+                    f"{directory} is a fully fine-tuned denoiser, which cannot be put into quantised weights; set "
+                    "model.quantize=null"
+                )
             index = directory / DENOISER_INDEX  # of several files, whose headers do not say it
             self.gate = gate_of(index if index.is_file() else sorted(directory.glob("*.safetensors"))[0])
             self.frozen = self.frozen or copy.deepcopy(self.denoiser)
@@ -183,6 +191,7 @@ def make_tuned(
     pipeline: as in `Tuned`. config: of the adapters; None: the whole denoiser is trained, in at least float32.
     attention: the layers that its targets call "attention".
     """
+    keep_small(denoiser)
     if trainable and config is not None:
         lora.add_lora(denoiser, config, seed, attention)
     elif trainable:

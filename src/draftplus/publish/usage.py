@@ -107,6 +107,11 @@ def snippet(config: Config, form: str, lora: bool, file: str, dtype: str | None,
         given = "".join(f", {key}={_text(value)}" for key, value in told.items() if value)
         if model.dtype != "float32" and not whole:  # what was tuned as a whole is in float32, and fits no other half
             given += f", torch_dtype=torch.{model.dtype}"
+        if model.quantize is not None and not whole:
+            imports, made = _quantised(model, family.component)
+            lines[lines.index("") : lines.index("")] = imports
+            lines.append(made)
+            given += ", quantization_config=quantized"
         # which stock does without only where it is told so
         for name, told_of in _index(model).items():
             if told_of == [None, None] and name.startswith(("text_encoder", "tokenizer")):
@@ -151,6 +156,22 @@ def _gated(gate: int, config: Config, component: str | None) -> list[str]:
         "    return tensors",
         "", "",
     ]  # fmt: skip
+
+
+def _quantised(model: ModelConfig, denoiser: str) -> tuple[list[str], str]:
+    """The imports, and the line that makes `quantized`, by which stock quantises what draftplus does."""
+    encoders = [name for name, told in _index(model).items() if name.startswith("text_encoder") and told[0]]
+    imports = ["from diffusers.quantizers import PipelineQuantizationConfig"]
+    if model.quantize == "nf4":
+        given = f'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.{model.dtype}'
+        ours, theirs = f"diffusers.BitsAndBytesConfig({given})", f"transformers.BitsAndBytesConfig({given})"
+    else:
+        weights = {"int8": "Int8WeightOnlyConfig", "fp8": "Float8WeightOnlyConfig"}[str(model.quantize)]
+        imports.append(f"from torchao.quantization import {weights}")
+        ours, theirs = f"diffusers.TorchAoConfig({weights}())", f"transformers.TorchAoConfig({weights}())"
+    parts = [f'    "{denoiser}": {ours},', *(f'    "{name}": {theirs},' for name in encoders)]
+    made = "\n".join(["quantized = PipelineQuantizationConfig(quant_mapping={", *parts, "})"])
+    return ["import diffusers", "import transformers", *imports], made
 
 
 def _call(config: Config, prompt: str) -> list[str]:

@@ -26,6 +26,7 @@ from draftplus.runs.checksums import files_hash
 from draftplus.runs.directory import is_run, saved_steps, step_name
 from draftplus.runs.files import whole_directory
 from draftplus.runs.weights import find_weights, parted
+from draftplus.weights import sort_metadata
 
 KOHYA = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")  # for which diffusers has a converter
 
@@ -60,6 +61,12 @@ def export_run(target: str, form: str = "diffusers", output: Path | None = None)
     if form == "kohya" and not what.is_lora:
         raise UserError(
             f"{path} is a fully fine-tuned denoiser, and the format kohya is for LoRA adapters; use diffusers or merged"
+        )
+    quantised = weights.config.model.quantize
+    if form == "merged" and quantised is not None:
+        raise UserError(
+            f"{path} was trained on a model with model.quantize={quantised}, and adapters cannot be merged into such "
+            "weights; use diffusers, whose adapter stock diffusers puts on the model, quantised or not"
         )
     directory = output or Path(path) / "export" / (f"{form}-step-{step:06d}" if at else form)
     _refuse_foreign(directory)
@@ -134,6 +141,7 @@ def _kohya(what: Export, directory: Path) -> dict[str, Any]:
         header["ss_v2"] = str(widths == {1024})
     name = f"{what.label.replace('@', '-')}.safetensors"
     save_file(convert_state_dict_to_kohya(state), directory / name, metadata=header)
+    sort_metadata(directory / name)
     unet = read_lora(directory / name, getattr(diffusers, pipeline)).half("unet", None)
     lost = state.keys() - {f"unet.{key}" for key in unet}
     if lost:  # of a layer that Stable Diffusion itself does not have

@@ -1,22 +1,47 @@
-"""AdamW, its learning rate, clipping, and the moving average of the trained weights."""
+"""The optimizer, its learning rate, clipping, and the moving average of the trained weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from draftplus.config.schema import OptimConfig
+from draftplus.errors import UserError
 
 Parameters = Mapping[str, nn.Parameter]
+CODES = ("qmap1", "qmap2")  # of bitsandbytes: the same for all parameters and runs, made anew
 
 
-def make_optimizer(parameters: Parameters, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) over all trained parameters."""
-    first, second = config.betas
-    return torch.optim.AdamW(parameters.values(), lr=config.lr, betas=(first, second), weight_decay=config.weight_decay)
+def make_optimizer(parameters: Parameters, config: OptimConfig) -> torch.optim.Optimizer:
+    """The optimizer of a configuration over all trained parameters.
+
+    adamw: Loshchilov and Hutter 2019, arXiv 1711.05101; on CUDA in one kernel. adamw_8bit: the same with its moments in
+    8 bits, each block of 256 with a scale of its own (Dettmers et al. 2021, arXiv 2110.02861), of bitsandbytes.
+    adafactor: Shazeer and Stern 2018, arXiv 1804.04235, as in PyTorch; no first moment, and of a matrix's second the
+    means of its rows and columns.
+
+    Raises UserError where the package that it needs is absent.
+    """
+    trained, first, second = list(parameters.values()), *config.betas
+    if config.name == "adafactor":
+        return torch.optim.Adafactor(trained, lr=config.lr, weight_decay=config.weight_decay)
+    given: dict[str, Any] = {"lr": config.lr, "betas": (first, second), "weight_decay": config.weight_decay}
+    if config.name == "adamw_8bit":
+        if find_spec("bitsandbytes") is None:
+            raise UserError(
+                "optim.name is adamw_8bit, which needs bitsandbytes; run: pip install 'draftplus[quantize]'"
+            )
+        from bitsandbytes.optim import AdamW8bit
+
+        made: torch.optim.Optimizer = AdamW8bit(trained, **given)
+        return made
+    fused = True if all(parameter.is_cuda for parameter in trained) else None
+    return torch.optim.AdamW(trained, **given, fused=fused)
 
 
 def learning_rate(config: OptimConfig, step: int) -> float:
@@ -38,26 +63,40 @@ def parameter_norm(parameters: Parameters) -> float:
     return float(nn.utils.get_total_norm(parameters.values()))
 
 
-def optimizer_tensors(parameters: Parameters, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+def optimizer_tensors(parameters: Parameters, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state by name."""
     return {
         f"{key}/{name}": torch.as_tensor(value)
         for name, parameter in parameters.items()
         for key, value in optimizer.state.get(parameter, {}).items()
+        if key not in CODES
     }
 
 
 def load_optimizer_tensors(
     parameters: Parameters,
-    optimizer: torch.optim.AdamW,
+    optimizer: torch.optim.Optimizer,
     tensors: Mapping[str, Tensor],
     scatter: Callable[[str, Tensor], Tensor],
 ) -> None:
     """Restores what `optimizer_tensors` gave. scatter: from a parameter's whole tensor to this process's part."""
+    init: Callable[..., None] | None = getattr(optimizer, "init_state", None)  # bitsandbytes'
+    group = optimizer.param_groups[0]
     for full, tensor in tensors.items():
         key, _, name = full.partition("/")
         parameter = parameters[name]
-        optimizer.state[parameter][key] = tensor if key == "step" else scatter(name, tensor).to(parameter)
+        state = optimizer.state[parameter]
+        if init is not None and not state:
+            init(group, parameter, 0, next(i for i, one in enumerate(group["params"]) if one is parameter))
+        if key == "step":
+            state[key] = int(tensor) if init is not None else _as_counted(group, tensor, parameter)
+        else:
+            own = scatter(name, tensor) if tensor.shape == parameter.shape else tensor
+            state[key] = own.to(parameter.device)
+
+
+def _as_counted(group: Mapping[str, Any], step: Tensor, parameter: Tensor) -> Tensor:
+    return step.to(parameter.device) if group.get("fused") else step  # where its kernel counts
 
 
 class Ema:

@@ -33,6 +33,13 @@ def sources(settings: PrefixCacheConfig, steps: Iterable[int], seed: int) -> ran
     return range(min(numbers), max(numbers) + 1) if numbers else range(0)
 
 
+def uses(settings: PrefixCacheConfig, number: int, seed: int) -> list[int]:
+    """The optimizer steps that use a batch, ascending."""
+    length = settings.uses * settings.batches
+    begin = number // settings.batches * length
+    return [step for step in range(begin, begin + length) if source(settings, step, seed) == number]
+
+
 class PrefixCache:
     """What was drawn before the gate, of this process's share of the latest batches.
 

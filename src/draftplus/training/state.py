@@ -30,7 +30,7 @@ class State:
     """
 
     parameters: Parameters
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     ema: Ema | None
     step: int = 0
     images: int = 0

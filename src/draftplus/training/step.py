@@ -22,7 +22,7 @@ from draftplus.errors import UserError, needs_memory
 from draftplus.evaluation.chunks import SAMPLING_BATCH, chunks
 from draftplus.runs.rows import reward_key
 from draftplus.training.placement import Placement
-from draftplus.training.reuse import PrefixCache, source
+from draftplus.training.reuse import PrefixCache, source, uses
 from draftplus.training.state import State
 from draftplus.training.task import Abandonable
 from draftplus.training.update import update
@@ -52,6 +52,15 @@ class Setup:
     def source(self, step: int) -> int:
         """The number of the batch of prompts and start noises that a step uses."""
         return source(self.config.train.prefix_cache, step, self.config.seed)
+
+    def plan(self, step: int) -> StepPlan:
+        """What a step does, the same on every rank."""
+        return plan(self.problem.objective, self.problem.sampler.schedule, self.config.seed, step)
+
+    def looked_at(self, number: int) -> frozenset[int]:
+        """The steps without gradient that a penalty looks at in any use of a batch of start noises."""
+        steps = uses(self.config.train.prefix_cache, number, self.config.seed)
+        return frozenset(at for step in steps for at in self.plan(step).keep)
 
     def share(self, step: int) -> Batch[str]:
         """This process's images of a step."""
@@ -130,9 +139,9 @@ def accumulate(setup: Setup, step: int) -> Metrics:
 
     Returns this share's part of the step's means, so that summing over processes completes them.
     """
-    problem, sizes, seed = setup.problem, setup.config.train, setup.config.seed
+    problem, sizes = setup.problem, setup.config.train
     share = setup.share(step)
-    planned = plan(problem.objective, problem.sampler.schedule, seed, step)
+    planned = setup.plan(step)
     conditioning = problem.model.encode(share.prompts)
     parts = [
         (rows, conditioning.rows(rows), setup.noise(step, share.indices[rows]))
@@ -140,9 +149,13 @@ def accumulate(setup: Setup, step: int) -> Metrics:
     ]
     begun: Rollout | None = None
     if setup.cache is not None:
-        begun = setup.cache.get(
-            setup.source(step), lambda: Rollout.concatenate([gated(problem, given, noise) for _, given, noise in parts])
-        )
+        number = setup.source(step)
+
+        def draw() -> Rollout:
+            keep = setup.looked_at(number)
+            return Rollout.concatenate([gated(problem, given, noise, keep) for _, given, noise in parts])
+
+        begun = setup.cache.get(number, draw)
         begun = replace(begun, kept={at: latents for at, latents in begun.kept.items() if at in planned.keep})
     with problem.model.tuned.folded() if planned.window.first > problem.sampler.gate else nullcontext():
         starts = [
