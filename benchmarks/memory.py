@@ -9,8 +9,8 @@ One image of 512 x 512 pixels, K = 1, LoRA of rank 8 on attention, frozen weight
 denoiser and decoder, a reward of PickScore's shape. Memory is the highest resident memory during the step (VmHWM, set
 back by /proc/self/clear_refs) less what the loaded model and reward held before. The number of sampling steps does not
 change it (benchmarks/step.py measures that), so there is one. glibc is told to hand every freed tensor back, else the
-number would be of its caches. Convolutions of bfloat16 are computed in float32 and rounded, since without instructions
-for them torch takes hours; what is kept for the backward pass stays in bfloat16.
+number would be of its caches. Convolutions and linear layers of bfloat16 are computed in float32 and rounded, since
+without instructions for them torch takes hours; what is kept for the backward pass stays in bfloat16.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from benchmarks.step import RETURN_MEMORY, status
 from draftplus.build import quiet_libraries
 
 GIB = 2**20  # of the kB in which Linux counts
-CONVOLUTION = torch.nn.functional.conv2d
+CONVOLUTION, LINEAR = torch.nn.functional.conv2d, torch.nn.functional.linear
 
 
 class Convolution(torch.autograd.Function):
@@ -58,6 +58,33 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Any) ->
     return found
 
 
+class Linear(torch.autograd.Function):
+    """linear of bfloat16, through float32; the weights are frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return LINEAR(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (weight,) = ctx.saved_tensors
+        return (gradients[0].float() @ weight.float()).to(gradients[0].dtype), None, None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if x.dtype != torch.bfloat16:
+        return LINEAR(x, weight, bias)
+    found: Tensor = Linear.apply(x, weight, bias)
+    return found
+
+
+def through_float32() -> None:
+    """From now on, layers of bfloat16 are computed in float32."""
+    functional: Any = torch.nn.functional
+    functional.conv2d, functional.linear = conv2d, linear
+
+
 def peak(model: Any, reward: Any, config: Any) -> tuple[float, float]:
     """GiB of the loaded model and reward, and of a step above that."""
     setup, state = training(config, model, {"pickscore": reward})
@@ -69,7 +96,7 @@ def peak(model: Any, reward: Any, config: Any) -> tuple[float, float]:
 
 def main(options: argparse.Namespace) -> None:
     quiet_libraries()
-    torch.nn.functional.conv2d = conv2d
+    through_float32()
     shape = SHAPES[options.model]
     config = settings(shape, options.size, 1, steps=1, kl=options.kl)
     model = build(shape, config.model.lora, torch.device("cpu"), torch.bfloat16)

@@ -3,7 +3,7 @@
     python -m benchmarks.plan sd15                 every resolution, gradient checkpointing on and off
     python -m benchmarks.plan sdxl --sizes 512
 
-No weights are made. The step is that of benchmarks/memory.py, whose convolutions of bfloat16 go through float32; both
+No weights are made. The step is that of benchmarks/memory.py, whose layers of bfloat16 go through float32; both
 numbers are GiB above the loaded model and reward.
 """
 
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks.gpu import settings
-from benchmarks.memory import conv2d
+from benchmarks.memory import through_float32
 from benchmarks.shapes import SHAPES, build, clip_h
 from draftplus.build import build_problem, quiet_libraries
 from draftplus.planning.measure import Memory, measure
@@ -50,10 +50,10 @@ if __name__ == "__main__":
     parser.add_argument("model", choices=list(SHAPES))
     parser.add_argument("--sizes", nargs="+", type=int, default=[256, 512], help="in pixels (default 256 512)")
     parser.add_argument("--kl", type=float, default=0.1, help="coefficient of the KL term (default 0.1)")
-    parser.add_argument("--native", action="store_true", help="count convolutions of bfloat16 as a GPU makes them")
+    parser.add_argument("--native", action="store_true", help="count layers of bfloat16 as a GPU makes them")
     chosen = parser.parse_args()
     quiet_libraries()
     if not chosen.native:
-        torch.nn.functional.conv2d = conv2d
+        through_float32()
     for line in rows(chosen.model, chosen.sizes, chosen.kl):
         print(line, flush=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,42 +15,16 @@ from draftplus.data.batches import Batch
 from draftplus.diffusion.objectives import plan
 from draftplus.diffusion.sampler import Rollout
 from draftplus.distributed import World
-from draftplus.planning.measure import Memory, measure
+from draftplus.planning.measure import measure
 from draftplus.planning.meter import Meter, storages
 from draftplus.planning.subject import subject
 from draftplus.rewards.clip import load_emoji_clip
-from draftplus.runs.plan import plan_run
 from draftplus.training.placement import Replicated
 from draftplus.training.state import initial_state
 from draftplus.training.step import Setup, loss, precisely
 from draftplus.training.update import update
-from tests.support.pipelines import save_pipeline
+from tests.planning.conftest import FAMILIES, IMAGES, PROMPT, Configured, planned
 from tests.tiny import CPU
-
-FAMILIES = {"sd": 16, "sdxl": 64, "sd3": 64, "flux_dev": 64, "chroma": 64, "flux2_klein_base": 64, "qwen_image": 64,
-            "zimage": 64}  # fmt: skip
-PROMPT = "a cat on a mat"
-IMAGES = 2
-
-
-@pytest.fixture(scope="session")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    made: dict[str, Path] = {}
-
-    def directory(name: str) -> Path:
-        if name not in made:
-            made[name] = save_pipeline(name, tmp_path_factory.mktemp("planned") / name)
-        return made[name]
-
-    return directory
-
-
-def configured(directory: Path, size: int, *more: str) -> Config:
-    settings = [
-        f"model.path={directory}", "device=cpu", "sampler.steps=3", f"sampler.height={size}", f"sampler.width={size}",
-        "objective.kl_coeff=0.1", f"train.global_batch_size={IMAGES}", f"train.micro_batch_size={IMAGES}",
-    ]  # fmt: skip
-    return plan_run("emoji", [*settings, *more])[0]
 
 
 def real(config: Config) -> tuple[Setup, Any]:
@@ -93,14 +66,10 @@ def kept(setup: Setup) -> int:
     return sum(held.values())
 
 
-def planned(config: Config) -> Memory:
-    return measure(subject(config), IMAGES, IMAGES, PROMPT)
-
-
 @pytest.mark.parametrize("name", FAMILIES)
-def test_activations_are_those_of_a_real_step(saved: Any, name: str) -> None:
+def test_activations_are_those_of_a_real_step(configured: Configured, name: str) -> None:
     """What is held where the reward ends is what autograd saved, up to what is no activation: latents and images."""
-    config = configured(saved(name), FAMILIES[name])
+    config = configured(name)
     found, setup = planned(config), real(config)[0]
     told = sum(found.kept[part] for part in ("window", "decode", "reward"))
     true = kept(setup)
@@ -108,10 +77,11 @@ def test_activations_are_those_of_a_real_step(saved: Any, name: str) -> None:
     assert found.phases["step"] > told
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
 @pytest.mark.parametrize("tuning", ["model.lora.rank=4", "model.lora=null"])
-def test_weights_and_what_training_adds_are_exact(saved: Any, tuning: str) -> None:
+def test_weights_and_what_training_adds_are_exact(configured: Configured, tuning: str, optimizer: str) -> None:
     """To the byte: against a true model after one true update."""
-    config = configured(saved("sd"), FAMILIES["sd"], tuning, "optim.ema=0.99")
+    config = configured("sd", tuning, "optim.ema=0.99", f"optim.name={optimizer}")
     found = planned(config)
     setup, state = real(config)
     model: Any = setup.problem.model
@@ -132,11 +102,11 @@ def test_weights_and_what_training_adds_are_exact(saved: Any, tuning: str) -> No
     assert dict(found.trained) == told
 
 
-def test_checkpointing_and_the_batch_change_what_is_kept(saved: Any) -> None:
-    config = configured(saved("sdxl"), FAMILIES["sdxl"])
+def test_checkpointing_and_the_batch_change_what_is_kept(configured: Configured) -> None:
+    config = configured("sdxl")
     run = subject(config)
     one, two = (measure(run, images, 2, PROMPT) for images in (1, 2))
-    less = measure(subject(configured(saved("sdxl"), 64, "model.gradient_checkpointing=true")), 2, 2, PROMPT)
+    less = measure(subject(configured("sdxl", "model.gradient_checkpointing=true")), 2, 2, PROMPT)
     assert one.kept["window"] < two.kept["window"] and one.peak < two.peak
     assert less.kept["window"] < two.kept["window"] / 2
     assert less.peak < two.peak and less.weights == two.weights
@@ -154,11 +124,11 @@ def test_what_is_counted_goes_when_nothing_holds_it() -> None:
         assert meter.now == 0 and meter.restart() == meter.peak == 0
 
 
-def test_many_steps_are_reckoned_from_a_few(saved: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_steps_are_reckoned_from_a_few(configured: Configured, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a window of 6 steps keeps, from 3 and 4 of them, is what it keeps when all are taken."""
     from draftplus.planning import measure as module
 
-    config = configured(saved("sd"), 16, "sampler.steps=6", "objective.grad_steps=6")
+    config = configured("sd", "sampler.steps=6", "objective.grad_steps=6")
     reckoned = planned(config)
     monkeypatch.setattr(module, "MOST_GRADED", 6)
     taken = planned(config)
@@ -167,6 +137,29 @@ def test_many_steps_are_reckoned_from_a_few(saved: Any, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("method", ["ddpo", "draft_lv", "refl", "alignprop", "drtune"])
-def test_every_method_has_a_plan(saved: Any, method: str) -> None:
-    config = configured(saved("sd"), 16, f"objective.method={method}", "sampler.eta=1.0")
+def test_every_method_has_a_plan(configured: Configured, method: str) -> None:
+    config = configured("sd", f"objective.method={method}", "sampler.eta=1.0")
     assert planned(config).phases["step"] > 0
+
+
+def test_a_penalty_over_the_trajectory_is_planned(configured: Configured) -> None:
+    """A step without gradient that is looked at has passes of its own, after those of the window are gone."""
+    window, trajectory = (planned(configured("sd", f"objective.kl_steps={over}")) for over in ("window", "trajectory"))
+    assert trajectory.kept["window"] == window.kept["window"]
+    assert window.phases["step"] <= trajectory.phases["step"] < 1.1 * window.phases["step"]
+
+
+def test_reused_noises_are_counted(configured: Configured) -> None:
+    """As many latents, of two stages and of what a penalty looks at, as batches take turns."""
+    settings = ["objective.gate=0.4", "train.prefix_cache.uses=2"]
+    found = [planned(configured("sd", *settings, f"train.prefix_cache.batches={batches}")) for batches in (1, 9)]
+    latents = 4 * 8 * 8 * 4
+    assert found[1].phases["step"] - found[0].phases["step"] == 8 * IMAGES * 2 * latents
+    assert found[1].weights == found[0].weights
+
+
+def test_a_gate_before_the_window_folds_nothing(configured: Configured) -> None:
+    """Where the frozen model draws all steps without gradient, as in training."""
+    open_, gated = (planned(configured("sd", f"objective.gate={gate}")) for gate in (0.0, 0.6))
+    assert open_.folded > 0 == gated.folded
+    assert gated.phases["sampling"] < open_.phases["sampling"]

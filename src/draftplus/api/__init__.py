@@ -17,7 +17,7 @@ from draftplus.evaluation.evaluate import compare
 from draftplus.evaluation.gallery import make_gallery, write_gallery
 from draftplus.evaluation.generate import Knobs
 from draftplus.planning.plan import Plan as MemoryPlan
-from draftplus.planning.plan import bytes_of, plan_memory
+from draftplus.planning.plan import bytes_of, configured, plan_memory
 from draftplus.publish import export_run
 from draftplus.report import write_report
 from draftplus.runs.plan import plan_run
@@ -109,8 +109,7 @@ def plan(
     """
     limit = bytes_of(memory) if isinstance(memory, str) else memory
     with trusting(trust):
-        config, _ = plan_run(recipe, overrides)
-        return plan_memory(config, limit, gpus)
+        return plan_memory(configured(recipe, overrides), limit, gpus)
 
 
 def generate(

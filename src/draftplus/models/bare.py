@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from draftplus.models.bare_quantized import imitate
 from draftplus.types import Conditioning
 
 
@@ -18,8 +19,11 @@ def is_bare(device: torch.device) -> bool:
     return device.type == "meta"
 
 
-def network(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
-    """A network of the configuration in a folder, without weights, in the precisions that loading it would give."""
+def network(cls: Any, folder: Path, dtype: torch.dtype, name: str, quantize: str | None) -> Any:
+    """A network of the configuration in a folder, without weights, in the precisions that loading it would give.
+
+    name: of the part of the pipeline. quantize: how it would be quantised.
+    """
     of_diffusers = cls.__module__.startswith("diffusers.")
     with torch.device("meta"):
         if of_diffusers:
@@ -29,9 +33,10 @@ def network(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
     made.to(dtype)
     kept = getattr(made, "_keep_in_fp32_modules", None) or ()
     if dtype == torch.float16 or of_diffusers:
-        for name, parameter in made.named_parameters():
-            if any(re.search(rf"(^|\.){re.escape(one)}(\.|$)", name) for one in kept):
+        for key, parameter in made.named_parameters():
+            if any(re.search(rf"(^|\.){re.escape(one)}(\.|$)", key) for one in kept):
                 parameter.data = parameter.data.float()
+    imitate(made, name, quantize, of_diffusers)
     return made if of_diffusers else Encoder(made)
 
 

@@ -174,7 +174,7 @@ def load_part(cls: Any, source: Source, name: str, dtype: torch.dtype) -> Any:
     whatever the libraries raise; `loading` makes one error of them.
     """
     if source.bare:
-        return network(cls, source.folder(name), dtype)
+        return network(cls, source.folder(name), dtype, name, source.config.quantize)
     replaced, told = source.replaced(name), quantize.arguments(source.config, name, _of_diffusers(cls), dtype)
     if replaced is not None:
         return _replacement(cls, source, name, dtype, replaced, told)

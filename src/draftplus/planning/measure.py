@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -13,12 +14,13 @@ from torch import Tensor
 from draftplus.config import Config
 from draftplus.data.batches import Batch
 from draftplus.diffusion.methods import METHODS
-from draftplus.diffusion.objectives import plan, plan_around
+from draftplus.diffusion.objectives import plan_around
 from draftplus.diffusion.problem import Problem, StepPlan
 from draftplus.diffusion.sampler import Rollout, sample
 from draftplus.distributed import World
 from draftplus.evaluation.chunks import SAMPLING_BATCH
 from draftplus.planning.meter import META, Meter, counting, storages
+from draftplus.planning.optimizer import eight_bit_moments
 from draftplus.planning.subject import Subject, networks_by_part, tensors_of
 from draftplus.training.ddpo import ddpo_step
 from draftplus.training.placement import Replicated
@@ -36,6 +38,8 @@ class Memory:
 
     weights: by part. trained: "gradients", "optimizer", "average". kept: what the backward pass of a micro-batch keeps,
     by part, with the weights that the KL term widens. phases: the most that is held at once, by phase, all in all.
+    fixed: what is held in every phase of a step. folded: of "sampling", the weights with adapters in them. lazy:
+    whether text encoders are gone before the denoiser comes.
     """
 
     weights: Mapping[str, int]
@@ -43,6 +47,9 @@ class Memory:
     kept: Mapping[str, int]
     phases: Mapping[str, int]
     images: Mapping[str, int] = field(default_factory=dict)
+    fixed: int = 0
+    folded: int = 0
+    lazy: bool = False
 
     @property
     def peak(self) -> int:
@@ -80,17 +87,19 @@ def measure(run: Subject, micro: int, share: int, prompt: str, ranks: int = 1) -
         weights["adapters"] = adapters
     batch = min(share, config.train.sampling_batch_size or _sampling_batch(config, micro))
     setup = _setup(run, micro, micro, prompt, ranks)
+    planned = setup.plan(0)
     with counting() as meter:
         base = meter.hold(tensors_of(networks))
-        state = initial_state(parameters, config.optim)
+        state = initial_state(parameters, replace(config.optim, name=_without_content(config.optim.name)))
         average = meter.now - base
-        sampling = _sampling(meter, run.problem, setup, batch)
+        waiting = _waiting(run, setup, planned, share)
+        sampling, folded = _sampling(meter, run.problem, setup, planned, batch)
         decoding = _evaluating(meter, run.problem, setup, micro)
         gradients = sum(parameter.nbytes for parameter in parameters.values())
         temporary, before = 0, meter.now
         kept: dict[str, int] = {}
         if METHODS[config.objective.method].differentiates:
-            above, kept = _stepping(meter, run.problem, setup, share > micro)
+            above, kept = _stepping(meter, run.problem, setup, planned, share > micro)
             full = meter.restart()
             update(state, config.optim, {"loss": 1.0}, setup.placement)
             optimizer = meter.now - before
@@ -99,22 +108,39 @@ def measure(run: Subject, micro: int, share: int, prompt: str, ranks: int = 1) -
             above = _policy_gradient(meter, setup, state)
             optimizer = meter.now - before
             above -= optimizer
-    if config.device != "cpu":  # whose update takes all weights at once
-        temporary = max(temporary, gradients)
+    if config.optim.name == "adamw_8bit":
+        optimizer = eight_bit_moments(parameters.values())
     copies = gradients if ranks > 1 else 0  # gradients are summed in one flat tensor
     trained = {"gradients": gradients, "optimizer": optimizer, "average": average}
-    always = sum(weights.values()) - _away(run, weights)
-    fixed = always + optimizer + average
+    fixed = sum(weights.values()) - _away(run, weights) + optimizer + average
     resting = fixed - (weights["autoencoder"] + weights["rewards"] if offloads(config) else 0)
     phases = {
         "embedding prompts": weights["text encoders"] + weights["autoencoder"] + (0 if _lazy(run) else fixed),
-        "sampling": resting + sampling,
+        "sampling": resting + waiting + sampling,
         "evaluation": fixed + decoding,
-        "step": fixed + above,
+        "step": fixed + waiting + above,
         "update": fixed + gradients + max(temporary, copies),
     }
     images = {"micro": micro, "sampling": batch, "share": share}
-    return Memory(weights, trained, kept, phases, images)
+    return Memory(weights, trained, kept, phases, images, fixed, folded, _lazy(run))
+
+
+def _without_content(optimizer: str) -> str:
+    """One whose update can be made of shapes alone, and takes no less beside its state."""
+    return "adamw" if optimizer == "adamw_8bit" else optimizer
+
+
+def _waiting(run: Subject, setup: Setup, planned: StepPlan, share: int) -> int:
+    """What is held of all images of a share while some are worked on: embeddings, latents, and the prefix cache."""
+    config, given = setup.config, run.model.encode([*setup.prompts])
+    latents = math.prod(setup.shape) * torch.float32.itemsize
+    if METHODS[config.objective.method].differentiates:
+        stops = 1 + (planned.window.first > 0) + len(planned.keep)
+    else:
+        stops = 1 + len(setup.problem.sampler.schedule)
+    reuse = config.train.prefix_cache
+    cached = reuse.batches * (2 + len(planned.keep)) * latents if reuse.uses > 1 else 0
+    return share * (given.nbytes + stops * latents + cached)
 
 
 def offloads(config: Config) -> bool:
@@ -145,15 +171,17 @@ def _setup(run: Subject, micro: int, images: int, prompt: str, ranks: int) -> Se
     return Setup(config, run.problem, [prompt], shape, micro, here, Replicated(here))
 
 
-def _sampling(meter: Meter, problem: Problem, setup: Setup, images: int) -> int:
-    """What a step of the denoiser without gradient takes over `images`."""
+def _sampling(meter: Meter, problem: Problem, setup: Setup, planned: StepPlan, images: int) -> tuple[int, int]:
+    """What a step of the denoiser without gradient takes over `images`, and how much of it is folded weights."""
+    folds = planned.window.first > problem.sampler.gate and METHODS[setup.config.objective.method].differentiates
     conditioning = problem.model.encode([*setup.prompts] * images)
     latents = torch.empty(images, *setup.shape, device=META)
     before = meter.restart()
-    with torch.no_grad(), problem.model.tuned.folded():
+    with torch.no_grad(), problem.model.tuned.folded() if folds else nullcontext():
+        folded = meter.now - before
         sample(problem.sampler.denoiser(conditioning), Rollout(latents), problem.sampler.schedule,
                problem.sampler.solver, begin=0, end=1, noise=lambda _: torch.empty_like(latents))  # fmt: skip
-    return meter.peak - before
+    return meter.peak - before, folded
 
 
 @torch.no_grad()
@@ -165,12 +193,13 @@ def _evaluating(meter: Meter, problem: Problem, setup: Setup, images: int) -> in
     return meter.peak - before
 
 
-def _stepping(meter: Meter, problem: Problem, setup: Setup, again: bool) -> tuple[int, dict[str, int]]:
+def _stepping(
+    meter: Meter, problem: Problem, setup: Setup, planned: StepPlan, again: bool
+) -> tuple[int, dict[str, int]]:
     """The most that a micro-batch takes from its window on, and what its backward pass keeps.
 
     again: whether gradients of earlier micro-batches are there.
     """
-    planned = plan(problem.objective, problem.sampler.schedule, setup.config.seed, 0)
     steps = planned.window.steps
     if len(steps) <= MOST_GRADED:
         return _tail(meter, problem, setup, planned, again)

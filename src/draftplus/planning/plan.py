@@ -5,23 +5,26 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from draftplus.build import quiet_libraries
 from draftplus.config import Config, load_config
 from draftplus.data.prompts import load_prompts
 from draftplus.diffusion.methods import METHODS
-from draftplus.distributed import World
 from draftplus.errors import UserError
 from draftplus.evaluation.chunks import SAMPLING_BATCH
+from draftplus.models.loading import is_single_file
 from draftplus.planning.measure import Memory, measure
-from draftplus.planning.meter import META
+from draftplus.planning.sharding import spread
 from draftplus.planning.subject import Subject, parameters, subject
 from draftplus.progress import progress
+from draftplus.runs.directory import is_run
+from draftplus.runs.origin import run_config
 from draftplus.runs.plan import settled
 from draftplus.training.dry_run import passes
 from draftplus.training.fine_tuning import micro_batch_size
-from draftplus.training.placement import make_placement
 
+SHARD = "shard"  # of parallel.mode
 LOOKED_AT = 1000  # prompts, of which the longest is that of every image
 HELPS = 0.99  # of the memory before; what leaves more is not advised
 UNITS = {"": 30, "B": 0, "KB": 10, "MB": 20, "GB": 30, "TB": 40}
@@ -38,9 +41,10 @@ class Advice:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run takes. other: with gradient checkpointing the other way. parameters: by network. limit: bytes, None
-    where none is given. largest: images of the largest micro-batch that fits; 0: none. advice: in order of what it
-    costs, until the run fits."""
+    """What a run takes. other: with gradient checkpointing the other way. elsewhere: of one of several processes, with
+    the other `parallel.mode`; None for one process, or where that cannot be reckoned. parameters: by network. limit:
+    bytes, None where none is given. largest: images of the largest micro-batch that fits; 0: none. advice: in order of
+    what it costs, until the run fits."""
 
     config: Config
     memory: Memory
@@ -53,6 +57,7 @@ class Plan:
     limit: int | None = None
     largest: int | None = None
     advice: Sequence[Advice] = field(default_factory=list)
+    elsewhere: Memory | None = None
 
     @property
     def fits(self) -> bool:
@@ -78,6 +83,16 @@ def bytes_of(text: str) -> int:
     return size
 
 
+def configured(target: Config | str | Path, overrides: Sequence[str]) -> Config:
+    """The configuration that is planned. target: a configuration, a recipe, or a run, any key of which may be changed.
+
+    Raises UserError where it is wrong, or of another kind of training.
+    """
+    if isinstance(target, Config):
+        return load_config(None, overrides, base=target)
+    return run_config(Path(target), overrides) if is_run(target) else load_config(target, overrides)
+
+
 def plan_memory(config: Config, memory: int | None = None, gpus: int = 1) -> Plan:
     """The plan of a configuration. memory: bytes of one device. gpus: how many processes share a step's images.
 
@@ -86,7 +101,6 @@ def plan_memory(config: Config, memory: int | None = None, gpus: int = 1) -> Pla
     if gpus < 1:
         raise UserError(f"--gpus {gpus}: give at least 1")
     config = settled(config)
-    make_placement(config.parallel.mode, World(0, gpus, META))
     quiet_libraries()
     micro, share = micro_batch_size(config, gpus), config.train.global_batch_size // gpus
     prompt = max(load_prompts(config.data.prompts, config.data.column).train[:LOOKED_AT], key=len)
@@ -100,6 +114,7 @@ def plan_memory(config: Config, memory: int | None = None, gpus: int = 1) -> Pla
         made = Plan(
             config, found, other, parameters(run), passes(run.problem, config.seed),
             run.model.doubles(sampler.negative_prompt, sampler.guidance_scale), run.uncounted, gpus, memory,
+            elsewhere=planner.elsewhere(run, micro),
         )  # fmt: skip
         if memory is None:
             return made
@@ -129,10 +144,21 @@ class _Planner:
     known: dict[tuple[int, int], tuple[Subject, Memory]] = field(default_factory=dict)
 
     def __call__(self, run: Subject, micro: int) -> Memory:
+        whole = self._whole(run, micro)
+        return spread(whole, run, self.ranks) if run.config.parallel.mode == SHARD else whole
+
+    def _whole(self, run: Subject, micro: int) -> Memory:
+        """With all weights on each process."""
         key = id(run), micro
         if key not in self.known:
             self.known[key] = run, measure(run, micro, self.share, self.prompt, self.ranks)
         return self.known[key][1]
+
+    def elsewhere(self, run: Subject, micro: int) -> Memory | None:
+        if self.ranks == 1 or run.config.model.quantize is not None:
+            return None
+        whole = self._whole(run, micro)
+        return whole if run.config.parallel.mode == SHARD else spread(whole, run, self.ranks)
 
     def largest(self, run: Subject, limit: int, sizes: Sequence[int]) -> int:
         """The largest of these micro-batches that fits; 0 for none. Memory grows with the micro-batch."""
@@ -207,6 +233,19 @@ def _fewer_layers(config: Config, memory: Memory) -> str | None:
     return None if lora.targets == "attention" else "model.lora.targets=attention"
 
 
+def _quantised(kind: str) -> Callable[[Config, Memory], str | None]:
+    """Frozen weights in fewer bits, where training allows it."""
+
+    def settings(config: Config, memory: Memory) -> str | None:
+        model = config.model
+        possible = model.lora is not None and not is_single_file(model.path) and config.parallel.mode != SHARD
+        if not possible or model.quantize == kind or (kind == "nf4" and config.device == "cpu"):
+            return None
+        return f"model.quantize={kind}" if model.quantize is None or kind == "nf4" else None
+
+    return settings
+
+
 REMEDIES = (
     Remedy(
         _unless("model.offload=true", lambda c: c.model.offload or c.device == "cpu"),
@@ -220,12 +259,18 @@ REMEDIES = (
     Remedy(_smaller_sampling, "more passes without gradient, each of fewer images"),
     Remedy(lambda config, memory: MICRO, "more passes with gradient, each of fewer images"),
     Remedy(
+        _unless("optim.name=adamw_8bit", lambda c: c.optim.name != "adamw"),
+        "the optimizer's moments are rounded to 8 bits; it needs bitsandbytes",
+    ),
+    Remedy(
         _unless("model.dtype=bfloat16", lambda c: c.model.dtype != "float32"),
         "frozen weights are rounded to 8 bits of precision",
     ),
+    Remedy(_quantised("int8"), "frozen linear layers are rounded to 8 bits; it needs torchao"),
     Remedy(
         _unless("model.vae_tiling=true", lambda c: c.model.vae_tiling), "large images are decoded in tiles, blended"
     ),
+    Remedy(_quantised("nf4"), "frozen linear layers are rounded to 4 bits; it needs bitsandbytes and a CUDA device"),
     Remedy(_fewer_steps, "only the last sampling step carries gradient"),
     Remedy(_fewer_layers, "fewer weights are trained"),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from draftplus.planning.measure import Memory
-from draftplus.planning.plan import Plan
+from draftplus.planning.plan import SHARD, Plan
 
 WHOLE = 16  # characters of the first column
 NOT_COUNTED = "the device's own context, workspaces of convolutions, and room that the allocator keeps"
@@ -33,6 +33,7 @@ def told(plan: Plan) -> str:
         + (", each doubled by guidance" if plan.doubled else ""),
         *_fit(plan),
         *_gpus(plan),
+        *_reckoned(plan),
         *(
             [f"not counted       the networks of {', '.join(plan.uncounted)}, whose sizes are not known here"]
             if plan.uncounted
@@ -76,9 +77,25 @@ def _fit(plan: Plan) -> list[str]:
 def _gpus(plan: Plan) -> list[str]:
     if plan.ranks == 1:
         return []
-    share = plan.memory.images["share"]
-    return [
-        f"{plan.ranks} GPUs            each holds all weights and makes {share} of the "
-        f"{plan.config.train.global_batch_size} images of a step; gradients are summed once per step",
-        "                  what does not fit on one cannot be spread over several: sharding is not available yet",
+    share, shards = plan.memory.images["share"], plan.config.parallel.mode == SHARD
+    held = "a part of the denoiser" if shards else "all weights"
+    lines = [
+        f"{plan.ranks} GPUs".ljust(WHOLE + 2)
+        + f"each holds {held} and makes {share} of the {plan.config.train.global_batch_size} images of a step"
     ]
+    if plan.elsewhere is not None:
+        other = f"parallel.mode={'replicate' if shards else 'shard'}"
+        lines.append(
+            " " * (WHOLE + 2) + f"with {other} the peak is {size(plan.elsewhere.peak)}, in {plan.elsewhere.fullest}"
+        )
+    return lines
+
+
+def _reckoned(plan: Plan) -> list[str]:
+    """What is not run as training would, but put in its place."""
+    told = []
+    if plan.config.model.quantize is not None:
+        told.append("quantised layers, as layers of full precision whose weights are made anew in each pass")
+    if plan.config.parallel.mode == SHARD and plan.ranks > 1:
+        told.append("blocks that are gathered whole, from their sizes")
+    return [f"reckoned          {'; '.join(told)}"] if told else []
