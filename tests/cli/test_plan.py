@@ -41,7 +41,7 @@ def test_what_it_prints(draftplus: Callable[..., Any], settings: list[str], tmp_
     assert "2 without gradient, 1 with gradient, 1 of the frozen model, each doubled by guidance" in printed.out
     assert re.search(r"peak +\d+\.\d MiB, in \w+; \d+\.\d MiB with gradient checkpointing on", printed.out)
     assert "fits              largest micro-batch that fits in 8.00 GiB" in printed.out
-    assert "sharding is not available yet" in printed.out
+    assert re.search(r"with parallel.mode=shard the peak is \d+\.\d MiB, in \w+", printed.out)
 
 
 def test_weights_are_not_read(
@@ -84,6 +84,6 @@ def test_refusals(refused: Callable[..., None], settings: list[str]) -> None:
     refused(["plan", *settings, "--memory", "lots"], "--memory 'lots'", "24GB")
     refused(["plan", *settings, "--gpus", "0"], "--gpus 0")
     refused(["plan", *settings, "--gpus", "3"], "train.global_batch_size")
-    refused(["plan", *settings, "parallel.mode=shard"], "parallel.mode=shard is not available yet")
+    refused(["plan", *settings, "parallel.mode=shard", "model.quantize=int8"], "model.quantize=int8 does not work")
     refused(["plan", *settings, "reward=clipp"], "unknown reward 'clipp'")
     refused(["plan", *settings, "model.path=/nowhere/model"], "/nowhere/model")

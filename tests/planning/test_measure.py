@@ -94,7 +94,7 @@ def test_weights_and_what_training_adds_are_exact(configured: Configured, tuning
     for parameter in parameters.values():
         parameter.grad = torch.ones_like(parameter)
     gradients = sum(one.grad.nbytes for one in parameters.values() if one.grad is not None)
-    update(state, config.optim, {"loss": 1.0}, setup.placement)
+    update(state, config.optim, {"loss": 1.0})
     moments = [one for of in state.optimizer.state.values() for name, one in of.items() if name != "step"]
     assert state.ema is not None
     average = sum(one.nbytes for one in state.ema.shadow.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +13,7 @@ from draftplus.planning.measure import Memory
 from draftplus.planning.plan import plan_memory
 from draftplus.planning.sharding import TOGETHER, blocks_of, spread
 from draftplus.planning.subject import Subject, subject
-from tests.planning.conftest import FAMILIES, Configured, planned
+from tests.planning.conftest import FAMILIES, IMAGES, Configured, planned
 
 LORA, FULL = "model.lora.rank=4", "model.lora=null"
 
@@ -20,8 +21,9 @@ LORA, FULL = "model.lora.rank=4", "model.lora=null"
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_has_blocks(configured: Configured, name: str) -> None:
     """Each weight, adapters aside, is in one block, or in none; the largest is no larger than what is in any."""
-    model: Any = subject(configured(name, "model.dtype=bfloat16")).model
-    network, parts = model.tuned.denoiser, model.blocks()
+    tuned: Any = subject(configured(name, "model.dtype=bfloat16")).model.tuned
+    network = tuned.denoiser
+    parts = tuned.blocks(network)
     whole = sum(one.nbytes for key, one in network.named_parameters() if "lora_" not in key)
     found = blocks_of(network, parts, wide=False)
     assert 0 < found.largest <= whole - found.rest
@@ -71,10 +73,28 @@ def test_more_processes_need_less_each_down_to_what_is_gathered(run: tuple[Subje
     assert last.kept["window"] == run[1].kept["window"], "activations are each process's own"
 
 
-def test_quantised_weights_are_refused_by_name(configured: Configured) -> None:
-    config = configured("sd", "model.quantize=int8", "parallel.mode=shard")
-    with pytest.raises(UserError, match=r"model.quantize is int8: .* cannot be planned; set model.quantize=null or"):
-        plan_memory(config, gpus=2)
+@pytest.mark.parametrize("run", [FULL], indirect=True)
+def test_gradients_are_whole_until_the_last_micro_batch(run: tuple[Subject, Memory]) -> None:
+    whole, micro = run[1], replace(run[1], images={**run[1].images, "share": 2 * IMAGES})
+    gradients = whole.trained["gradients"]
+    more = spread(micro, run[0], 1_000).phases["step"] - spread(whole, run[0], 1_000).phases["step"]
+    assert 0 < more <= gradients
+
+
+def test_what_cannot_be_spread_has_no_such_plan(configured: Configured) -> None:
+    """It is refused as training does, and beside another plan nothing is told of it."""
+    assert plan_memory(configured("sd", "model.quantize=int8"), gpus=2).elsewhere is None
+    assert plan_memory(configured("sd", FULL, "optim.name=adafactor"), gpus=2).elsewhere is None
+    with pytest.raises(UserError, match=r"model.quantize=int8 does not work with parallel.mode=shard"):
+        configured("sd", "model.quantize=int8", "parallel.mode=shard")
+
+
+def test_a_part_of_the_processes_hold_a_denoiser(configured: Configured) -> None:
+    shared = ["parallel.mode=shard", "train.global_batch_size=4"]
+    two, four = (plan_memory(configured("sd", *shared, f"parallel.shard_size={n}"), gpus=4) for n in (2, 4))
+    assert two.memory.weights["denoiser"] == pytest.approx(2 * four.memory.weights["denoiser"], abs=2)
+    with pytest.raises(UserError, match=r"parallel.shard_size is 3, which does not divide --gpus 2"):
+        plan_memory(configured("sd", "parallel.mode=shard", "parallel.shard_size=3"), gpus=2)
 
 
 @pytest.mark.parametrize("mode", ["replicate", "shard"])

@@ -101,7 +101,7 @@ def measure(run: Subject, micro: int, share: int, prompt: str, ranks: int = 1) -
         if METHODS[config.objective.method].differentiates:
             above, kept = _stepping(meter, run.problem, setup, planned, share > micro)
             full = meter.restart()
-            update(state, config.optim, {"loss": 1.0}, setup.placement)
+            update(state, config.optim, {"loss": 1.0})
             optimizer = meter.now - before
             temporary = max(0, meter.peak - full - optimizer)
         else:

@@ -15,7 +15,7 @@ from draftplus.errors import UserError
 from draftplus.evaluation.chunks import SAMPLING_BATCH
 from draftplus.models.loading import is_single_file
 from draftplus.planning.measure import Memory, measure
-from draftplus.planning.sharding import spread
+from draftplus.planning.sharding import sharers, spread, spreads
 from draftplus.planning.subject import Subject, parameters, subject
 from draftplus.progress import progress
 from draftplus.runs.directory import is_run
@@ -145,7 +145,7 @@ class _Planner:
 
     def __call__(self, run: Subject, micro: int) -> Memory:
         whole = self._whole(run, micro)
-        return spread(whole, run, self.ranks) if run.config.parallel.mode == SHARD else whole
+        return spread(whole, run, sharers(run.config, self.ranks)) if run.config.parallel.mode == SHARD else whole
 
     def _whole(self, run: Subject, micro: int) -> Memory:
         """With all weights on each process."""
@@ -155,7 +155,7 @@ class _Planner:
         return self.known[key][1]
 
     def elsewhere(self, run: Subject, micro: int) -> Memory | None:
-        if self.ranks == 1 or run.config.model.quantize is not None:
+        if self.ranks == 1 or not spreads(run.config):
             return None
         whole = self._whole(run, micro)
         return whole if run.config.parallel.mode == SHARD else spread(whole, run, self.ranks)
@@ -176,7 +176,7 @@ class _Planner:
         given: list[Advice] = []
         run = subject(config)
         memory = self(run, micro)
-        for remedy in REMEDIES:
+        for remedy in (*REMEDIES[:SHARDED], *SHARDING[: self.ranks - 1], *REMEDIES[SHARDED:]):
             settings = remedy.settings(config, memory)
             if settings is None:
                 continue
@@ -246,6 +246,13 @@ def _quantised(kind: str) -> Callable[[Config, Memory], str | None]:
     return settings
 
 
+SHARDED = 3  # remedies that cost less than sharding does, which is one with several processes alone
+SHARDING = (
+    Remedy(
+        lambda config, memory: "parallel.mode=shard" if config.parallel.mode != SHARD and spreads(config) else None,
+        "the denoiser is held in parts, which cross between the GPUs in every pass",
+    ),
+)
 REMEDIES = (
     Remedy(
         _unless("model.offload=true", lambda c: c.model.offload or c.device == "cpu"),
@@ -259,7 +266,10 @@ REMEDIES = (
     Remedy(_smaller_sampling, "more passes without gradient, each of fewer images"),
     Remedy(lambda config, memory: MICRO, "more passes with gradient, each of fewer images"),
     Remedy(
-        _unless("optim.name=adamw_8bit", lambda c: c.optim.name != "adamw"),
+        _unless(
+            "optim.name=adamw_8bit",
+            lambda c: c.optim.name != "adamw" or (c.parallel.mode == SHARD and c.model.lora is None),
+        ),
         "the optimizer's moments are rounded to 8 bits; it needs bitsandbytes",
     ),
     Remedy(

@@ -1,9 +1,9 @@
 """What a process needs whose denoiser is spread over several, reckoned from what it needs alone.
 
-As PyTorch's `fully_shard` does it: every process keeps an equal part of each weight of the denoiser, and of what full
-fine-tuning adds to it. A block's weights are gathered whole for as long as its passes last, those of the next one
-beside them; what is in no block is gathered whole throughout. Adapters, which are small, are whole on every process,
-and so are autoencoder, text encoders and rewards.
+As `draftplus.sharding` does it, by PyTorch's `fully_shard`: every process keeps an equal part of each weight of the
+denoiser, and of what full fine-tuning adds to it. A block's weights are gathered whole for as long as it computes,
+those of the next one beside them, and what is in no block while the denoiser does. Adapters, which are small, are whole
+on every process, and so are autoencoder, text encoders and rewards.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from draftplus.config import Config
 from draftplus.errors import UserError
 from draftplus.planning.measure import Memory
 from draftplus.planning.subject import Subject
@@ -56,28 +57,31 @@ def blocks_of(network: nn.Module, blocks: Sequence[nn.Module], wide: bool) -> Bl
     return Blocks(max(size(own(one)) for one in chosen), size(own(network)), wide)
 
 
-def refuse_unspreadable(run: Subject) -> None:
-    """UserError for what cannot be reckoned spread over several processes."""
-    quantize = run.config.model.quantize
-    if quantize is not None:
-        raise UserError(
-            f"parallel.mode is shard and model.quantize is {quantize}: how quantised weights are spread over several "
-            "GPUs is not known, so it cannot be planned; set model.quantize=null or parallel.mode=replicate"
-        )
+def spreads(config: Config) -> bool:
+    """Whether training with `parallel.mode=shard` takes what is configured otherwise."""
+    return config.model.quantize is None and (config.model.lora is not None or config.optim.name == "adamw")
+
+
+def sharers(config: Config, ranks: int) -> int:
+    """How many of `ranks` processes, which are of one machine, hold a denoiser together.
+
+    Raises UserError where they cannot be divided so.
+    """
+    size = config.parallel.shard_size or ranks
+    if ranks % size:
+        raise UserError(f"parallel.shard_size is {size}, which does not divide --gpus {ranks}")
+    return size
 
 
 def spread(memory: Memory, run: Subject, ranks: int) -> Memory:
-    """The memory of one of `ranks` processes that share the denoiser. memory: with the whole of it on each.
-
-    Raises UserError as `refuse_unspreadable` does.
-    """
-    refuse_unspreadable(run)
+    """The memory of one of `ranks` processes that share the denoiser. memory: with the whole of it on each."""
     if ranks == 1:
         return memory
-    model: Any = run.model
-    full = model.tuned.frozen is not None
+    tuned: Any = run.model.tuned
+    full = tuned.frozen is not None
     widened = memory.kept.get("widened weights", 0)
-    network, parts = model.tuned.denoiser, model.blocks()
+    network = tuned.denoiser
+    parts = tuned.blocks(network)
     plain = blocks_of(network, parts, wide=False)
     looked_at = blocks_of(network, parts, wide=True) if widened else plain
 
@@ -86,25 +90,24 @@ def spread(memory: Memory, run: Subject, ranks: int) -> Memory:
 
     weights, trained, kept, phases = (dict(one) for one in (memory.weights, memory.trained, memory.kept, memory.phases))
     always = gone(weights["denoiser"]) + gone(weights["frozen copy"])
-    gradients = 0
     for name in ("denoiser", "frozen copy"):
         weights[name] -= gone(weights[name])
     weights["gathered"] = plain.gathered
     if full:
-        gradients = gone(trained["gradients"])
         always += gone(trained["optimizer"]) + gone(trained["average"])
         trained = {name: count - gone(count) for name, count in trained.items()}
-    if widened:
-        kept["widened weights"] -= gone(widened)
+    kept["widened weights"] = 0  # blocks are widened as they are gathered
+    summed = memory.images["share"] == memory.images["micro"]  # else gradients are whole until the last micro-batch
+    less = gone(memory.trained["gradients"]) if full and summed else 0
     # the gradients of a block are whole until they are summed over the processes
     passing = looked_at.gathered + (looked_at.largest if full else 0)
     if full and run.config.objective.kl_coeff > 0:  # what is in no block of the frozen copy
         passing += plain.rest
-    phases["sampling"] += plain.gathered - gone(memory.folded) - always
-    phases["evaluation"] -= always
     fixed = memory.fixed - always
     at_least = fixed + sum(kept.values()) + passing
-    phases["step"] = max(at_least, phases["step"] - always - gradients - gone(widened) + passing)
+    phases["sampling"] += plain.gathered - memory.folded - always  # adapters are not folded into parts
+    phases["evaluation"] -= always
+    phases["step"] = max(at_least, phases["step"] - always - less - widened + passing)
     if full:
         phases["update"] = fixed + 2 * trained["gradients"]
     else:
