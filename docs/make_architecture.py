@@ -145,7 +145,7 @@ def fitted(names: list[str], width: float) -> tuple[list[list[str]], list[float]
     for most in range(1, 30):
         texts = [wrapped(", ".join(files_of(name)), most) for name in names]
         needed = [
-            22 + max(NAME * len(shown(name)), *(FILE * len(line) for line in lines), 0)
+            16 + max(NAME * len(shown(name)), *(FILE * len(line) for line in lines), 0)
             for name, lines in zip(names, texts, strict=True)
         ]
         if sum(needed) <= width:
