@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from draftplus.models.bare_quantized import imitate
 from draftplus.types import Conditioning
@@ -25,7 +26,7 @@ def network(cls: Any, folder: Path, dtype: torch.dtype, name: str, quantize: str
     name: of the part of the pipeline. quantize: how it would be quantised.
     """
     of_diffusers = cls.__module__.startswith("diffusers.")
-    with torch.device("meta"):
+    with torch.device("meta"), _Unfilled():
         if of_diffusers:
             made = cls.from_config(cls.load_config(folder))
         else:
@@ -38,6 +39,18 @@ def network(cls: Any, folder: Path, dtype: torch.dtype, name: str, quantize: str
                 parameter.data = parameter.data.float()
     imitate(made, name, quantize, of_diffusers)
     return made if of_diffusers else Encoder(made)
+
+
+class _Unfilled(TorchDispatchMode):
+    """Inside, nothing is drawn for tensors without content, for which torch would take milliseconds each."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _DRAWS and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+_DRAWS = {torch.ops.aten.uniform_.default, torch.ops.aten.normal_.default}
 
 
 class Encoder(nn.Module):

@@ -83,7 +83,9 @@ _IN_PLACE = {
     )
     for name in packet.overloads()
 }  # fmt: skip
-_known: dict[Any, list[tuple[Any, ...]] | None] = {}  # operation -> its outputs' shapes; None: it has to be asked
+_known: dict[
+    Any, list[tuple[Any, ...] | None] | None
+] = {}  # operation -> its outputs' shapes; None: it has to be asked
 
 
 def _made(func: Any, args: Any, kwargs: Any) -> Any:
@@ -95,16 +97,20 @@ def _made(func: Any, args: Any, kwargs: Any) -> Any:
     key = func, _shape_of(args), _shape_of(kwargs)
     found = _known.get(key)
     if found is not None:
-        made = [torch.empty_strided(size, stride, dtype=dtype, device=META) for size, stride, dtype in found]
+        made = [
+            None if one is None else torch.empty_strided(one[0], one[1], dtype=one[2], device=META) for one in found
+        ]
         return made[0] if len(made) == 1 else tuple(made)
     out = func(*args, **kwargs)
     if key not in _known:
         outputs = [out] if isinstance(out, Tensor) else list(out) if isinstance(out, tuple) and len(out) > 1 else []
         given = {one.untyped_storage()._cdata for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)}
         plain = bool(outputs) and all(
-            isinstance(one, Tensor) and one.is_meta and one.untyped_storage()._cdata not in given for one in outputs
+            one is None or (isinstance(one, Tensor) and one.is_meta and one.untyped_storage()._cdata not in given)
+            for one in outputs
         )
-        _known[key] = [(one.shape, one.stride(), one.dtype) for one in outputs] if plain else None
+        shapes = [None if one is None else (one.shape, one.stride(), one.dtype) for one in outputs] if plain else None
+        _known[key] = shapes
     return out
 
 
