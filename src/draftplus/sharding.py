@@ -7,17 +7,21 @@ what looks at a process's own part takes it from `own`.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from draftplus.distributed import World
 from draftplus.errors import UserError
+
+if TYPE_CHECKING:  # these take a second to import, and most processes shard nothing
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
 
 
 def make_mesh(here: World, within: int | None) -> DeviceMesh:
@@ -34,6 +38,8 @@ def make_mesh(here: World, within: int | None) -> DeviceMesh:
             f"parallel.shard_size is {size}, which does not divide the {here.size} processes; use one of "
             f"{', '.join(str(n) for n in range(1, here.size + 1) if here.size % n == 0)}"
         )
+    from torch.distributed.device_mesh import init_device_mesh
+
     if size == here.size:
         return init_device_mesh(here.device.type, (size,), mesh_dim_names=("shard",))
     return init_device_mesh(here.device.type, (here.size // size, size), mesh_dim_names=("replicate", "shard"))
@@ -48,6 +54,8 @@ def shard(
     blocks: of the network, an outer one before those inside it. kept: parameters that every process has whole.
     Gradients are summed over the processes, not averaged.
     """
+    from torch.distributed.fsdp import fully_shard
+
     for parameter in kept:
         parameter.data = parameter.data.to(device)
     for module in (*reversed(blocks), network):
@@ -60,13 +68,13 @@ def shard(
 
 def reduce_gradients(network: nn.Module, wanted: bool) -> None:
     """Whether the next backward passes sum gradients over the processes, or keep them, whole, for one that will."""
-    if isinstance(network, FSDPModule):
+    if _is_sharded(network):
         network.set_requires_gradient_sync(wanted)
 
 
 def plain_class(network: nn.Module) -> type:
     """The class that a network had before it was sharded, which gives it one of its own."""
-    return next(cls for cls in type(network).__mro__ if not issubclass(cls, FSDPModule))
+    return next(cls for cls in type(network).__mro__ if not issubclass(cls, _known("fsdp", "FSDPModule")))
 
 
 @contextmanager
@@ -93,26 +101,38 @@ def _gather_as(network: nn.Module, dtype: torch.dtype | None) -> None:
 
 
 def _sharded(network: nn.Module) -> list[FSDPModule]:
-    return [module for module in network.modules() if isinstance(module, FSDPModule)]
+    return [module for module in network.modules() if _is_sharded(module)]
 
 
-def is_part(tensor: Tensor) -> bool:
-    return isinstance(tensor, DTensor)
+def _is_sharded(network: nn.Module) -> TypeGuard[FSDPModule]:
+    return isinstance(network, _known("fsdp", "FSDPModule"))
+
+
+def is_part(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether a process has a part of it."""
+    return isinstance(tensor, _known("tensor", "DTensor"))
+
+
+def _known(module: str, name: str) -> Any:
+    """A class of torch.distributed; where nobody has imported it, the empty tuple, of which nothing is an instance."""
+    return getattr(sys.modules.get(f"torch.distributed.{module}"), name, ())
 
 
 def own(tensor: Tensor) -> Tensor:
     """This process's part of a tensor, not a copy of it; all of one that is not sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_part(tensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor. Every process calls it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_part(tensor) else tensor
 
 
 def part_of(parameter: Tensor, tensor: Tensor) -> Tensor:
     """A tensor as a parameter of its shape is sharded, on its device: a `DTensor` where that is one."""
-    if not isinstance(parameter, DTensor) or isinstance(tensor, DTensor) or tensor.shape != parameter.shape:
+    if not is_part(parameter) or is_part(tensor) or tensor.shape != parameter.shape:
         return tensor.to(parameter.device)
+    from torch.distributed.tensor import distribute_tensor
+
     placed = tensor.to(parameter.device)
     return distribute_tensor(placed, parameter.device_mesh, parameter.placements, src_data_rank=None)
