@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from draftplus.errors import UserError
-from draftplus.planning.plan import REMEDIES, bytes_of, plan_memory
-from tests.support.runs import configure
+from draftplus.planning.measure import Memory
+from draftplus.planning.plan import MICRO, REMEDIES, SHARDING, bytes_of, changed, plan_memory
+from tests.support.runs import configure, train_here
 
 GIB = 2**30
 
@@ -87,3 +88,33 @@ def test_refusals(refused: Callable[..., None], settings: list[str]) -> None:
     refused(["plan", *settings, "parallel.mode=shard", "model.quantize=int8"], "model.quantize=int8 does not work")
     refused(["plan", *settings, "reward=clipp"], "unknown reward 'clipp'")
     refused(["plan", *settings, "model.path=/nowhere/model"], "/nowhere/model")
+
+
+FULL, SHARDED = "model.lora=null", "parallel.mode=shard"
+
+
+@pytest.mark.parametrize(
+    "more", [[], [FULL], [FULL, SHARDED], [SHARDED], ["model.quantize=int8"], ["device=cuda"]], ids=" ".join
+)
+def test_every_advice_can_be_followed(settings: list[str], more: list[str]) -> None:
+    """It is a configuration that training takes, and none that it was before."""
+    config = configure([*settings, *more])
+    memory = Memory({}, {}, {}, {"sampling": 1})
+    followed = [remedy.settings(config, memory) for remedy in (*REMEDIES, *SHARDING)]
+    given = [one for one in followed if one not in (None, MICRO)]
+    assert len(given) > 3
+    for one in given:
+        assert one is not None and changed(config, *one.split()) != config
+    quantises = any(one is not None and "quantize" in one for one in given)
+    assert quantises == (more in ([], ["device=cuda"])) and ("model.quantize=nf4" in given) == (more == ["device=cuda"])
+
+
+def test_a_run_is_planned_with_any_key_changed(draftplus: Callable[..., Any], settings: list[str]) -> None:
+    """Also those that a run cannot be continued with."""
+    run = train_here(settings, "train.steps=1")
+    printed = draftplus("plan", run, "model.lora.rank=8")
+    assert (printed.code, printed.err) == (0, "")
+    ranks = [re.search(r"trained +([\d,]+)", draftplus("plan", run, f"model.lora.rank={rank}").out) for rank in (2, 8)]
+    trained = [int(found[1].replace(",", "")) for found in ranks if found]
+    assert trained[1] == 4 * trained[0] > 0
+    assert "trained " + " " * 9 + f"{trained[1]:,}" in printed.out

@@ -29,7 +29,7 @@ def plan(
     memory: Annotated[
         str | None, typer.Option("--memory", metavar="SIZE", help="Memory of one device, such as 24GB.")
     ] = None,
-    gpus: Annotated[int, typer.Option("--gpus", metavar="N", help="How many GPUs share a step's images.")] = 1,
+    gpus: Annotated[int, typer.Option("--gpus", metavar="N", help="How many GPUs run it, each with a process.")] = 1,
     trust: Trust = False,
 ) -> None:
     """Say what a run takes in memory, before any weight is loaded, and what to switch on where it does not fit."""
