@@ -12,7 +12,7 @@ TORCH ?=
 WORKERS ?= 2
 
 BIN := $(VENV)/bin
-QUANTIZED := tests/families/test_quantized.py tests/training/test_optimizers.py
+QUANTIZED := tests/families/test_quantized.py tests/planning/test_quantized.py tests/training/test_optimizers.py
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 TORCH_INDEX := $(if $(TORCH),--extra-index-url https://download.pytorch.org/whl/$(TORCH))
 

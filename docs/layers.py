@@ -22,6 +22,7 @@ LAYERS = [
     ["runs"],
     ["evaluation"],
     ["training"],
+    ["planning"],
     ["__main__", "cli", "api", "publish", "sweeps", "report"],
 ]
 BELOW_ALL = {"draftplus"}  # the package itself holds the version and lazy names; anyone may import it

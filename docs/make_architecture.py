@@ -20,7 +20,7 @@ BANDS = {  # each is from its lowest layer to below the next one's
     "mathematics": (1, "#e4f2e7"),
     "adapters": (2, "#fcefdc"),
     "engine": (3, "#e9e8f8"),
-    "surfaces": (7, "#dcecf9"),
+    "surfaces": (8, "#dcecf9"),
 }
 NOT_DRAWN = {"__main__"}  # only calls cli
 CAPTION = [

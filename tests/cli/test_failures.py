@@ -18,7 +18,7 @@ from filelock import FileLock
 from PIL import Image
 
 import draftplus.api  # before a test replaces what it imports
-from draftplus import hub
+from draftplus import api, hub
 from draftplus.cli.failures import in_one_line
 from draftplus.config import load_config, to_yaml
 from draftplus.errors import UserError, printable
@@ -113,6 +113,34 @@ def test_out_of_memory_says_what_to_lower(
     printed = draftplus("generate", small, "--prompt", "a cat", "-o", tmp_path / "out")
     assert printed.code == 1 and len(printed.err.splitlines()) == 1
     assert "out of memory" in printed.err and "lower train.micro_batch_size" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("words", "size"),
+    [
+        (
+            "CUDA out of memory. GPU 0 has a total capacity of 23.69 GiB of which 1 GiB is free.",
+            "--memory 23.69GB says",
+        ),
+        ("DefaultCPUAllocator: can't allocate memory", "--memory with the size of the device, such as 24GB, says"),
+    ],
+)
+@pytest.mark.parametrize("ranks", ["1", "2"])
+def test_out_of_memory_points_to_the_plan(
+    draftplus: Any, monkeypatch: pytest.MonkeyPatch, words: str, size: str, ranks: str
+) -> None:
+    """Of this recipe and these settings, in a command that can be copied."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError(words)
+
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    monkeypatch.setattr(api, "_train", fail)
+    printed = draftplus("train", "sdxl_pickscore", "model.path=emoji", "data.prompts=my prompts.txt")
+    assert printed.code == 1 and len(printed.err.splitlines()) == 1
+    several = "" if ranks == "1" else f" --gpus {ranks}"
+    command = f"draftplus plan sdxl_pickscore model.path=emoji 'data.prompts=my prompts.txt'{several} {size} which"
+    assert command in printed.err
 
 
 def test_torchs_own_words_for_a_cpu_without_memory() -> None:

@@ -16,6 +16,8 @@ from draftplus.errors import UserError
 from draftplus.evaluation.evaluate import compare
 from draftplus.evaluation.gallery import make_gallery, write_gallery
 from draftplus.evaluation.generate import Knobs
+from draftplus.planning.plan import Plan as MemoryPlan
+from draftplus.planning.plan import bytes_of, configured, plan_memory
 from draftplus.publish import export_run
 from draftplus.report import write_report
 from draftplus.runs.plan import plan_run
@@ -89,6 +91,25 @@ def describe(recipe: Config | str | Path = "emoji", overrides: Sequence[str] = (
     with trusting(trust):
         config, run = plan_run(recipe, overrides)
     return _describe(config, run)
+
+
+def plan(
+    recipe: Config | str | Path = "emoji",
+    overrides: Sequence[str] = (),
+    memory: str | int | None = None,
+    gpus: int = 1,
+    trust: bool = False,
+) -> MemoryPlan:
+    """What `train` would take in memory with these arguments; no weights are loaded.
+
+    memory: of one device, such as "24GB", or bytes; with it the plan says what fits, and what to switch on where the
+    run does not. gpus: how many processes share a step's images.
+
+    Raises UserError for a user's mistake.
+    """
+    limit = bytes_of(memory) if isinstance(memory, str) else memory
+    with trusting(trust):
+        return plan_memory(configured(recipe, overrides), limit, gpus)
 
 
 def generate(

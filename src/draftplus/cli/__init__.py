@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from draftplus import __version__
-from draftplus.cli import data, evaluate, export, generate, report, reward, sweep, train
+from draftplus.cli import data, evaluate, export, generate, plan, report, reward, sweep, train
 from draftplus.cli.failures import in_one_line
 from draftplus.cli.shared import examples
 from draftplus.errors import Interrupted, UserError, printable
@@ -48,6 +48,7 @@ def _root(
 
 
 app.command(epilog=train.EXAMPLES)(train.train)
+app.command(epilog=plan.EXAMPLES)(plan.plan)
 app.command(epilog=generate.EXAMPLES)(generate.generate)
 app.command(epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command(epilog=sweep.EXAMPLES)(sweep.sweep)

@@ -4,8 +4,15 @@ another process."""
 from __future__ import annotations
 
 import errno
+import os
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from draftplus.errors import WHERE, Stalled, is_out_of_memory
+
+PLAN = "draftplus plan "  # how the note begins that is the command of a plan
 
 # what a system may deny to a correct program
 _DENIED = {
@@ -15,6 +22,28 @@ _DENIED = {
         "EMFILE", "ENFILE", "ESTALE", "ETXTBSY",
     )
 }  # fmt: skip
+
+
+@contextmanager
+def plannable(target: str, settings: Sequence[str]) -> Iterator[None]:
+    """Where memory runs out inside, the error is given a note with the command that plans a run like this one."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            ranks = os.environ.get("WORLD_SIZE", "1")
+            several = [] if ranks == "1" else ["--gpus", ranks]
+            error.add_note(PLAN + shlex.join([target, *settings, *several]))
+        raise
+
+
+def _planned(error: BaseException) -> str:
+    notes = [note for note in getattr(error, "__notes__", ()) if note.startswith(PLAN)]
+    if not notes:
+        return ""
+    found = re.search(r"total capacity of (\d[\d.]*) GiB", str(error))
+    size = f"--memory {found[1]}GB" if found else "--memory with the size of the device, such as 24GB,"
+    return f"; {notes[0]} {size} says which of these is enough"
 
 
 def in_one_line(error: BaseException) -> str | None:
@@ -28,7 +57,7 @@ def in_one_line(error: BaseException) -> str | None:
         return (
             f"out of memory{where} ({reason[:160].rstrip('. ')}); lower train.micro_batch_size (images of a backward "
             "pass), train.sampling_batch_size (images of a pass without gradient) or sampler.height and sampler.width, "
-            "or set model.gradient_checkpointing=true, model.dtype=bfloat16 or model.offload=true"
+            f"or set model.gradient_checkpointing=true, model.dtype=bfloat16 or model.offload=true{_planned(error)}"
         )
     if isinstance(error, OSError) and error.errno in _DENIED:
         paths = [str(path) for path in (error.filename, error.filename2) if path is not None]

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from draftplus.cli.failures import plannable
 from draftplus.cli.shared import Trust, examples
 from draftplus.config import describe_keys, recipe_names
 
@@ -43,10 +44,11 @@ def train(
     from draftplus.distributed import is_main_process
 
     recipe = target or "emoji"
-    if dry_run:
-        told = api.describe(recipe, settings or [], trust)
-    else:
-        run = api.train(recipe, settings or [], trust)
-        told = f"adapter: {run / 'adapter'}\nreport:  {run / 'report.html'}"
+    with plannable(recipe, settings or []):
+        if dry_run:
+            told = api.describe(recipe, settings or [], trust)
+        else:
+            run = api.train(recipe, settings or [], trust)
+            told = f"adapter: {run / 'adapter'}\nreport:  {run / 'report.html'}"
     if is_main_process():
         print(told)

@@ -122,3 +122,21 @@ def _few(names: Sequence[str]) -> str:
 
 def _shape(shape: Sequence[int]) -> str:
     return "×".join(map(str, shape)) or "a number"
+
+
+def taken_for(state: Mapping[str, Tensor]) -> str:
+    """What a file of weights is that does not fit, as far as its names tell."""
+    if any("lora" in key.lower() or ".adapter_layer." in key for key in state):
+        return ", which are an adapter's (LoRA)"
+    kind = model_like(state)
+    return f", which are like those of {kind}" if kind is not None else ""
+
+
+def model_like(state: Mapping[str, Tensor]) -> str | None:
+    """The model that tensors are like, by diffusers' own inference from names and shapes; None if it cannot tell."""
+    from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS, infer_diffusers_model_type
+
+    kind = infer_diffusers_model_type(state)
+    if kind == "v1" and not any("input_blocks." in key for key in state):  # it says so of whatever it does not know
+        return None
+    return str(DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"])

@@ -18,6 +18,7 @@ from draftplus.config import ModelConfig
 from draftplus.errors import UserError, is_out_of_memory
 from draftplus.hub import by_hand
 from draftplus.models import files, fitting, quantize
+from draftplus.models.bare import network
 from draftplus.models.files import Stored
 from draftplus.models.nemo import as_original, refuse_whole
 from draftplus.weights import first_line, read_state_dict
@@ -33,13 +34,15 @@ class Source:
     """Where the parts of a model are read from.
 
     directory: with their configurations, each in a folder, and their weights `stored`. state: the tensors of a single
-    file in the original layout, which takes the place of the latter. config: says which parts are replaced.
+    file in the original layout, which takes the place of the latter. config: says which parts are replaced. bare:
+    networks are made without weights.
     """
 
     config: ModelConfig
     directory: Path
     stored: Mapping[str, Stored | None]
     state: dict[str, Tensor] | None = None
+    bare: bool = False
 
     def replacement(self, name: str) -> str | None:
         """What the configuration gives instead of a part's weights."""
@@ -101,9 +104,9 @@ def fetched(config: ModelConfig, path: str) -> Path:
 
 def source(
     config: ModelConfig, path: str, directory: Path, networks: Mapping[str, Any],
-    accepts: Callable[[Mapping[str, Any]], None],
+    accepts: Callable[[Mapping[str, Any]], None], bare: bool = False,
 ) -> Source:  # fmt: skip
-    """A directory or hub id, its weights chosen by `model.variant`, fetched, and free of code.
+    """A directory or hub id, its weights chosen by `model.variant`, fetched, and free of code; if `bare`, without any.
 
     directory: that was `fetched`. networks: the class of each folder with weights. accepts: called with the
     configurations of these, before any weights are fetched or read, to refuse what the family does not support.
@@ -112,8 +115,10 @@ def source(
     `loading` makes one error of them.
     """
     where, local = f"model.path '{path}'", Path(directory_of(path)).is_dir()
-    made = Source(config, directory, {})
+    made = Source(config, directory, {}, bare=bare)
     accepts(configurations(networks, made))
+    if bare:
+        return made
     own = {name: cls for name, cls in networks.items() if made.replacement(name) is None}
     on_hub = {} if local else files.names_on_hub(path, directory)
     names = {name: files.names_in(directory / name) if local else on_hub.get(name, []) for name in own}
@@ -168,6 +173,8 @@ def load_part(cls: Any, source: Source, name: str, dtype: torch.dtype) -> Any:
     Raises UserError if replacement weights are missing or would run code, ValueError for weights that do not fit, and
     whatever the libraries raise; `loading` makes one error of them.
     """
+    if source.bare:
+        return network(cls, source.folder(name), dtype, name, source.config.quantize)
     replaced, told = source.replaced(name), quantize.arguments(source.config, name, _of_diffusers(cls), dtype)
     if replaced is not None:
         return _replacement(cls, source, name, dtype, replaced, told)
@@ -219,7 +226,7 @@ def _from_tensors(
     with torch.device("meta"):
         like = cls.from_config(cls.load_config(directory, subfolder=name))
     state = _known_names(like, state)
-    fitting.refuse_misfit(fitting.compared(like, state), _taken_for(state))
+    fitting.refuse_misfit(fitting.compared(like, state), fitting.taken_for(state))
     if told:  # which diffusers would pass over in silence for a UNet
         raise ValueError("it is a single file, and model.quantize needs a directory; or set model.quantize=null")
     if not fitting.reads_single_files(cls):
@@ -253,24 +260,6 @@ def _known_names(like: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     if any(".resnets." in key for key in state):  # diffusers' own layout, whose attention had other names before 0.17
         state = like._fix_state_dict_keys_on_load(dict(state))
     return state
-
-
-def _taken_for(state: Mapping[str, Tensor]) -> str:
-    """What a file of weights is that does not fit, as far as its names tell."""
-    if any("lora" in key.lower() or ".adapter_layer." in key for key in state):
-        return ", which are an adapter's (LoRA)"
-    kind = model_like(state)
-    return f", which are like those of {kind}" if kind is not None else ""
-
-
-def model_like(state: Mapping[str, Tensor]) -> str | None:
-    """The model that tensors are like, by diffusers' own inference from names and shapes; None if it cannot tell."""
-    from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS, infer_diffusers_model_type
-
-    kind = infer_diffusers_model_type(state)
-    if kind == "v1" and not any("input_blocks." in key for key in state):  # it says so of whatever it does not know
-        return None
-    return str(DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"])
 
 
 def _of_diffusers(cls: Any) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +20,7 @@ from draftplus.config import ModelConfig, SamplerConfig
 from draftplus.distributed import Offload
 from draftplus.errors import needs_memory
 from draftplus.models import loading, quantize, stock
+from draftplus.models.bare import is_bare, without_content
 from draftplus.models.embedding_store import EmbeddingStore, store_of
 from draftplus.models.embeddings import Embeddings
 from draftplus.models.kind import Kind, Shape, decodes_in_float32, spare_memory
@@ -132,13 +134,16 @@ def load_pipeline(
 
     path: diffusers directory or hub id. dtype: of frozen weights, instead of the configuration's; trained weights, and
     the frozen copy of a fully tuned denoiser, are in at least float32. denoiser_on: where the denoiser is; None: there.
+    On the meta device no weights are read.
 
     Raises UserError for a missing model, one of another family, or weights that would run code.
     """
-    frozen = dtype or getattr(torch, config.dtype)
+    frozen, bare = dtype or getattr(torch, config.dtype), is_bare(device)
     quantize.refuse_impossible(config, device, loading.is_single_file(path))
+    if bare:
+        kind = replace(kind, embed=without_content(kind.embed))
     with loading.loading("model.path", path, kind.label):
-        source, there = stock.source(kind, config, path)
+        source, there = stock.source(kind, config, path, bare)
         pipe = stock.without_weights(kind, source, there, frozen)
 
     def read(name: str) -> Any:
@@ -159,6 +164,8 @@ def load_pipeline(
     spare_memory(pipe.vae, config, kind.checkpoint)
     offload = Offload(device, config.offload)
     encoders = [name for name in there if name.startswith("text_encoder")]
-    store = store_of(kind.label, source, path, frozen, device) if kind.large_encoders or offload.on else None
+    store = (
+        store_of(kind.label, source, path, frozen, device) if not bare and (kind.large_encoders or offload.on) else None
+    )
     told = stock.scheduler_config(source.directory)
     return PipelineModel(kind, pipe, encoders, read, tune, told, device, frozen, store, offload)

@@ -19,7 +19,8 @@ UNCHANGED = ("vae",)  # parts that no back end makes smaller
 def refuse_impossible(config: ModelConfig, device: torch.device, single_file: bool) -> None:
     """UserError for a quantisation that this model, machine or environment does not have; before weights are loaded.
 
-    single_file: whether `model.path` is one file of a whole model.
+    single_file: whether `model.path` is one file of a whole model. On the meta device, where nothing is quantised, only
+    the model is looked at.
     """
     kind = config.quantize
     if kind is None:
@@ -30,6 +31,8 @@ def refuse_impossible(config: ModelConfig, device: torch.device, single_file: bo
             f"{where}, but model.path '{config.path}' is a single file, whose text encoders cannot be quantised; give "
             "the model as a directory in the diffusers layout or a hub id, or set model.quantize=null"
         )
+    if device.type == "meta":
+        return
     if kind == "nf4" and device.type != "cuda":
         raise UserError(
             f"{where}, which diffusers makes on a CUDA device alone, but the device is {device.type}; use "
@@ -62,7 +65,11 @@ def arguments(config: ModelConfig, name: str, of_diffusers: bool, dtype: torch.d
 
 def is_quantised(weight: Tensor) -> bool:
     """Whether a weight is one that a back end has made smaller."""
-    return type(weight).__module__.partition(".")[0] in BACK_ENDS.values()
+    return isinstance(weight, Imitation) or type(weight).__module__.partition(".")[0] in BACK_ENDS.values()
+
+
+class Imitation(nn.Parameter):
+    """What stands for a quantised weight where no weights are read: of its shape, and of its size in bytes."""
 
 
 class FrozenLinear(nn.Linear):

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from draftplus.config import ModelConfig
 from draftplus.errors import UserError, notice
-from draftplus.models.loading import LDM_UNET, Source, model_like
+from draftplus.models.fitting import model_like
+from draftplus.models.loading import LDM_UNET, Source
 from draftplus.weights import read_header, read_state_dict
 
 CLIP_G = "conditioner.embedders.1.model."  # how the names of SDXL's second text encoder begin
@@ -28,7 +29,7 @@ PIPELINES = {
 ARCHITECTURES = {"stable-diffusion-v2-512": "sd2-base", "stable-diffusion-v2-768-v": "sd2"}
 
 
-def source(config: ModelConfig, path: str) -> Source:
+def source(config: ModelConfig, path: str, bare: bool = False) -> Source:
     """A single file's tensors, and the directory of its configurations: `model.config`, or one in the package.
 
     Raises UserError for a file that is missing, would run code, or is of another family, which it names.
@@ -41,6 +42,8 @@ def source(config: ModelConfig, path: str) -> Source:
         raise UserError(f"model.path '{path}': no such file")
     header, says = _header(file)  # enough to refuse another family, whose file may be large
     directory = _configurations(config, path, _kind(path, header), header, says)
+    if bare:
+        return Source(config, directory, {}, bare=True)
     return Source(config, directory, {}, read_state_dict(file) if file.suffix == ".safetensors" else header)
 
 

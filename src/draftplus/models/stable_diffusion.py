@@ -16,6 +16,7 @@ from draftplus.diffusion.levels import saved
 from draftplus.distributed import Offload
 from draftplus.errors import UserError, needs_memory, notice
 from draftplus.models import loading, quantize, single_file
+from draftplus.models.bare import is_bare
 from draftplus.models.embeddings import Embeddings
 from draftplus.models.kind import decodes_in_float32, spare_memory
 from draftplus.models.tuned import Tuned, make_tuned
@@ -146,7 +147,7 @@ def load(
 
     path: diffusers directory, hub id, or a single .safetensors/.ckpt file. dtype: of frozen weights, instead of the
     configuration's; trained weights, and the frozen copy of a fully tuned denoiser, are in at least float32.
-    denoiser_on: where the denoiser is; None: on the device.
+    denoiser_on: where the denoiser is; None: on the device. On the meta device no weights are read.
 
     Raises UserError for a missing model, one of another family, or weights that would run code.
     """
@@ -154,7 +155,7 @@ def load(
 
     frozen = dtype or getattr(torch, config.dtype)
     quantize.refuse_impossible(config, device, loading.is_single_file(path))
-    unet, vae, text_encoder, tokenizer, scheduler_config = _components(config, path, frozen)
+    unet, vae, text_encoder, tokenizer, scheduler_config = _components(config, path, frozen, is_bare(device))
     _refuse_other_families(path, unet.config, vae.config, text_encoder.config)
     for part in (unet, vae, text_encoder):
         part.requires_grad_(False).eval().to(device if part is not unet else denoiser_on or device)
@@ -206,19 +207,21 @@ def _mended(path: str, scheduler_config: Mapping[str, Any]) -> Mapping[str, Any]
     return mended
 
 
-def _components(config: ModelConfig, path: str, dtype: torch.dtype) -> tuple[Any, Any, Any, Any, Mapping[str, Any]]:
+def _components(
+    config: ModelConfig, path: str, dtype: torch.dtype, bare: bool
+) -> tuple[Any, Any, Any, Any, Mapping[str, Any]]:
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
     networks = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
     with loading.loading("model.path", path, NAME):
         if loading.is_single_file(path):
-            source = single_file.source(config, path)
+            source = single_file.source(config, path, bare)
             tokenizer = single_file.tokenizer(source.directory)
         else:
             directory = loading.fetched(config, path)
             accepts = lambda parts: _refuse_other_families(path, *parts.values())  # noqa: E731
-            source = loading.source(config, path, directory, networks, accepts)
+            source = loading.source(config, path, directory, networks, accepts, bare)
             tokenizer = CLIPTokenizer.from_pretrained(source.directory, subfolder="tokenizer")
         if tokenizer.vocab_size <= len(tokenizer.all_special_ids):  # transformers does not miss the files
             raise ValueError("its tokenizer has no vocabulary")

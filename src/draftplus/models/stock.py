@@ -20,8 +20,8 @@ BESIDE = ("image_encoder", "feature_extractor", "safety_checker")  # parts that 
 ABSENT = [None, None]  # how an index says that a part is not there; stock loads such a model only when told so
 
 
-def source(kind: Kind, config: ModelConfig, path: str) -> tuple[loading.Source, dict[str, Any]]:
-    """Where a model's parts are read from, and the class of each."""
+def source(kind: Kind, config: ModelConfig, path: str, bare: bool = False) -> tuple[loading.Source, dict[str, Any]]:
+    """Where a model's parts are read from, and the class of each. bare: without any weights."""
 
     def accept(parts: Mapping[str, Any]) -> None:
         try:
@@ -32,13 +32,13 @@ def source(kind: Kind, config: ModelConfig, path: str) -> tuple[loading.Source, 
             raise UserError(f"model.path '{path}'{replaced}: {error}") from None
 
     if loading.is_single_file(path):
-        made = single_file.source(config, path)
+        made = single_file.source(config, path, bare)
         there = present(kind, made.directory)
         accept(loading.configurations(there, made))
         return made, there
     directory = loading.fetched(config, path)
     there = present(kind, directory)
-    return loading.source(config, path, directory, there, accept), there
+    return loading.source(config, path, directory, there, accept, bare), there
 
 
 def present(kind: Kind, directory: Path) -> dict[str, Any]:

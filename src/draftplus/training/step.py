@@ -164,7 +164,7 @@ def accumulate(setup: Setup, step: int) -> Metrics:
         ]
     start = Rollout.concatenate(starts)
     with precisely(setup, planned):
-        return _tail(setup, step, planned, start, share, conditioning)
+        return tail(setup, step, planned, start, share, conditioning)
 
 
 @contextmanager
@@ -187,9 +187,10 @@ def precisely(setup: Setup, planned: StepPlan) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = before
 
 
-def _tail(
+def tail(
     setup: Setup, step: int, planned: StepPlan, start: Rollout, share: Batch[str], conditioning: Conditioning
 ) -> Metrics:
+    """What `accumulate` does from the window on. start: of all of this process's share, whose `conditioning` it is."""
     problem, sizes, seed = setup.problem, setup.config.train, setup.config.seed
     metrics: Metrics | None = None
     for rows in chunks(len(share), setup.micro):

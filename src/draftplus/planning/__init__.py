@@ -1,0 +1,1 @@
+"""What a run takes in memory, before any weight is loaded."""
