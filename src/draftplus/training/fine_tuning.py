@@ -38,6 +38,7 @@ from draftplus.training.reuse import PrefixCache, sources
 from draftplus.training.state import State
 from draftplus.training.step import Setup, gradient_step, what_overflowed
 from draftplus.training.task import Abandonable
+from draftplus.training.warm_up import eagerly, warm_up
 from draftplus.types import Model
 
 FAINT = 0.05  # a noise level of the last step that leaves little of a gradient
@@ -70,7 +71,9 @@ class FineTuning:
             with needs_memory(f"step {state.step + 1}, whose micro-batches have {self.setup.micro} images"):
                 return (gradient_step if differentiates else ddpo_step)(self.setup, state, abandonable)
         except Overflow as error:
-            raise UserError(f"at step {state.step + 1}: {what_overflowed(self.setup, state.step) or error}") from None
+            with eagerly(self.setup.config.train.compile):
+                where = what_overflowed(self.setup, state.step)
+            raise UserError(f"at step {state.step + 1}: {where or error}") from None
 
     def note(self, row: Row) -> str:
         return f"reward {row['reward']:.3f}, kl {row['kl']:.2e}"
@@ -78,10 +81,11 @@ class FineTuning:
     def evaluate(self, step: int, advance: Advance) -> Row:
         note = self._evaluating(step, advance)
         note(0, "")
-        return evaluate_held_out(
-            self.model, self.rewards, self.sum.total, self.held_out, self.setup.config, step, self.run,
-            self.setup.here, note,
-        )  # fmt: skip
+        with eagerly(self.setup.config.train.compile):
+            return evaluate_held_out(
+                self.model, self.rewards, self.sum.total, self.held_out, self.setup.config, step, self.run,
+                self.setup.here, note,
+            )  # fmt: skip
 
     def comparable(self, rows: Sequence[Row]) -> list[Row]:
         """The evaluations of the images that `eval` now specifies: it may have changed since the others.
@@ -118,10 +122,11 @@ class FineTuning:
     def finish(self, step: int, advance: Advance) -> None:
         """Measures `eval.variants`."""
         note = self._evaluating(step, advance)
-        add_variants(
-            self.model, self.rewards, self.sum.total, self.held_out, self.setup.config, step, self.run,
-            self.setup.here, note,
-        )  # fmt: skip
+        with eagerly(self.setup.config.train.compile):
+            add_variants(
+                self.model, self.rewards, self.sum.total, self.held_out, self.setup.config, step, self.run,
+                self.setup.here, note,
+            )  # fmt: skip
 
     def _evaluating(self, step: int, advance: Advance) -> Advance:
         here = self.setup.here
@@ -153,6 +158,9 @@ def fine_tuning(config: Config, run: Path, placement: Placement, here: World, dr
     jobs = base_jobs(config, prompts.train)
     others = [] if dry else [*held_out.prompts, *(job.prompt for job in jobs)]
     embed_prompts(model, [*trained_on, *others, config.sampler.negative_prompt], here)
+    compiled = config.train.compile and len(steps) > 0
+    if compiled:
+        model.compile()
     with progress("loading the rewards", None, here.is_main):
         placement.place(model)
         rewards = offloaded(build_rewards({**config.reward, **config.eval.rewards}, here.device), model.offload)
@@ -163,11 +171,15 @@ def fine_tuning(config: Config, run: Path, placement: Placement, here: World, dr
     shape = model.latent_shape(config.sampler.height, config.sampler.width)
     _tell_of_faint_gradient(config, problem)
     inputs = same_inputs(config, run, prompts.train, here)
-    scales = {} if dry else _scales(config, run, model, rewards, jobs, here)
+    with eagerly(compiled):
+        scales = {} if dry else _scales(config, run, model, rewards, jobs, here)
     weighted = weighted_sum(config, rewards, scales)
     reuse = config.train.prefix_cache
     cache = PrefixCache(reuse.batches) if reuse.uses > 1 else None
     setup = Setup(config, replace(problem, scorer=weighted), prompts.train, shape, micro, here, placement, cache)
+    if compiled:
+        with progress("compiling the denoiser", None, here.is_main):
+            warm_up(setup, steps)
     return FineTuning(setup, rewards, weighted, held_out, run, total, inputs)
 
 
