@@ -32,7 +32,8 @@ from tests.tiny import CPU, SHAPE, problem, tiny_model
 COMPILED = "train.compile=true"
 RUN = [
     "objective.kl_coeff=0.5", "objective.grad_steps=2", "train.micro_batch_size=2", "train.sampling_batch_size=3",
-    "model.gradient_checkpointing=true", "train.steps=2", "checkpoint.every=1", "eval.every=2", f"reward={REWARDS}:patient",
+    "model.gradient_checkpointing=true", "train.steps=2", "checkpoint.every=1", "eval.every=2",
+    f"reward={REWARDS}:patient",
 ]  # fmt: skip
 QUICK = ("draft", "gated", "ddpo-updates")
 

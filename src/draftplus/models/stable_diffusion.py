@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from draftplus.config import ModelConfig, SamplerConfig
 from draftplus.diffusion.guidance import classifier_free
 from draftplus.diffusion.levels import saved
-from draftplus.distributed import Offload
+from draftplus.distributed import Offload, sent
 from draftplus.errors import UserError, needs_memory, notice
 from draftplus.models import loading, quantize, single_file
 from draftplus.models.compiling import compile_blocks
@@ -111,7 +111,7 @@ class StableDiffusion:
         told = torch.tensor([scale - 1])
         width = self.unet.config.time_cond_proj_dim
         embedding: Tensor = StableDiffusionPipeline.get_guidance_scale_embedding(self, told, width)  # (1, width)
-        return embedding.to(self.device)
+        return sent(embedding, self.device)
 
     def predict(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         """The raw prediction without guidance. latents: (b, c, h, w), timestep: () or (b,). Returns (b, c, h, w)."""
