@@ -77,13 +77,17 @@ def _resolve(target: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def build_model(config: ModelConfig, device: torch.device, seed: int = 0, trainable: bool = True) -> Model:
-    """The model of a built-in name, directory, hub id or single file.
+def build_model(
+    config: ModelConfig, device: torch.device, seed: int = 0, trainable: bool = True,
+    denoiser_on: torch.device | None = None,
+) -> Model:  # fmt: skip
+    """The model of a built-in name, directory, hub id or single file. denoiser_on: where its denoiser is; None: there.
 
     Raises UserError for a model that is missing or of a family without an adapter.
     """
     load = _resolve(family_of(config).load)
-    model: Model = load(config, model_path(config), device, seed=seed, trainable=trainable)
+    apart = {} if denoiser_on is None else {"denoiser_on": denoiser_on}
+    model: Model = load(config, model_path(config), device, seed=seed, trainable=trainable, **apart)
     return model
 
 

@@ -116,12 +116,21 @@ class TunedWeights(Protocol):
         """Adds adapters to the weights for good; the frozen model is no longer at hand."""
         ...
 
+    def has_adapters(self) -> bool:
+        """Whether the trained weights are low-rank adapters, and not a whole denoiser."""
+        ...
+
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """The parameters that training updates, by a stable name."""
         ...
 
     def networks(self) -> list[torch.nn.Module]:
-        """The denoiser and, if it is fully tuned, the frozen copy: what lies on every process."""
+        """The denoiser and, if it is fully tuned, the frozen copy."""
+        ...
+
+    def blocks(self, network: torch.nn.Module) -> Sequence[torch.nn.Module]:
+        """The repeated blocks of one of these, the units in which it may be sharded or compiled; an outer one before
+        those inside it."""
         ...
 
     def state(self) -> dict[str, Tensor]:
@@ -228,10 +237,6 @@ class Model(Protocol):
 
     def as_pipeline(self, scheduler: Any = None) -> Any:
         """The stock pipeline around the networks as they are. scheduler: of stock diffusers; None: the model's."""
-        ...
-
-    def blocks(self) -> Sequence[torch.nn.Module]:
-        """The denoiser's repeated blocks, the units in which it may be sharded or compiled."""
         ...
 
 

@@ -50,7 +50,11 @@ TRAIN = {
     "not finite": ([f"reward={REWARDS}:always_nan"], ["always_nan", "not finite at the first step"]),
     "only one image": (["eval.images_per_prompt=1"], [r"eval\.images_per_prompt"]),
     "unknown logger": (["log.to=[tensorbord]"], ["tensorbord", "tensorboard"]),
-    "sharding": (["parallel.mode=shard"], [r"parallel\.mode=shard"]),
+    "sharding": (["parallel.mode=shard", "model.quantize=int8"], [r"model\.quantize=int8 does not work with par"]),
+    "8 bits in parts": (
+        ["parallel.mode=shard", "model.lora=null", "optim.name=adamw_8bit"], [r"optim\.name=adamw_8bit does not work"]
+    ),
+    "parts of nothing": (["parallel.shard_size=2"], [r"parallel\.shard_size is 2, but parallel\.mode is auto"]),
     "device": (["device=cuda:99"], ["cuda:99"]),
     "size": (["sampler.height=33"], [r"sampler\.height is 33"]),
     "targets": (["model.lora.targets=[to_nothing]"], ["to_nothing"]),

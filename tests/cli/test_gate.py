@@ -103,6 +103,13 @@ def test_generate(draftplus: Callable[..., Any], refused: Callable[..., None], r
     refused([*common, "objective.gate=0"], r"objective\.gate is set in training", "use --anneal tuned for no gate")
 
 
+def test_evaluate_names_the_gate(run: Path, small: Path, tmp_path: Path) -> None:
+    told = api.evaluate([str(small), str(run)], ["device=cpu"], images_per_prompt=2, output=tmp_path)
+    assert [target["gate"] for target in told["targets"]] == [0.0, 0.5]
+    told = api.evaluate([str(run)], ["device=cpu"], images_per_prompt=2, anneal="step:0.25", output=tmp_path)
+    assert {target["gate"] for target in told["targets"]} == {0.0}
+
+
 def test_a_weight_that_would_do_nothing(refused: Callable[..., None], settings: list[str]) -> None:
     refused(
         ["train", *settings, "objective.kl_prefix_coeff=10"],

@@ -78,8 +78,8 @@ def target(**changes: Any) -> dict[str, Any]:
 def test_a_target() -> None:
     row = target()
     assert list(row) == [
-        "target", "label", "run", "step", "lora_scale", "anneal", "hash", "model_hash", "adapter_hash", "metrics",
-        "per_prompt", "per_image", "pictures",
+        "target", "label", "run", "step", "lora_scale", "anneal", "gate", "hash", "model_hash", "adapter_hash",
+        "metrics", "per_prompt", "per_image", "pictures",
     ]  # fmt: skip
     assert row["metrics"]["lpips"] == {
         "mean": 1.0, "standard_error": 0.2, "interval": [0.8, 1.2], "images": 4,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,10 +20,11 @@ from draftplus.distributed import World, world
 from draftplus.evaluation.held_out import EvaluationSet
 from draftplus.models.stable_diffusion import StableDiffusion
 from draftplus.rewards.combined import Combined
+from draftplus.sharding import own, whole
 from draftplus.training.fine_tuning import FineTuning
-from draftplus.training.placement import Replicated
+from draftplus.training.placement import Placement, Replicated, Sharded
 from draftplus.training.reuse import PrefixCache
-from draftplus.training.state import initial_state
+from draftplus.training.state import initial_state, tensors_of
 from draftplus.training.step import Setup
 from draftplus.types import Scores
 from tests.tiny import CPU, SHAPE, TinyScorer, problem, randomize, tiny_model
@@ -58,7 +59,8 @@ class Updates:
     """What some steps did.
 
     update: of all weights, one vector. metrics: by step and name. scores: of each image. scored: each pass's prompts.
-    known: whether the cache knew what the frozen model draws, at each step that asked it.
+    known: whether the cache knew what the frozen model draws, at each step that asked it. held: how many numbers of the
+    trained weights, their gradients and the optimizer this process has.
     """
 
     update: Tensor
@@ -68,6 +70,7 @@ class Updates:
     scores: list[Tensor] = field(default_factory=list)
     scored: list[list[str]] = field(default_factory=list)
     known: list[bool] = field(default_factory=list)
+    held: dict[str, int] = field(default_factory=dict)
 
 
 class Watched(PrefixCache):
@@ -88,11 +91,11 @@ class Watched(PrefixCache):
 
 def take_steps(
     model: StableDiffusion, objective: ObjectiveConfig, micro: int, sampling: int | None, steps: int = 2, seed: int = 0,
-    here: World | None = None, keeps: bool = True,
+    here: World | None = None, keeps: bool = True, placement: Placement | None = None,
 ) -> Updates:  # fmt: skip
     """Steps of AdamW from the model's weights, which are restored afterwards.
 
-    keeps: whether a cache has what it is given.
+    keeps: whether a cache has what it is given. placement: of the model, which is placed already.
     """
     here = here or World(0, 1, CPU)
     name = next((name for name, known in OBJECTIVES.items() if known is objective), "")
@@ -118,21 +121,43 @@ def take_steps(
     )  # fmt: skip
     known: list[bool] = []
     cache = Watched(REUSE[name].batches, keeps, known) if name in REUSE else None
-    setup = Setup(config, made, ANIMALS, SHAPE, micro, here, Replicated(here), cache)
+    setup = Setup(config, made, ANIMALS, SHAPE, micro, here, placement or Replicated(here), cache)
     task = FineTuning(setup, {}, Combined({"recording": (recording, 1.0)}), EvaluationSet([], 2), Path(), steps)
     state = initial_state(task.parameters, config.optim)
     result = Updates(torch.empty(0), {}, [], [], scores, scored, known)
+    look = lambda optimizer, *_: result.held.update(gradients=_numbers(p.grad for p in parameters.values()))  # noqa: E731
+    state.optimizer.register_step_pre_hook(look)
     for step in range(steps):
         means = task.step(state, nullcontext)
         state.step += 1
         result.metrics.update({f"step {step} {key}": value for key, value in means.items()})
         result.windows.append(plan(objective, made.sampler.schedule, seed, step).window.steps)
         result.prompts.append(setup.share(step).prompts)
-    result.update = torch.cat([(p.detach() - before[key]).flatten() for key, p in parameters.items()])
+    result.held |= {name: _numbers(tensors.values()) for name, tensors in tensors_of(state).items()}
+    result.update = torch.cat([whole(p.detach() - before[key]).flatten() for key, p in parameters.items()])
     with torch.no_grad():
         for key, parameter in parameters.items():
             parameter.copy_(before[key])
     return result
+
+
+def _numbers(tensors: Iterable[Tensor]) -> int:
+    return sum(own(tensor).numel() for tensor in tensors)
+
+
+def take_steps_in_parts(path: str, full: bool, methods: list[str], within: int | None, micro: int) -> None:
+    """Methods on this rank, which holds a part of the model; what came out is saved in the working directory."""
+    model = tiny_model(Path(path), full=full)
+    randomize(model)
+    with world("cpu") as here:
+        placement = Sharded(here, within)
+        placement.place(model)
+        held = [_numbers(network.parameters()) for network in model.tuned.networks()]
+        made = {
+            name: vars(take_steps(model, OBJECTIVES[name], micro, None, here=here, placement=placement))
+            for name in methods
+        }
+    torch.save({"held": held, "made": made}, "updates.pt")
 
 
 def take_steps_on_a_rank(path: str, steps: int) -> None:

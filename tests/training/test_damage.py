@@ -11,10 +11,9 @@ import pytest
 
 from draftplus.errors import UserError
 from draftplus.training import checkpoint
-from draftplus.training.placement import Replicated
 from draftplus.training.state import initial_state
 from tests.support.runs import rows
-from tests.training.test_drive import HERE, Fit, configured, fit
+from tests.training.test_drive import Fit, configured, fit
 
 FILES = ["weights.safetensors", "optimizer.safetensors", "ema.safetensors", "state.json", "SHA256SUMS"]
 TOTAL = 10
@@ -39,7 +38,7 @@ def run(made: Path, tmp_path: Path) -> Path:
 
 def restore(run: Path) -> None:
     state = initial_state(Fit(CONFIG, run, TOTAL).parameters, CONFIG.optim)
-    assert checkpoint.restore(run / "checkpoints", state, Replicated(HERE)) and state.step == 6
+    assert checkpoint.restore(run / "checkpoints", state) and state.step == 6
 
 
 def flip(path: Path, bit: int) -> None:

@@ -16,7 +16,6 @@ from draftplus.config import Config, load_config
 from draftplus.distributed import World
 from draftplus.progress import Advance
 from draftplus.training.drive import drive
-from draftplus.training.placement import Replicated
 from draftplus.training.state import State, initial_state, numbers_of, put_back, tensors_of
 from draftplus.training.update import update
 from tests.support.runs import rows
@@ -48,7 +47,7 @@ class Fit:
             loss = self.loss()
             loss.backward()
         means = {"loss": float(loss.detach())}
-        return {**means, "grad_norm": update(state, self.config.optim, means, Replicated(HERE))}
+        return {**means, "grad_norm": update(state, self.config.optim, means)}
 
     def note(self, row: dict[str, Any]) -> str:
         return f"loss {row['loss']:.3f}"
@@ -86,7 +85,7 @@ def configured(tmp_path: Path, *more: str) -> Config:
 def fit(run: Path, total: int, fails_at: int | None = None, *more: str) -> Fit:
     run.mkdir(exist_ok=True)
     task = Fit(configured(run.parent, *more), run, total, fails_at=fails_at)
-    drive(task, task.config, run, Replicated(HERE), HERE)
+    drive(task, task.config, run, HERE)
     return task
 
 

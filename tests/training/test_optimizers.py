@@ -15,7 +15,7 @@ from draftplus.config.check import check
 from draftplus.config.schema import OptimConfig
 from draftplus.errors import UserError
 from draftplus.training import optim
-from draftplus.training.optim import Parameters, load_optimizer_tensors, make_optimizer, optimizer_tensors
+from draftplus.training.optim import Parameters, make_optimizer, optimizer_tensors
 from draftplus.training.state import initial_state, numbers_of, put_back, tensors_of
 from tests.support.processes import command
 from tests.support.runs import rows, train_here
@@ -145,17 +145,3 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optim, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"adamw_8bit, which needs bitsandbytes; run: pip install 'draftplus\[quant"):
         make_optimizer(parameters(), OptimConfig(name="adamw_8bit"))
-
-
-def test_a_moment_is_scattered_and_a_factor_is_not() -> None:
-    trained = parameters()
-    optimizer = make_optimizer(trained, OptimConfig(name="adafactor"))
-    move(trained, optimizer, range(1))
-    asked: list[str] = []
-
-    def scatter(name: str, whole: Tensor) -> Tensor:
-        asked.append(name)
-        return whole
-
-    load_optimizer_tensors(trained, optimizer, optimizer_tensors(trained, optimizer), scatter)
-    assert asked == ["bias"]

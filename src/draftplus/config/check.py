@@ -38,6 +38,13 @@ def check_values(config: AnyConfig) -> None:
             f"optim.betas is {config.optim.betas}, but optim.name=adafactor has no such averages; leave it at "
             f"{OptimConfig().betas}"
         )
+    if config.parallel.mode == "shard" and not isinstance(config, Config):
+        raise UserError("parallel.mode=shard is for a diffusion model's denoiser; a reward is trained with replicate")
+    if config.parallel.shard_size is not None and config.parallel.mode != "shard":
+        raise UserError(
+            f"parallel.shard_size is {config.parallel.shard_size}, but parallel.mode is {config.parallel.mode}; set "
+            "parallel.mode=shard, or parallel.shard_size=null"
+        )
     if config.train.steps is None and config.train.epochs is None:
         raise UserError("train.steps and train.epochs are both null; set one of them")
 
@@ -81,6 +88,16 @@ def check(config: Config) -> None:
         raise UserError(
             f"model.quantize is {config.model.quantize}, but model.lora is null: quantised weights are frozen, and "
             "full fine-tuning trains them all; set model.quantize=null, or give model.lora a rank"
+        )
+    if config.parallel.mode == "shard" and config.model.quantize is not None:
+        raise UserError(
+            f"model.quantize={config.model.quantize} does not work with parallel.mode=shard, which cannot divide "
+            "quantised weights; set model.quantize=null, or parallel.mode=replicate"
+        )
+    if config.parallel.mode == "shard" and config.model.lora is None and config.optim.name != "adamw":
+        raise UserError(
+            f"optim.name={config.optim.name} does not work with parallel.mode=shard and full fine-tuning, where the "
+            "optimizer's tensors are divided; use optim.name=adamw, adapters (model.lora), or parallel.mode=replicate"
         )
     _check_variants(config)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,18 @@ def read_value(text: str, key: str) -> Any:
     Raises UserError where it is none.
     """
     try:
-        tree = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
+        tree = _value(text)
     except Exception as error:
         raise UserError(f"{key}={text}: cannot read the value: {_reason(error)}") from None
+    return each_text(tree, lambda one: _unescaped(one, f"{key}: "))
+
+
+@lru_cache(maxsize=1000)
+def _value(text: str) -> Any:
+    # a sweep reads the same values for each of its runs; this takes most of the time of planning it
+    tree = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
     assert isinstance(tree, dict)
-    return each_text(tree["value"], lambda one: _unescaped(one, f"{key}: "))
+    return tree["value"]
 
 
 def read_text(text: str) -> str | None:

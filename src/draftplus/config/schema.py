@@ -204,9 +204,12 @@ class StopConfig:
 @dataclass
 class ParallelConfig:
     mode: str = _key(
-        "auto", "how several processes share the model; shard is not available yet",
+        "auto", "how processes hold the denoiser; replicate (auto): each all of it; shard: each a part of it",
         choices=("auto", "replicate", "shard"),
     )  # fmt: skip
+    shard_size: int | None = _key(
+        None, "processes that hold a sharded denoiser together; null: those of one machine", above=0
+    )
 
 
 @dataclass

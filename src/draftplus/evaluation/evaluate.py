@@ -43,11 +43,13 @@ GRID = 16  # pictures in a row of the grid, and rows
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured for a target. scores: by reward, one (n,) per prompt. seen: one per prompt."""
+    """What was measured for a target. scores: by reward, one (n,) per prompt. seen: one per prompt. gate: as in
+    `TargetRow`."""
 
     scores: Mapping[str, list[Tensor]]
     seen: list[Seen]
     files: list[str]
+    gate: float
 
 
 def compare(
@@ -159,7 +161,7 @@ def _measure(
             if number < GRID:
                 rows.append(pictures[:GRID])
         grid(rows).save(building / "grid.png")
-    return Measured(scores, seen, files)
+    return Measured(scores, seen, files, 0.0 if target.knobs.anneal is not None else model.tuned.gate)
 
 
 def _see(images: Tensor, prompt: str, tools: Instruments, base: Seen | None) -> Seen:
@@ -189,6 +191,7 @@ def _row(target: Target, which: Images, tools: Instruments, measured: Measured, 
         step=target.step,
         lora_scale=target.knobs.lora_scale,
         anneal=target.knobs.anneal,
+        gate=measured.gate,
         hash=target.hash,
         model_hash=target.model_hash,
         adapter_hash=target.adapter_hash,

@@ -20,6 +20,7 @@ from draftplus.config import LoraConfig
 from draftplus.errors import UserError
 from draftplus.models.lora_files import LoraFile
 from draftplus.models.quantize import is_quantised
+from draftplus.sharding import is_part
 from draftplus.weights import first_line
 
 ADAPTER = "default"
@@ -107,7 +108,7 @@ def folded(denoiser: nn.Module) -> Iterator[None]:
     """Inside, float32 (or float64) weights hold W + scale * B A and the adapters are off, for faster inference.
 
     Precomputed tensors are swapped in and the originals back, so the frozen weights stay bit-identical; layers in half
-    precision or quantised, where a young adapter would be rounded away, keep their adapters on.
+    precision or quantised, where a young adapter would be rounded away, keep their adapters on, and so do sharded ones.
     """
     fitting = [layer for layer in layers(denoiser) if _is_wide(_base(layer).weight)]
     originals = [_base(layer).weight.data for layer in fitting]
@@ -128,7 +129,7 @@ def folded(denoiser: nn.Module) -> Iterator[None]:
 
 
 def _is_wide(weight: Tensor) -> bool:
-    return weight.dtype in (torch.float32, torch.float64) and not is_quantised(weight)
+    return weight.dtype in (torch.float32, torch.float64) and not is_quantised(weight) and not is_part(weight)
 
 
 def merge(network: Any) -> None:

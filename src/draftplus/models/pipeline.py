@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from draftplus.config import ModelConfig, SamplerConfig
 from draftplus.distributed import Offload
@@ -107,8 +107,7 @@ class PipelineModel:
 
     def predict(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         """The raw prediction without guidance. latents: (b, c, h, w), timestep: () or (b,). Returns (b, c, h, w)."""
-        network = self.tuned.network
-        dtype = precision_of(network)
+        network, dtype = self.tuned.network, self.tuned.precision
         return self.kind.predict(self.pipe, network, latents.to(dtype), timestep, conditioning.to(dtype))
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -128,25 +127,15 @@ class PipelineModel:
         self.pipe.register_modules(**parts, scheduler=scheduler or self.pipe.scheduler)  # its index names them then
         return self.pipe
 
-    def blocks(self) -> Sequence[nn.Module]:
-        names = self.tuned.denoiser._no_split_modules
-        return [module for module in self.tuned.denoiser.modules() if type(module).__name__ in names]
-
-
-def precision_of(network: nn.Module) -> torch.dtype:
-    """The precision of a network's own weights, whatever that of its adapters and of what is quantised."""
-    own = (p for name, p in network.named_parameters() if "lora_" not in name)
-    return next(p.dtype for p in own if not quantize.is_quantised(p))
-
 
 def load_pipeline(
     kind: Kind, config: ModelConfig, path: str, device: torch.device, seed: int = 0, trainable: bool = True,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None, denoiser_on: torch.device | None = None,
 ) -> PipelineModel:  # fmt: skip
     """Loads a model of a kind, ready to be trained or, if not `trainable`, to be sampled.
 
     path: diffusers directory or hub id. dtype: of frozen weights, instead of the configuration's; trained weights, and
-    the frozen copy of a fully tuned denoiser, are in at least float32.
+    the frozen copy of a fully tuned denoiser, are in at least float32. denoiser_on: where the denoiser is; None: there.
 
     Raises UserError for a missing model, one of another family, or weights that would run code.
     """
@@ -159,7 +148,7 @@ def load_pipeline(
     def read(name: str) -> Any:
         with loading.loading("model.path", path, kind.label), needs_memory(f"loading its {name}"):
             network = loading.load_part(there[name], source, name, frozen)
-            network.requires_grad_(False).eval().to(device)
+            network.requires_grad_(False).eval().to(device if name != kind.component else denoiser_on or device)
         return network
 
     def tune(denoiser: Any) -> Tuned:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from draftplus.config import ModelConfig, SamplerConfig
 from draftplus.diffusion.guidance import classifier_free
@@ -32,11 +32,11 @@ class StableDiffusion:
 
     def __init__(
         self, tuned: Tuned, vae: Any, text_encoder: Any, tokenizer: Any, scheduler_config: Mapping[str, Any],
-        offload: Offload | None = None,
+        offload: Offload | None = None, device: torch.device | None = None,
     ) -> None:  # fmt: skip
         self.tuned, self.vae, self.text_encoder, self.tokenizer = tuned, vae, text_encoder, tokenizer
         self.scheduler_config = scheduler_config
-        self.device = next(tuned.denoiser.parameters()).device
+        self.device = device or next(tuned.denoiser.parameters()).device
         self.offload = offload or Offload(self.device, False)
         self.offload.use(vae, text_encoder)
         tuned.encoders = {"text_encoder": text_encoder}
@@ -115,8 +115,7 @@ class StableDiffusion:
 
     def predict(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         """The raw prediction without guidance. latents: (b, c, h, w), timestep: () or (b,). Returns (b, c, h, w)."""
-        unet = self.tuned.network
-        dtype = unet.conv_in.weight.dtype
+        unet, dtype = self.tuned.network, self.tuned.precision
         hidden, extras = conditioning.hidden.to(dtype), {k: v.to(dtype) for k, v in conditioning.extras.items()}
         raw: Tensor = unet(latents.to(dtype), timestep, encoder_hidden_states=hidden, **extras, return_dict=False)[0]
         return raw
@@ -142,18 +141,16 @@ class StableDiffusion:
             scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
         )  # fmt: skip
 
-    def blocks(self) -> Sequence[nn.Module]:
-        return [*self.unet.down_blocks, self.unet.mid_block, *self.unet.up_blocks]
-
 
 def load(
     config: ModelConfig, path: str, device: torch.device, seed: int = 0, trainable: bool = True,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None, denoiser_on: torch.device | None = None,
 ) -> StableDiffusion:  # fmt: skip
     """Loads a model of the Stable Diffusion 1.x/2.x family, ready to be trained or, if not `trainable`, to be sampled.
 
     path: diffusers directory, hub id, or a single .safetensors/.ckpt file. dtype: of frozen weights, instead of the
     configuration's; trained weights, and the frozen copy of a fully tuned denoiser, are in at least float32.
+    denoiser_on: where the denoiser is; None: on the device.
 
     Raises UserError for a missing model, one of another family, or weights that would run code.
     """
@@ -164,7 +161,7 @@ def load(
     unet, vae, text_encoder, tokenizer, scheduler_config = _components(config, path, frozen)
     _refuse_other_families(path, unet.config, vae.config, text_encoder.config)
     for part in (unet, vae, text_encoder):
-        part.requires_grad_(False).eval().to(device)
+        part.requires_grad_(False).eval().to(device if part is not unet else denoiser_on or device)
     if decodes_in_float32(vae):
         vae.to(torch.float32)
     tuned = make_tuned(unet, StableDiffusionPipeline, config.lora, seed, trainable, ATTENTION)
@@ -172,7 +169,7 @@ def load(
         unet.enable_gradient_checkpointing()
     spare_memory(vae, config)
     offload = Offload(device, config.offload)
-    model = StableDiffusion(tuned, vae, text_encoder, tokenizer, _mended(path, scheduler_config), offload)
+    model = StableDiffusion(tuned, vae, text_encoder, tokenizer, _mended(path, scheduler_config), offload, device)
     with loading.loading("model.path", path, NAME):
         _repair(path, model)
     return model

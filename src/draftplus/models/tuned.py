@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from draftplus.errors import UserError
 from draftplus.models import lora
 from draftplus.models.lora_files import LORA_FILE, lora_file, read_lora
 from draftplus.models.quantize import is_quantised, keep_small
+from draftplus.sharding import gathered_as, is_part, plain_class
 from draftplus.weights import first_line, read_state_dict, sort_metadata
 
 DENOISER_FILES = "diffusion_pytorch_model{suffix}.safetensors"  # the names that diffusers loads
@@ -47,6 +48,7 @@ class Tuned:
         self.open_encoders: Callable[[], None] = lambda: None
         self.network = denoiser
         self.gate = 0.0
+        self._wide = False  # inside `widened`
         self._encoders_now: tuple[int, float, bool] = (0, 1.0, True)  # adapters loaded, their scale, and if they are on
 
     @contextmanager
@@ -71,6 +73,13 @@ class Tuned:
         with lora.folded(self.denoiser):
             yield
 
+    @property
+    def precision(self) -> torch.dtype:
+        """In which the network to call computes: that of its own weights, whatever that of its adapters."""
+        own = (p for name, p in self.network.named_parameters() if "lora_" not in name)
+        dtype = next(p.dtype for p in own if not is_quantised(p))
+        return torch.promote_types(torch.float32, dtype) if self._wide else dtype
+
     @contextmanager
     def widened(self) -> Iterator[None]:
         # a frozen weight is replaced by itself in float32 and rounded back, which is exact both ways: no copy is kept
@@ -78,15 +87,20 @@ class Tuned:
             (tensor, tensor.dtype)
             for network in self.networks()
             for tensor in (*network.parameters(), *network.buffers())
-            if tensor.dtype in (torch.bfloat16, torch.float16) and not is_quantised(tensor)
+            if tensor.dtype in (torch.bfloat16, torch.float16) and not is_quantised(tensor) and not is_part(tensor)
         ]
-        try:
-            for tensor, _ in narrow:
-                tensor.data = tensor.data.float()
-            yield
-        finally:
-            for tensor, dtype in narrow:
-                tensor.data = tensor.data.to(dtype)
+        with ExitStack() as stack:
+            for network in self.networks() if self.precision in (torch.bfloat16, torch.float16) else ():
+                stack.enter_context(gathered_as(network, torch.float32))  # where it is sharded
+            try:
+                for tensor, _ in narrow:
+                    tensor.data = tensor.data.float()
+                self._wide = True
+                yield
+            finally:
+                self._wide = False
+                for tensor, dtype in narrow:
+                    tensor.data = tensor.data.to(dtype)
 
     def merge(self) -> None:
         """Adds adapters to the weights for good; the frozen model is no longer at hand."""
@@ -102,7 +116,6 @@ class Tuned:
         return {self.component: self.denoiser, **encoders}
 
     def has_adapters(self) -> bool:
-        """Whether the weights are low-rank adapters, and not a whole denoiser."""
         return any(lora.layers(network) for network in self._adaptable().values())
 
     def encoders_state(self) -> Hashable:
@@ -121,7 +134,9 @@ class Tuned:
         if self.has_adapters():
             save_file(dict(state), directory / LORA_FILE, metadata={"format": "pt", **told})
         else:  # not save_pretrained, which would write this process's weights, whatever `state` says
-            self.denoiser.save_config(directory)
+            config = json.loads(self.denoiser.to_json_string()) | {"_class_name": plain_class(self.denoiser).__name__}
+            text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+            (directory / "config.json").write_text(text, encoding="utf-8")
             save_torch_state_dict(
                 dict(state), directory, filename_pattern=DENOISER_FILES, max_shard_size=LARGEST_FILE, metadata=told
             )
@@ -130,6 +145,9 @@ class Tuned:
 
     def networks(self) -> list[Any]:
         return [self.denoiser] if self.frozen is None else [self.denoiser, self.frozen]
+
+    def blocks(self, network: Any) -> list[nn.Module]:
+        return [module for module in network.modules() if type(module).__name__ in network._no_split_modules]
 
     def save(self, directory: Path) -> None:
         """Writes the trained weights as they are, in the form that stock diffusers loads."""

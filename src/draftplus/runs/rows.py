@@ -161,7 +161,8 @@ class MetricRow:
 class TargetRow:
     """A target of eval.json: what was evaluated, where it is from, and its numbers.
 
-    run, step: None for a model, and for a step that is not known. hash: of everything that decides its images.
+    run, step: None for a model, and for a step that is not known. gate: the fraction of the sampling steps that the
+    base model drew (`objective.gate`); 0 where `anneal` says which draws. hash: of everything that decides its images.
     per_prompt: by metric, the value of each prompt. per_image: a list for each of prompt, seed, file and the rewards'
     keys, in the order of the images. pictures: their directory, beside eval.json.
     """
@@ -172,6 +173,7 @@ class TargetRow:
     step: int | None = None
     lora_scale: float = 1.0
     anneal: str | None = None
+    gate: float = 0.0
     hash: str = ""
     model_hash: str = ""
     adapter_hash: str | None = None

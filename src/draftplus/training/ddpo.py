@@ -96,7 +96,7 @@ def _ddpo_step(setup: Setup, state: State, planned: StepPlan, abandonable: Aband
                 means = setup.complete(accumulate_update(setup, made, planned, rows, mine))
             # later passes may find every ratio clipped, and equal rewards give no advantage
             learns = len(parts) == 1 and bool(advantages.any())
-            means["grad_norm"] = update(state, setup.config.optim, {**scores, **means}, setup.placement, learns)
+            means["grad_norm"] = update(state, setup.config.optim, {**scores, **means}, learns)
             done.append(means)
     state.history = history
     return {

@@ -21,13 +21,12 @@ from draftplus.training import checkpoint
 from draftplus.training.guards import write_stopped
 from draftplus.training.interrupt import interruption
 from draftplus.training.optim import learning_rate
-from draftplus.training.placement import Placement
 from draftplus.training.state import State, initial_state
 from draftplus.training.task import Abandonable, Task
 
 
 def drive(
-    task: Task, config: AnyConfig, run: Path, placement: Placement, here: World,
+    task: Task, config: AnyConfig, run: Path, here: World,
     told: Callable[[Path], None] | None = None, weights: WeightNames = ADAPTERS,
 ) -> None:  # fmt: skip
     """Trains from the newest checkpoint in `run`, or from the start, to the last step or until a guard stops it.
@@ -38,7 +37,7 @@ def drive(
     asked to stop.
     """
     state = initial_state(task.parameters, config.optim)
-    restored = checkpoint.restore(run / "checkpoints", state, placement)
+    restored = checkpoint.restore(run / "checkpoints", state)
     if len(set(here.gather(state.step))) > 1:
         raise UserError(f"{run}: the processes found different checkpoints; output_dir must be shared by all machines")
     if state.step > task.total:
@@ -66,7 +65,7 @@ def drive(
         nonlocal saved, tried
         if state.step > saved:
             tried = state.step
-            checkpoint.save(run / "checkpoints", state, config.checkpoint.keep, placement, here)
+            checkpoint.save(run / "checkpoints", state, config.checkpoint.keep, here)
             saved = state.step
 
     def save_last() -> None:

@@ -28,7 +28,7 @@ def describe(config: Config, run: Path) -> str:
     Raises UserError for everything that `train` would refuse before its first step.
     """
     with world(config.device) as here:
-        task = fine_tuning(config, run, make_placement(config.parallel.mode, here), here, dry=True)
+        task = fine_tuning(config, run, make_placement(config.parallel, here), here, dry=True)
         state = initial_state(task.parameters, config.optim)
         began = time.perf_counter()
         task.step(state, nullcontext)
@@ -79,7 +79,7 @@ def describe(config: Config, run: Path) -> str:
 def describe_reward(config: RewardTrainConfig, run: Path) -> str:
     """The same of a training of a reward."""
     with world(config.device) as here:
-        task = preference(config, run, make_placement(config.parallel.mode, here), here)
+        task = preference(config, run, make_placement(config.parallel, here), here)
         state = initial_state(task.parameters, config.optim)
         began = time.perf_counter()
         task.step(state, nullcontext)

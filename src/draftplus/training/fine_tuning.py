@@ -33,7 +33,7 @@ from draftplus.runs.origin import write_origin
 from draftplus.training.ddpo import ddpo_step
 from draftplus.training.guards import stop_reason, write_best
 from draftplus.training.optim import Parameters
-from draftplus.training.placement import Placement
+from draftplus.training.placement import Placement, Sharded
 from draftplus.training.reuse import PrefixCache, sources
 from draftplus.training.state import State
 from draftplus.training.step import Setup, gradient_step, what_overflowed
@@ -71,9 +71,12 @@ class FineTuning:
             with needs_memory(f"step {state.step + 1}, whose micro-batches have {self.setup.micro} images"):
                 return (gradient_step if differentiates else ddpo_step)(self.setup, state, abandonable)
         except Overflow as error:
-            with eagerly(self.setup.config.train.compile):
-                where = what_overflowed(self.setup, state.step)
-            raise UserError(f"at step {state.step + 1}: {where or error}") from None
+            # in parts, the processes would wait for passes that one of them, who has found it, does not make
+            found = None
+            if not isinstance(self.setup.placement, Sharded):
+                with eagerly(self.setup.config.train.compile):
+                    found = what_overflowed(self.setup, state.step)
+            raise UserError(f"at step {state.step + 1}: {found or error}") from None
 
     def note(self, row: Row) -> str:
         return f"reward {row['reward']:.3f}, kl {row['kl']:.2e}"
@@ -144,12 +147,17 @@ def fine_tuning(config: Config, run: Path, placement: Placement, here: World, dr
     Raises UserError for everything that is wrong with the configuration, the model, the rewards or the prompts.
     """
     micro = micro_batch_size(config, here.size)
+    if config.train.compile and isinstance(placement, Sharded):
+        raise UserError(
+            "train.compile is true and parallel.mode is shard, but parts of a denoiser cannot be compiled yet; set "
+            "train.compile=false"
+        )
     prompts = load_prompts(config.data.prompts, config.data.column)
     held_out = evaluation_set(config, prompts)
     quiet_libraries()
     total = total_steps(config, len(prompts.train))
     with progress("loading the model", None, here.is_main):
-        model = build_model(config.model, here.device, config.seed)
+        model = build_model(config.model, here.device, config.seed, denoiser_on=placement.loads_on)
     # the text encoders are gone before the denoiser trains
     steps = range(1) if dry else range(min(saved_steps(run / "checkpoints"), default=0), total)
     per_step = (config.train.global_batch_size, config.data.images_per_prompt)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from draftplus.config.schema import OptimConfig
 from draftplus.errors import UserError
+from draftplus.sharding import own, part_of, whole
 
 Parameters = Mapping[str, nn.Parameter]
 CODES = ("qmap1", "qmap2")  # of bitsandbytes: the same for all parameters and runs, made anew
@@ -54,13 +55,13 @@ def learning_rate(config: OptimConfig, step: int) -> float:
 
 def gradient_norm(parameters: Parameters, limit: float | None) -> float:
     """The Euclidean norm over all gradients, which are then scaled down to `limit` if they exceed it."""
-    return float(nn.utils.clip_grad_norm_(parameters.values(), float("inf") if limit is None else limit))
+    return float(whole(nn.utils.clip_grad_norm_(parameters.values(), float("inf") if limit is None else limit)))
 
 
 @torch.no_grad()
 def parameter_norm(parameters: Parameters) -> float:
     """The Euclidean norm over all parameters."""
-    return float(nn.utils.get_total_norm(parameters.values()))
+    return float(whole(nn.utils.get_total_norm(parameters.values())))
 
 
 def optimizer_tensors(parameters: Parameters, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -77,9 +78,8 @@ def load_optimizer_tensors(
     parameters: Parameters,
     optimizer: torch.optim.Optimizer,
     tensors: Mapping[str, Tensor],
-    scatter: Callable[[str, Tensor], Tensor],
 ) -> None:
-    """Restores what `optimizer_tensors` gave. scatter: from a parameter's whole tensor to this process's part."""
+    """Restores what `optimizer_tensors` gave, whole tensors or parts."""
     init: Callable[..., None] | None = getattr(optimizer, "init_state", None)  # bitsandbytes'
     group = optimizer.param_groups[0]
     for full, tensor in tensors.items():
@@ -91,8 +91,7 @@ def load_optimizer_tensors(
         if key == "step":
             state[key] = int(tensor) if init is not None else _as_counted(group, tensor, parameter)
         else:
-            own = scatter(name, tensor) if tensor.shape == parameter.shape else tensor
-            state[key] = own.to(parameter.device)
+            state[key] = part_of(parameter, tensor)
 
 
 def _as_counted(group: Mapping[str, Any], step: Tensor, parameter: Tensor) -> Tensor:
@@ -113,16 +112,21 @@ class Ema:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         for name, parameter in parameters.items():
-            self.shadow[name].lerp_(parameter.detach(), 1 - decay)
+            own(self.shadow[name]).lerp_(own(parameter.detach()), 1 - decay)
 
     @contextmanager
     def applied(self, parameters: Parameters) -> Iterator[None]:
         """Inside, the parameters hold the average; bit-identical afterwards."""
-        originals = {name: parameter.data for name, parameter in parameters.items()}
-        for name, parameter in parameters.items():
-            parameter.data = self.shadow[name]
+        self._swap(parameters)
         try:
             yield
         finally:
-            for name, parameter in parameters.items():
-                parameter.data = originals[name]
+            self._swap(parameters)
+
+    @torch.no_grad()
+    def _swap(self, parameters: Parameters) -> None:
+        for name, parameter in parameters.items():  # in place: whoever gathers parts knows where they lie
+            mine, average = own(parameter), own(self.shadow[name])
+            before = mine.clone()
+            mine.copy_(average)
+            average.copy_(before)

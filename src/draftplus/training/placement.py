@@ -1,27 +1,33 @@
 """How the trained weights and their gradients are spread over processes.
 
-Replicated: every process holds all trained weights, and gradients are summed once per optimizer step. What another
-placement would do otherwise stands in the methods of `Placement`; all of them are called by every process.
+Replicated: every process holds all weights, and gradients are summed once per optimizer step. Sharded: each holds a
+part of the denoiser. All methods of a `Placement` are called by every process.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from draftplus.distributed import World
-from draftplus.errors import UserError
-from draftplus.training.optim import Parameters, gradient_norm
+from draftplus.config.schema import ParallelConfig
+from draftplus.distributed import MEMORY, World
+from draftplus.errors import notice
+from draftplus.sharding import is_part, make_mesh, reduce_gradients, shard, whole
 from draftplus.types import Model
 
 
 class Placement(Protocol):
     """Where weights lie. Every process calls each method, in the same order."""
+
+    @property
+    def loads_on(self) -> torch.device | None:
+        """Where the denoiser is loaded, before `place`; None: on the device."""
+        ...
 
     def place(self, model: Model) -> None:
         """Spreads a loaded model; before the optimizer is made of its parameters."""
@@ -38,16 +44,8 @@ class Placement(Protocol):
         """
         ...
 
-    def clip(self, parameters: Parameters, limit: float | None) -> float:
-        """The Euclidean norm over all gradients, which are then scaled down to `limit` if they exceed it."""
-        ...
-
     def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
         """The whole tensors, where they are to be written: on the main process; None on the others."""
-        ...
-
-    def scatter(self, name: str, whole: Tensor) -> Tensor:
-        """This process's part of a parameter's tensor, or of one of its shape."""
         ...
 
 
@@ -56,6 +54,10 @@ class Replicated:
     """All weights on every process."""
 
     here: World
+
+    @property
+    def loads_on(self) -> None:
+        return None
 
     def place(self, model: Model) -> None:
         pass
@@ -76,21 +78,62 @@ class Replicated:
             offset += grad.numel()
         return flat[offset:].cpu().double()
 
-    def clip(self, parameters: Parameters, limit: float | None) -> float:
-        return gradient_norm(parameters, limit)
-
     def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
         return dict(tensors) if self.here.is_main else None
 
-    def scatter(self, name: str, whole: Tensor) -> Tensor:
-        return whole
 
-
-def make_placement(mode: str, here: World) -> Placement:
-    """The placement of a configuration's `parallel.mode`.
-
-    Raises UserError for a mode that is not available.
+@dataclass
+class Sharded:
+    """Each process holds a part of every weight of the denoiser, and of the frozen copy of one that is fully tuned,
+    with its gradient and what the optimizer remembers of it (FSDP2, `draftplus.sharding`). Adapters are small, and
+    whole on every process. within: `parallel.shard_size`.
     """
-    if mode == "shard":
-        raise UserError("parallel.mode=shard is not available yet; use parallel.mode=replicate")
-    return Replicated(here)
+
+    here: World
+    within: int | None
+    networks: list[nn.Module] = field(default_factory=list)
+
+    @property
+    def loads_on(self) -> torch.device:
+        return MEMORY  # where a denoiser has room that no device has room for
+
+    def place(self, model: Model) -> None:
+        mesh, tuned = make_mesh(self.here, self.within), model.tuned
+        kept = tuned.trainable().values() if tuned.has_adapters() else ()
+        self.networks = tuned.networks()
+        for network in self.networks:
+            shard(network, tuned.blocks(network), mesh, self.here.device, kept)
+
+    @contextmanager
+    def micro_batch(self, last: bool) -> Iterator[None]:
+        for network in self.networks:
+            reduce_gradients(network, last)
+        yield
+
+    def reduce(self, parameters: Sequence[nn.Parameter], metrics: Tensor) -> Tensor:
+        """Gradients of parts are summed by the backward pass itself."""
+        replicated = Replicated(self.here)
+        if not any(map(is_part, parameters)):
+            return replicated.reduce(parameters, metrics)
+        for parameter in parameters:
+            if parameter.grad is None:  # of a weight that nothing depends on
+                parameter.grad = torch.zeros_like(parameter)
+        return self.here.sum(metrics).cpu().double()
+
+    def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        gathered = {}
+        for name, tensor in tensors.items():
+            all_of_it = whole(tensor)
+            if self.here.is_main:  # on the CPU, where there is room for all of them
+                gathered[name] = all_of_it.cpu()
+        return gathered if self.here.is_main else None
+
+
+def make_placement(config: ParallelConfig, here: World) -> Placement:
+    """The placement of a configuration's `parallel`."""
+    if config.mode != "shard":
+        return Replicated(here)
+    if here.size == 1:
+        notice("parallel.mode=shard has no effect on one process; start several, such as torchrun --nproc-per-node=2")
+        return Replicated(here)
+    return Sharded(here, config.shard_size)

@@ -71,7 +71,7 @@ class Preference:
             metrics = self.accumulate(state.step)
             means = metrics.named(self.placement.reduce(list(self.parameters.values()), metrics.vector))
         means["accuracy"] = means["accuracy"] / decided if (decided := means.pop("decided")) else math.nan
-        return {**means, "grad_norm": update(state, self.config.optim, means, self.placement, False, "lower optim.lr")}
+        return {**means, "grad_norm": update(state, self.config.optim, means, False, "lower optim.lr")}
 
     def accumulate(self, step: int) -> Metrics:
         """Adds the gradient of this process's share of a step to the parameters. Returns its part of the means."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,13 +12,13 @@ from torch import Tensor
 
 from draftplus.config.schema import OptimConfig
 from draftplus.diffusion.policy import History
+from draftplus.sharding import is_part, part_of
 from draftplus.training.optim import Ema, Parameters, load_optimizer_tensors, make_optimizer, optimizer_tensors
 
 COUNTERS = ("step", "images", "skipped", "skipped_in_a_row")
 
 Groups = Mapping[str, Mapping[str, Tensor]]  # "weights", "optimizer", "ema" -> tensors by name
 Numbers = Mapping[str, Any]  # everything else, as JSON
-Scatter = Callable[[str, Tensor], Tensor]  # (parameter's name, whole tensor of its shape) -> this process's part
 
 
 @dataclass
@@ -72,15 +72,9 @@ def numbers_of(state: State) -> Numbers:
     return {**counted, "ema_updates": state.ema.updates if state.ema else 0, "history": state.history}
 
 
-def _as_it_is(name: str, tensor: Tensor) -> Tensor:
-    return tensor
-
-
 @torch.no_grad()
-def put_back(state: State, groups: Groups, numbers: Numbers, scatter: Scatter = _as_it_is) -> None:
-    """Restores what `tensors_of` and `numbers_of` gave, or nothing of it.
-
-    scatter: from the whole tensors of a file to this process's parts.
+def put_back(state: State, groups: Groups, numbers: Numbers) -> None:
+    """Restores what `tensors_of` and `numbers_of` gave, or nothing of it. Of sharded tensors, parts or all of them.
 
     Raises KeyError where anything is missing.
     """
@@ -91,23 +85,27 @@ def put_back(state: State, groups: Groups, numbers: Numbers, scatter: Scatter = 
         raise KeyError(min(strangers))
     averages = {name: groups["ema"][name] for name in state.parameters} if state.ema is not None else {}
     for name, parameter in state.parameters.items():
-        parameter.copy_(scatter(name, weights[name]))
+        parameter.copy_(part_of(parameter, weights[name]))
     state.optimizer.state.clear()
-    load_optimizer_tensors(state.parameters, state.optimizer, moments, scatter)
+    load_optimizer_tensors(state.parameters, state.optimizer, moments)
     for name, number in counted.items():
         setattr(state, name, number)
     state.history = history
     if state.ema is not None:
-        state.ema.shadow = {name: scatter(name, averages[name]).to(p) for name, p in state.parameters.items()}
+        state.ema.shadow = {name: part_of(p, averages[name]).to(p) for name, p in state.parameters.items()}
         state.ema.updates = updates
+
+
+def _kept(tensor: Tensor) -> Tensor:
+    copy = tensor.detach().clone()
+    return copy if is_part(copy) else copy.cpu()
 
 
 @contextmanager
 def whole_or_not(state: State) -> Iterator[None]:
     """Several updates as one: where an exception ends them, a stop or an error, the state is as it was before."""
     groups = {
-        group: {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-        for group, tensors in tensors_of(state).items()
+        group: {name: _kept(tensor) for name, tensor in tensors.items()} for group, tensors in tensors_of(state).items()
     }
     numbers = numbers_of(state)
     try:

@@ -101,7 +101,7 @@ def gradient_step(setup: Setup, state: State, abandonable: Abandonable) -> dict[
         means = setup.complete(accumulate(setup, state.step))
     objective = setup.config.objective
     learns = objective.method != "refl" or objective.refl.hinge is None  # all rewards may be beyond the hinge
-    return {**means, "grad_norm": update(state, setup.config.optim, means, setup.placement, learns)}
+    return {**means, "grad_norm": update(state, setup.config.optim, means, learns)}
 
 
 @dataclass(frozen=True)

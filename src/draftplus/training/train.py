@@ -29,18 +29,18 @@ def train(config: Config, run: Path, told: Callable[[Path], None] | None = None)
     asked to stop.
     """
     with world(config.device) as here:
-        placement = make_placement(config.parallel.mode, here)
+        placement = make_placement(config.parallel, here)
         with locked(run) if here.is_main else nullcontext(), sdpa_kernel(ATTENTION):
             task = fine_tuning(config, run, placement, here)
-            drive(task, config, run, placement, here, told)
+            drive(task, config, run, here, told)
     return run
 
 
 def train_reward(config: RewardTrainConfig, run: Path, told: Callable[[Path], None] | None = None) -> Path:
     """Trains a reward on preference pairs, or continues, as `train` does a diffusion model."""
     with world(config.device) as here:
-        placement = make_placement(config.parallel.mode, here)
+        placement = make_placement(config.parallel, here)
         with locked(run) if here.is_main else nullcontext():
             task = preference(config, run, placement, here)
-            drive(task, config, run, placement, here, told, REWARDS)
+            drive(task, config, run, here, told, REWARDS)
     return run

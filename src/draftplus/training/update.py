@@ -9,8 +9,7 @@ from draftplus.config.schema import OptimConfig
 from draftplus.diffusion.overflow import Overflow
 from draftplus.errors import UserError, needs_memory
 from draftplus.runs.rows import reward_names
-from draftplus.training.optim import learning_rate, parameter_norm
-from draftplus.training.placement import Placement
+from draftplus.training.optim import gradient_norm, learning_rate, parameter_norm
 from draftplus.training.state import State
 
 MOST_SKIPPED_IN_A_ROW = 10
@@ -19,8 +18,7 @@ ROUNDING = 1e-7  # of the weights' norm; a smaller gradient at the first step is
 
 
 def update(
-    state: State, config: OptimConfig, means: Mapping[str, float], placement: Placement, learns: bool = True,
-    mend: str = MEND,
+    state: State, config: OptimConfig, means: Mapping[str, float], learns: bool = True, mend: str = MEND
 ) -> float:  # fmt: skip
     """Moves the weights, and their average where there is one, and empties the gradients. Returns the gradient's norm.
 
@@ -29,7 +27,7 @@ def update(
     Raises UserError for numbers that are not finite at the first step, or ten times in a row, and for a gradient that
     is none at the first step: Adam would make updates of full size of its rounding.
     """
-    norm = placement.clip(state.parameters, config.grad_clip)
+    norm = gradient_norm(state.parameters, config.grad_clip)
     if learns and state.step == 0 and norm <= ROUNDING * (weights := parameter_norm(state.parameters)):
         raise UserError(
             f"the gradient of the first step has norm {norm:.1e}, which is nothing but rounding for weights of norm "
