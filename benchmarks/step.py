@@ -2,6 +2,7 @@
 
     python benchmarks/step.py               a few minutes on two quiet cores
     python benchmarks/step.py --cpu-time    on a busy machine, with OMP_NUM_THREADS=1
+    python benchmarks/step.py --device cuda --model sdxl    images a second of sd15, sdxl, sd35 or flux on a GPU
 
 - step: what training does in a step (10 sampling steps, the last with gradient, batch 8, KL), over its floor: the 9
   guided forwards with adapters folded, the one with adapters and gradient, the one of the frozen model, decoding,
@@ -285,7 +286,20 @@ if __name__ == "__main__":
     parser.add_argument("--cpu-time", action="store_true", help="processor time instead of wall time")
     parser.add_argument("--only", nargs="+", choices=["time", "memory", "help"], default=["time", "memory", "help"])
     parser.add_argument("--memory", nargs="*", metavar="KEY=VALUE", help=argparse.SUPPRESS)
+    parser.add_argument("--model", choices=["sd15", "sdxl", "sd35", "flux"], help="images a second of this one instead")
+    parser.add_argument("--device", default="cuda", help="of --model (default cuda)")
+    parser.add_argument("--size", type=int, default=512, help="of --model's images, in pixels (default 512)")
+    parser.add_argument("--images", type=int, help="of --model's micro-batch (default as in benchmarks.gpu)")
+    parser.add_argument("--steps", type=int, default=10, help="sampling steps of --model (default 10)")
+    parser.add_argument("--minutes", type=float, default=8.0, help="no repeat of --model begins later (default 8)")
+    parser.add_argument("--tiny", action="store_true", help="a tiny --model, which shows that the code runs")
     chosen = parser.parse_args()
+    if chosen.model is not None:
+        sys.path.insert(0, str(Path(__file__).parents[1]))  # a script finds only what is in its own directory
+        from benchmarks import throughput
+
+        throughput.main(chosen)
+        sys.exit(0)
     if chosen.memory is not None:
         print(peak_memory(chosen.memory))
         sys.exit(0)

@@ -228,6 +228,13 @@ class Model(Protocol):
         """
         ...
 
+    def compile(self) -> None:
+        """Has the denoiser's blocks compiled when they are first called, and its convolutions laid out for speed.
+
+        Raises UserError where nothing can be compiled for the device.
+        """
+        ...
+
     def as_pipeline(self, scheduler: Any = None) -> Any:
         """The stock pipeline around the networks as they are. scheduler: of stock diffusers; None: the model's."""
         ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, offload
+from benchmarks import gpu, offload, throughput
 from benchmarks.floor import floor, recorded, take_step, training
 from benchmarks.shapes import CLIP_H, SHAPES, build, made, making, random_row
+from draftplus.models import compiling
 from draftplus.rewards.clip import load_emoji_clip
 from tests.tiny import CPU
 
@@ -130,3 +132,23 @@ def test_what_leaving_the_device_saves() -> None:
     found = offload.main(offload.parser().parse_args("--device cpu --tiny --size 64 --only sdxl".split()))
     assert found["sdxl"]["differences"] == {"offload": 0.0, "again": 0.0}
     assert len(found["sdxl"]["offload"]["rows"]) == 3 and found["sdxl"]["offload"]["step"] == 0
+
+
+@pytest.mark.slow
+def test_images_a_second_plain_and_compiled(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By torch's own kernels in place of compiled ones, which take minutes to make."""
+    monkeypatch.setattr(compiling, "BACKEND", "eager")
+    options = argparse.Namespace(
+        model="sd15", device="cpu", size=64, images=1, steps=2, repeats=1, minutes=8.0, tiny=True
+    )  # fmt: skip
+    with torch._dynamo.config.patch(recompile_limit=64):
+        found = throughput.main(options)
+    torch._dynamo.reset()
+    assert found.keys() == {"plain", "compiled"}
+    for row in found.values():
+        assert row["ratio"] == pytest.approx(row["floor"] / row["step"])
+    assert found["compiled"]["compiling"] > 1 / found["compiled"]["step"]
+    assert "| compiled | " in capsys.readouterr().out
+    assert set(throughput.NAMES.values()) == set(SHAPES)

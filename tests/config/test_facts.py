@@ -106,8 +106,8 @@ def test_help_begins_with_the_choices(key: str) -> None:
 def test_what_a_continued_run_may_change() -> None:
     assert CHANGEABLE == (
         "name", "output_dir", "device", "model.gradient_checkpointing", "model.vae_slicing", "model.offload",
-        "train.steps", "train.epochs", "train.micro_batch_size", "train.sampling_batch_size", "eval", "checkpoint",
-        "stop", "parallel", "log",
+        "train.steps", "train.epochs", "train.micro_batch_size", "train.sampling_batch_size", "train.compile", "eval",
+        "checkpoint", "stop", "parallel", "log",
     )  # fmt: skip
 
 

@@ -263,7 +263,8 @@ def test_yaml_round_trip(recipe: Any, overrides: list[str]) -> None:
 
 CHANGEABLE = [
     "name=x", "output_dir=elsewhere", "device=cpu", "model.gradient_checkpointing=true", "train.steps=100",
-    "train.epochs=3", "train.micro_batch_size=2", "train.sampling_batch_size=4", "eval.every=7",
+    "train.epochs=3", "train.micro_batch_size=2", "train.sampling_batch_size=4", "train.compile=true",
+    "eval.every=7",
     "eval.rewards.a.weight=1", "eval.prompts=x", "checkpoint.every=7", "checkpoint.keep=3",
     "parallel.mode=replicate", "log.to=[]",
 ]  # fmt: skip

@@ -17,10 +17,10 @@ from draftplus.config.schema import OptimConfig, PrefixCacheConfig, TrainConfig
 from draftplus.diffusion.objectives import plan
 from draftplus.diffusion.sampler import Rollout
 from draftplus.distributed import World, world
+from draftplus.distributed.sharding import own, whole
 from draftplus.evaluation.held_out import EvaluationSet
 from draftplus.models.stable_diffusion import StableDiffusion
 from draftplus.rewards.combined import Combined
-from draftplus.sharding import own, whole
 from draftplus.training.fine_tuning import FineTuning
 from draftplus.training.placement import Placement, Replicated, Sharded
 from draftplus.training.reuse import PrefixCache

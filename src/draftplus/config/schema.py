@@ -163,6 +163,10 @@ class TrainConfig:
         None, "images per pass without gradient on one rank; null: 16, or micro_batch_size in DDPO's rollouts", above=0,
         affects="conduct",
     )  # fmt: skip
+    compile: bool = _key(
+        False, "compile the denoiser's blocks by torch.compile before the first step, and compute convolutions with "
+        "channels last: faster steps that differ by rounding", affects="conduct", added=True,
+    )  # fmt: skip
     prefix_cache: PrefixCacheConfig = _key(PrefixCacheConfig, "reuse of what the frozen model draws before the gate")
 
 

@@ -24,7 +24,7 @@ def classifier_free(predict: Predict, given: Conditioning, negative: Conditionin
     if scale <= 1:
         return lambda x, timestep: predict(x, timestep, given)
     b = len(given)
-    both = Conditioning.concatenate([negative.rows(torch.zeros(b, dtype=torch.long)), given])
+    both = Conditioning.concatenate([*[negative] * b, given])
 
     def raw(x: Tensor, timestep: Tensor) -> Tensor:
         prediction = predict(torch.cat([x, x]), timestep, both)

@@ -179,13 +179,13 @@ def penalties(
         seen = [visit for visit in visits if visit.step in looks[name]]
         if not seen:
             continue
-        distances = torch.stack([one.distance(objective, trained, frozen, visit) for visit in seen])
-        factors = distances.new_tensor([looks[name][visit.step] for visit in seen])
-        added[name] = (factors * distances).sum() / over[name]
+        distances = [one.distance(objective, trained, frozen, visit) for visit in seen]
+        terms = [looks[name][visit.step] * distance for visit, distance in zip(seen, distances, strict=True)]
+        added[name] = torch.stack(terms).sum() / over[name]
         if name in (WINDOW, PREFIX):
             for step in {visit.step for visit in seen}:
-                rows = [row for row, visit in enumerate(seen) if visit.step == step]
-                by_step[step] = distances.detach()[rows].mean()
+                there = [distances[row].detach() for row, visit in enumerate(seen) if visit.step == step]
+                by_step[step] = torch.stack(there).mean()
     return Penalties(added, by_step)
 
 

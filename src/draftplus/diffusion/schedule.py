@@ -91,7 +91,8 @@ class Schedule:
 
     def timestep(self, index: int, device: torch.device | str) -> Tensor:
         """What the denoiser is told at a step, a scalar tensor."""
-        return torch.tensor(self.steps[index].timestep, dtype=self.timestep_dtype, device=device)
+        # made there: a copy from the CPU would wait for all that the device has to do before it
+        return torch.full((), self.steps[index].timestep, dtype=self.timestep_dtype, device=device)
 
 
 class Denoised(NamedTuple):

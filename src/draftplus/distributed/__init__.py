@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import lru_cache
 from typing import Any
 from weakref import WeakSet
 
@@ -133,6 +134,20 @@ def world(device: str = "auto", patience: float = PATIENCE) -> Iterator[World]:
             dist.destroy_process_group()
     finally:
         meeting.close()
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """What was made on the CPU, on a device. On CUDA the host does not wait for it, as it would for a copy of memory
+    that is not pinned."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+@lru_cache(maxsize=64)
+def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(n,) numbers that are needed in every pass, which go to the device once. Not to be changed in place."""
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 class Offload:

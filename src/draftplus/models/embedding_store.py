@@ -21,6 +21,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from draftplus import __version__
+from draftplus.distributed import sent
 from draftplus.errors import UserError, notice
 from draftplus.models.files import SMALL, file_hash, files_of
 from draftplus.models.loading import Source
@@ -237,7 +238,7 @@ def _found(file: Path, device: torch.device) -> Found:
     tensors = load(file.read_bytes())  # not mapped: another process may replace or remove the file
     if str(_checksum(tensors)) != checksum:
         raise ValueError("its content does not match its checksum")
-    tensors = {key: tensor.to(device, copy=True) for key, tensor in tensors.items()}  # each in memory of its own
+    tensors = {key: sent(tensor.clone(), device) for key, tensor in tensors.items()}  # each in memory of its own
     extras = {key.removeprefix("extras."): tensor for key, tensor in tensors.items() if key.startswith("extras.")}
     return Found(Conditioning(tensors["hidden"], tensors.get("mask"), extras), cuts)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from draftplus.config import SamplerConfig
 from draftplus.diffusion.levels import linear
+from draftplus.distributed import sent
 from draftplus.errors import UserError
 from draftplus.models.kind import Kind, Shape, multiples, shift_of, token_counts
 from draftplus.models.pipeline import PipelineModel, load_pipeline
@@ -32,11 +33,12 @@ def embed(pipe: Any, prompt: str | None) -> Conditioning:
 def predict(pipe: Any, network: Any, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
     """Patches of 2 x 2 latents are the tokens. The time is rounded to the network's precision before it is divided."""
     b, c, h, w = latents.shape
+    places = pipe._prepare_latent_image_ids(b, h // 2, w // 2, "cpu", latents.dtype)
     raw = network(
         hidden_states=pipe._pack_latents(latents, b, c, h, w), timestep=timestep.expand(b).to(latents.dtype) / 1000,
         encoder_hidden_states=conditioning.hidden, **conditioning.extras,
         txt_ids=latents.new_zeros(conditioning.hidden.shape[1], 3),
-        img_ids=pipe._prepare_latent_image_ids(b, h // 2, w // 2, latents.device, latents.dtype), return_dict=False,
+        img_ids=sent(places, latents.device), return_dict=False,
     )[0]  # fmt: skip
     factor = pipe.vae_scale_factor
     unpacked: Tensor = pipe._unpack_latents(raw, h * factor, w * factor, factor)

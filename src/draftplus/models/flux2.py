@@ -11,6 +11,7 @@ from torch import Tensor
 from draftplus.config import SamplerConfig
 from draftplus.diffusion.guidance import classifier_free
 from draftplus.diffusion.levels import linear
+from draftplus.distributed import sent
 from draftplus.errors import UserError
 from draftplus.models.flux import refuse_scale
 from draftplus.models.kind import QKVO, Kind, Shape, multiples
@@ -32,8 +33,8 @@ def predict(pipe: Any, network: Any, latents: Tensor, timestep: Tensor, conditio
     raw: Tensor = network(
         hidden_states=pipe._pack_latents(latents), timestep=timestep.expand(len(latents)).to(latents.dtype) / 1000,
         encoder_hidden_states=conditioning.hidden, guidance=None,
-        txt_ids=pipe._prepare_text_ids(conditioning.hidden).to(latents.device),
-        img_ids=pipe._prepare_latent_ids(latents).to(latents.device), return_dict=False,
+        txt_ids=sent(pipe._prepare_text_ids(conditioning.hidden), latents.device),
+        img_ids=sent(pipe._prepare_latent_ids(latents), latents.device), return_dict=False,
     )[0]  # fmt: skip
     return raw.mT.reshape(latents.shape)
 

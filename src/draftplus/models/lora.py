@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from draftplus import rng
 from draftplus.config import LoraConfig
+from draftplus.distributed.sharding import is_part
 from draftplus.errors import UserError
 from draftplus.models.lora_files import LoraFile
 from draftplus.models.quantize import is_quantised
-from draftplus.sharding import is_part
 from draftplus.weights import first_line
 
 ADAPTER = "default"

@@ -21,6 +21,7 @@ from draftplus.distributed import Offload
 from draftplus.errors import needs_memory
 from draftplus.models import loading, quantize, stock
 from draftplus.models.bare import is_bare, without_content
+from draftplus.models.compiling import compile_blocks
 from draftplus.models.embedding_store import EmbeddingStore, store_of
 from draftplus.models.embeddings import Embeddings
 from draftplus.models.kind import Kind, Shape, decodes_in_float32, spare_memory
@@ -118,6 +119,9 @@ class PipelineModel:
             image = self.kind.decoded(self.pipe, self.kind.to_vae(self.pipe, latents.to(dtype)))
         image = image + 0 * image  # an overflow becomes NaN, where clamp would make white or black of it
         return (image.to(torch.promote_types(torch.float32, dtype)) / 2 + 0.5).clamp(0, 1)
+
+    def compile(self) -> None:
+        compile_blocks(self.tuned.networks(), self.vae, self.device)
 
     def as_pipeline(self, scheduler: Any = None) -> Any:
         self._open()

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from draftplus.config import SamplerConfig
+from draftplus.distributed import constant
 from draftplus.errors import UserError
 from draftplus.models.flux import scheduler, shape
 from draftplus.models.kind import Kind, token_counts
@@ -77,7 +78,10 @@ def guided(model: PipelineModel, given: Conditioning, negative: str | None, scal
 def to_vae(pipe: Any, latents: Tensor) -> Tensor:
     """By the mean and deviation of each channel."""
     config = pipe.vae.config
-    mean, std = (torch.tensor(v).view(-1, 1, 1).to(latents) for v in (config.latents_mean, config.latents_std))
+    mean, std = (
+        constant(tuple(v), torch.float32, latents.device).view(-1, 1, 1).to(latents)
+        for v in (config.latents_mean, config.latents_std)
+    )
     return latents / (1 / std) + mean  # in half precision not latents * std, which rounds otherwise
 
 

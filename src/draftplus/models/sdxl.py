@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from draftplus.distributed import constant
 from draftplus.errors import UserError
 from draftplus.models.kind import Kind
 from draftplus.models.pipeline import load_pipeline
@@ -29,7 +30,7 @@ def embed(pipe: Any, prompt: str | None) -> Conditioning:
 def predict(pipe: Any, network: Any, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
     """The UNet is told the size of the image as that of the original and of the target, and no crop."""
     height, width = (side * pipe.vae_scale_factor for side in latents.shape[2:])
-    sizes = torch.tensor([height, width, 0, 0, height, width], dtype=latents.dtype, device=latents.device)
+    sizes = constant((height, width, 0, 0, height, width), latents.dtype, latents.device)
     added = {**conditioning.extras, "time_ids": sizes.expand(len(latents), -1)}
     raw: Tensor = network(
         latents, timestep, encoder_hidden_states=conditioning.hidden, added_cond_kwargs=added, return_dict=False
@@ -42,7 +43,10 @@ def to_vae(pipe: Any, latents: Tensor) -> Tensor:
     config = pipe.vae.config
     if config.latents_mean is None or config.latents_std is None:
         return latents / config.scaling_factor
-    mean, std = (torch.tensor(v).view(1, -1, 1, 1).to(latents) for v in (config.latents_mean, config.latents_std))
+    mean, std = (
+        constant(tuple(v), torch.float32, latents.device).view(1, -1, 1, 1).to(latents)
+        for v in (config.latents_mean, config.latents_std)
+    )
     return latents * std / config.scaling_factor + mean
 
 

@@ -13,10 +13,11 @@ from torch import Tensor
 from draftplus.config import ModelConfig, SamplerConfig
 from draftplus.diffusion.guidance import classifier_free
 from draftplus.diffusion.levels import saved
-from draftplus.distributed import Offload
+from draftplus.distributed import Offload, sent
 from draftplus.errors import UserError, needs_memory, notice
 from draftplus.models import loading, quantize, single_file
 from draftplus.models.bare import is_bare
+from draftplus.models.compiling import compile_blocks
 from draftplus.models.embeddings import Embeddings
 from draftplus.models.kind import decodes_in_float32, spare_memory
 from draftplus.models.tuned import Tuned, make_tuned
@@ -111,7 +112,7 @@ class StableDiffusion:
         told = torch.tensor([scale - 1])
         width = self.unet.config.time_cond_proj_dim
         embedding: Tensor = StableDiffusionPipeline.get_guidance_scale_embedding(self, told, width)  # (1, width)
-        return embedding.to(self.device)
+        return sent(embedding, self.device)
 
     def predict(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         """The raw prediction without guidance. latents: (b, c, h, w), timestep: () or (b,). Returns (b, c, h, w)."""
@@ -128,6 +129,9 @@ class StableDiffusion:
             image = self.vae.decode(latents, return_dict=False)[0]
         image = image + 0 * image  # an overflow becomes NaN, where clamp would make white or black of it
         return (image.to(torch.promote_types(torch.float32, dtype)) / 2 + 0.5).clamp(0, 1)
+
+    def compile(self) -> None:
+        compile_blocks(self.tuned.networks(), self.vae, self.device)
 
     def as_pipeline(self, scheduler: Any = None) -> Any:
         """Without a safety checker. The stock pipeline's constructor mends the configuration of the UNet."""

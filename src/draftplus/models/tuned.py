@@ -16,11 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from draftplus.config import LoraConfig
+from draftplus.distributed.sharding import gathered_as, is_part, plain_class
 from draftplus.errors import UserError
 from draftplus.models import lora
 from draftplus.models.lora_files import LORA_FILE, lora_file, read_lora
 from draftplus.models.quantize import is_quantised, keep_small
-from draftplus.sharding import gathered_as, is_part, plain_class
 from draftplus.weights import first_line, read_state_dict, sort_metadata
 
 DENOISER_FILES = "diffusion_pytorch_model{suffix}.safetensors"  # the names that diffusers loads

@@ -1,6 +1,6 @@
 """What a process needs whose denoiser is spread over several, reckoned from what it needs alone.
 
-As `draftplus.sharding` does it, by PyTorch's `fully_shard`: every process keeps an equal part of each weight of the
+As `distributed.sharding` does it, by PyTorch's `fully_shard`: every process keeps an equal part of each weight of the
 denoiser, and of what full fine-tuning adds to it. A block's weights are gathered whole for as long as it computes,
 those of the next one beside them, and what is in no block while the denoiser does. Adapters, which are small, are whole
 on every process, and so are autoencoder, text encoders and rewards.

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from draftplus.distributed import sent
 from draftplus.errors import UserError
 from draftplus.rewards.captions import open_tokenizer, tell_of_cut
 from draftplus.rewards.checkpoints import PROCESSOR, has_file, lacks, load_frozen, locate, to_fetch
@@ -96,8 +97,9 @@ class ClipReward:
         tokens = self.tokenizer([prompt], truncation=True, max_length=length, return_tensors="pt")
         if not self._told and tokens["input_ids"].shape[1] == length:
             self._tell(prompt, length)
-        tokens = {key: tokens[key].to(self.model.device) for key in ("input_ids", "attention_mask")}
-        return _normalized(self.model.get_text_features(**tokens).pooler_output)[0]  # (d,)
+        # without a mask, all ones here, of which transformers would ask the device whether they are
+        ids = sent(tokens["input_ids"], self.model.device)
+        return _normalized(self.model.get_text_features(input_ids=ids).pooler_output)[0]  # (d,)
 
     def _tell(self, prompt: str, length: int) -> None:
         whole = len(self.tokenizer(prompt)["input_ids"])

@@ -28,8 +28,8 @@ class Combined:
 
     rewards: {name: (reward, weight)}, not empty. scales: of those that are in the sum as their weight times
     (score - mean) / deviation. Each reward is called once and its output checked; numbers that are
-    not finite pass, and the caller decides what to do about them. Images that are not finite are not scored: all
-    their batch's scores are NaN.
+    not finite pass, and the caller decides what to do about them. Where an image is not finite, rewards see black ones
+    in place of the batch, and all its scores are NaN.
     """
 
     def __init__(self, rewards: Mapping[str, tuple[Reward, float]], scales: Mapping[str, Scale] | None = None) -> None:
@@ -44,13 +44,13 @@ class Combined:
         rewards gave them, detached. UserError for a reward that returns anything but b floating-point scores on the
         images' device, or claims to be differentiable and returns scores without gradient to the images."""
         total = images.new_zeros(len(images), dtype=torch.promote_types(images.dtype, torch.float32))  # (b,)
-        if not images.isfinite().all():  # no reward's doing, and any of them may fail on it
-            lost = total + images.flatten(1).sum(1) * torch.nan
-            return Scores(lost, dict.fromkeys(self.rewards, lost.detach()))
+        # no reward's doing, and any of them may fail on it; an `if` would wait for the device
+        finite = images.isfinite().all()
+        seen = images.where(finite, 0)
         parts = {}
         for name, (reward, _) in self.rewards.items():
             with needs_memory(f"reward '{name}' of {len(images)} images"):
-                scores = _checked(name, reward(images, prompts), images)
+                scores = _checked(name, reward(seen, prompts), images).where(finite, torch.nan)
             if reward.differentiable and torch.is_grad_enabled() and images.requires_grad:
                 _require_gradient(name, scores, images)
             total = total + self.term(name, scores)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from draftplus.distributed import sent
 from draftplus.errors import UserError
 from draftplus.rewards.clip import EMOJI_CLIP, load_clip_reward
 from draftplus.types import Reward
@@ -30,10 +31,11 @@ class Dissimilarity:
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """images: (b, 3, H, W) in [0, 1]; prompts: b strings. Returns (b,). UserError for an image without another."""
         alike = [[not self.same_prompt or one == other for other in prompts] for one in prompts]
-        others = torch.tensor(alike, device=images.device).fill_diagonal_(False)  # (b, b)
+        others = torch.tensor(alike).fill_diagonal_(False)  # (b, b), on the CPU as long as its numbers are read
         counts = others.sum(1)
         if counts.min() == 0:
             raise UserError(_alone(len(images), prompts[int(counts.argmin())], self.same_prompt))
+        others, counts = sent(others, images.device), sent(counts, images.device)
         features = self.features(images)
         distances = 1 - features @ features.T  # (b, b)
         return (distances * others).sum(1) / counts

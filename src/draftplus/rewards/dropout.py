@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from draftplus import rng
+from draftplus.distributed import sent
 from draftplus.errors import UserError
 
 
@@ -54,4 +55,4 @@ class Dropout:
 
     def _drop(self, hidden: Tensor) -> Tensor:
         kept = [torch.empty(hidden.shape[1:]).bernoulli_(1 - self.rate, generator=g) for g in self._generators]
-        return hidden * (torch.stack(kept) / (1 - self.rate)).to(hidden)
+        return hidden * sent((torch.stack(kept) / (1 - self.rate)).to(hidden.dtype), hidden.device)

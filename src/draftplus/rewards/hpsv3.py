@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from draftplus.distributed import sent
 from draftplus.errors import UserError
 from draftplus.rewards.captions import load_tokenizer, tokenizer_beside
 from draftplus.rewards.checkpoints import fit, lacks, load_weights_file, locate, read_json, to_fetch
@@ -113,9 +114,10 @@ class HPSv3:
         count = rows * columns // self.merged**2  # tokens of a picture
         tokens = [self._with_picture(self._tokens(prompt), count) for prompt in prompts]
         device = images.device
-        ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=self.tokenizer.pad_token_id).to(device)
-        mask = nn.utils.rnn.pad_sequence([torch.ones_like(one) for one in tokens], batch_first=True).to(device)
-        grid = torch.tensor([[1, rows, columns]] * len(images), device=device)
+        padding = self.tokenizer.pad_token_id
+        ids = sent(nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=padding), device)
+        mask = sent(nn.utils.rnn.pad_sequence([torch.ones_like(one) for one in tokens], batch_first=True), device)
+        grid = sent(torch.tensor([[1, rows, columns]] * len(images)), device)
         read = (ids == self.read).int().argmax(1)  # (b,)
         patches = patched(pixels, self.patch, self.merged, self.frames)
         score = self.network(patches, grid, ids, mask, read)[:, 0]

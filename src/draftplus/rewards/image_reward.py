@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from draftplus.distributed import sent
 from draftplus.errors import UserError
 from draftplus.rewards.captions import Captions, load_tokenizer, tokenizer_beside
 from draftplus.rewards.checkpoints import fit, load_weights_file
@@ -103,7 +104,7 @@ class ImageReward:
         weight = self.network.vision.embeddings.patch_embedding.weight
         pixels = preprocess(images, self.preprocessing).to(weight.dtype)  # (b, 3, h, w)
         tokens = [self.captions(prompt) for prompt in prompts]
-        ids, mask = (torch.stack(one).to(weight.device) for one in zip(*tokens, strict=True))  # (b, 35) each
+        ids, mask = (sent(torch.stack(one), weight.device) for one in zip(*tokens, strict=True))  # (b, 35) each
         score = self.network(pixels, ids, mask)
         return (score.to(torch.promote_types(score.dtype, torch.float32)) - MEAN) / STD
 

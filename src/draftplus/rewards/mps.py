@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from draftplus.distributed import sent
 from draftplus.errors import UserError
 from draftplus.rewards.captions import Captions, load_tokenizer, tokenizer_beside
 from draftplus.rewards.checkpoints import fit, lacks, load_weights_file, locate, read_json
@@ -165,9 +166,9 @@ class Mps:
         device = self.network.model.logit_scale.device
         if self._condition is None:
             ids, _ = self.captions.tokens(CONDITION)
-            self._condition = self.network.tokens(ids[None].to(device))[0]
+            self._condition = self.network.tokens(sent(ids[None], device))[0]
         ids, _ = self.captions(prompt)
-        tokens = self.network.tokens(ids[None].to(device))[0]  # (n, d)
+        tokens = self.network.tokens(sent(ids[None], device))[0]  # (n, d)
         similar = (tokens @ self._condition.T).amax(1)  # (n,)
         # the end is the greatest id, and its first occurrence where padding repeats it
         return tokens, similar / similar.max() > THRESHOLD, tokens[ids.argmax()]

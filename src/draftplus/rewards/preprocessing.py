@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from draftplus.distributed import constant
 from draftplus.errors import UserError
 from draftplus.rewards.checkpoints import PROCESSOR, lacks, read_json, to_fetch
 
@@ -99,7 +100,8 @@ def preprocess(images: Tensor, spec: Preprocessing) -> Tensor:
     if spec.scale != 1:
         images = images * spec.scale
     if spec.mean is not None and spec.std is not None:
-        images = (images - images.new_tensor(spec.mean)[:, None, None]) / images.new_tensor(spec.std)[:, None, None]
+        mean, std = (constant(tuple(v), images.dtype, images.device)[:, None, None] for v in (spec.mean, spec.std))
+        images = (images - mean) / std
     return images
 
 

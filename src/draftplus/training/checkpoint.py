@@ -23,11 +23,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from draftplus.distributed import World
+from draftplus.distributed.sharding import is_part
 from draftplus.errors import UserError
 from draftplus.runs.checksums import verify
 from draftplus.runs.directory import saved_steps, step_name
 from draftplus.runs.files import BUILDING, beside, remove, whole_directory
-from draftplus.sharding import is_part
 from draftplus.training.state import Groups, Numbers, State, numbers_of, put_back, tensors_of
 
 PARTS = "shard-*.safetensors"  # PyTorch's names of files of parts

@@ -21,6 +21,7 @@ from draftplus.diffusion.objectives import plan
 from draftplus.diffusion.policy import StepLoss, Trajectory, normalized_advantages, rollout, step_loss
 from draftplus.diffusion.problem import Problem, StepPlan
 from draftplus.diffusion.regularisers import logged
+from draftplus.distributed import sent
 from draftplus.evaluation.chunks import chunks
 from draftplus.runs.rows import reward_key
 from draftplus.training.state import State, whole_or_not
@@ -115,7 +116,7 @@ def experience(setup: Setup, step: int) -> Experience:
     order = interleaved(len(given), setup.config.objective.ddpo.updates)
     share = Batch([given.prompts[row] for row in order], [given.indices[row] for row in order])
     conditioning = problem.model.encode(share.prompts)
-    parts, images = [], []
+    parts, scored = [], []
     # in the training's own micro-batches, unless told otherwise: what is computed alike is equal to the last bit
     for rows in chunks(len(share), sizes.sampling_batch_size or setup.micro):
         noise = setup.noise(step, share.indices[rows])
@@ -125,7 +126,12 @@ def experience(setup: Setup, step: int) -> Experience:
     latents[order] = trajectory.latents[:, -1]  # as they were given, for rewards that compare neighbours
     for rows in chunks(len(given), sizes.micro_batch_size):
         with rng.samples(setup.config.seed, step, given.indices[rows]):  # for rewards that draw noise
-            images += _score(problem, latents[rows], given.prompts[rows], given.indices[rows])
+            scored.append(_score(problem, latents[rows], given.prompts[rows]))
+    names, numbers = scored[0].names, torch.cat([part.vector for part in scored], 1).T.tolist()  # read once
+    images = [
+        Scored(index, prompt, row[0], dict(zip(names, row, strict=True)))
+        for index, prompt, row in zip(given.indices, given.prompts, numbers, strict=True)
+    ]
     everyone = sorted((image for part in setup.here.gather(images) for image in part), key=lambda image: image.index)
     return Experience(conditioning, trajectory, share.indices, everyone)
 
@@ -135,18 +141,17 @@ def interleaved(length: int, updates: int) -> list[int]:
     return [row for first in range(updates) for row in range(first, length, updates)]
 
 
-def _score(problem: Problem, latents: Tensor, prompts: Sequence[str], indices: Sequence[int]) -> list[Scored]:
+def _score(problem: Problem, latents: Tensor, prompts: Sequence[str]) -> Metrics:
+    """The numbers of some images, (m, b), the weighted reward first."""
     pictures = problem.model.decode(latents)  # (b, 3, H, W) in [0, 1]
     scores = problem.scorer(pictures, prompts)
-    columns = {
-        "reward": scores.total.tolist(),
-        **{reward_key(name): part.tolist() for name, part in scores.parts.items()},
-        "clipped_fraction": saturated(pictures).tolist(),
-    }
-    return [
-        Scored(index, prompt, columns["reward"][row], {name: column[row] for name, column in columns.items()})
-        for row, (index, prompt) in enumerate(zip(indices, prompts, strict=True))
-    ]
+    return Metrics.of(
+        {
+            "reward": scores.total,
+            **{reward_key(name): part for name, part in scores.parts.items()},
+            "clipped_fraction": saturated(pictures),
+        }
+    )
 
 
 def accumulate_update(setup: Setup, made: Experience, planned: StepPlan, part: slice, advantages: Tensor) -> Metrics:
@@ -158,7 +163,7 @@ def accumulate_update(setup: Setup, made: Experience, planned: StepPlan, part: s
     """
     problem, window = setup.problem, planned.window.steps
     trajectory, conditioning, mine = made.trajectory.rows(part), made.conditioning.rows(part), advantages[part]
-    mine = mine.to(trajectory.log_probs)
+    mine = sent(mine.to(trajectory.log_probs.dtype), trajectory.log_probs.device)
     total, steps = len(mine) * setup.here.size, sorted({*window, *planned.keep})
     metrics: Metrics | None = None
     for rows in chunks(len(mine), setup.micro):

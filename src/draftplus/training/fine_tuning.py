@@ -38,6 +38,7 @@ from draftplus.training.reuse import PrefixCache, sources
 from draftplus.training.state import State
 from draftplus.training.step import Setup, gradient_step, what_overflowed
 from draftplus.training.task import Abandonable
+from draftplus.training.warm_up import eagerly, warm_up
 from draftplus.types import Model
 
 FAINT = 0.05  # a noise level of the last step that leaves little of a gradient
@@ -71,7 +72,10 @@ class FineTuning:
                 return (gradient_step if differentiates else ddpo_step)(self.setup, state, abandonable)
         except Overflow as error:
             # in parts, the processes would wait for passes that one of them, who has found it, does not make
-            found = None if isinstance(self.setup.placement, Sharded) else what_overflowed(self.setup, state.step)
+            found = None
+            if not isinstance(self.setup.placement, Sharded):
+                with eagerly(self.setup.config.train.compile):
+                    found = what_overflowed(self.setup, state.step)
             raise UserError(f"at step {state.step + 1}: {found or error}") from None
 
     def note(self, row: Row) -> str:
@@ -80,10 +84,11 @@ class FineTuning:
     def evaluate(self, step: int, advance: Advance) -> Row:
         note = self._evaluating(step, advance)
         note(0, "")
-        return evaluate_held_out(
-            self.model, self.rewards, self.sum.total, self.held_out, self.setup.config, step, self.run,
-            self.setup.here, note,
-        )  # fmt: skip
+        with eagerly(self.setup.config.train.compile):
+            return evaluate_held_out(
+                self.model, self.rewards, self.sum.total, self.held_out, self.setup.config, step, self.run,
+                self.setup.here, note,
+            )  # fmt: skip
 
     def comparable(self, rows: Sequence[Row]) -> list[Row]:
         """The evaluations of the images that `eval` now specifies: it may have changed since the others.
@@ -120,10 +125,11 @@ class FineTuning:
     def finish(self, step: int, advance: Advance) -> None:
         """Measures `eval.variants`."""
         note = self._evaluating(step, advance)
-        add_variants(
-            self.model, self.rewards, self.sum.total, self.held_out, self.setup.config, step, self.run,
-            self.setup.here, note,
-        )  # fmt: skip
+        with eagerly(self.setup.config.train.compile):
+            add_variants(
+                self.model, self.rewards, self.sum.total, self.held_out, self.setup.config, step, self.run,
+                self.setup.here, note,
+            )  # fmt: skip
 
     def _evaluating(self, step: int, advance: Advance) -> Advance:
         here = self.setup.here
@@ -141,6 +147,11 @@ def fine_tuning(config: Config, run: Path, placement: Placement, here: World, dr
     Raises UserError for everything that is wrong with the configuration, the model, the rewards or the prompts.
     """
     micro = micro_batch_size(config, here.size)
+    if config.train.compile and isinstance(placement, Sharded):
+        raise UserError(
+            "train.compile is true and parallel.mode is shard, but parts of a denoiser cannot be compiled yet; set "
+            "train.compile=false"
+        )
     prompts = load_prompts(config.data.prompts, config.data.column)
     held_out = evaluation_set(config, prompts)
     quiet_libraries()
@@ -155,6 +166,9 @@ def fine_tuning(config: Config, run: Path, placement: Placement, here: World, dr
     jobs = base_jobs(config, prompts.train)
     others = [] if dry else [*held_out.prompts, *(job.prompt for job in jobs)]
     embed_prompts(model, [*trained_on, *others, config.sampler.negative_prompt], here)
+    compiled = config.train.compile and len(steps) > 0
+    if compiled:
+        model.compile()
     with progress("loading the rewards", None, here.is_main):
         placement.place(model)
         rewards = offloaded(build_rewards({**config.reward, **config.eval.rewards}, here.device), model.offload)
@@ -165,11 +179,15 @@ def fine_tuning(config: Config, run: Path, placement: Placement, here: World, dr
     shape = model.latent_shape(config.sampler.height, config.sampler.width)
     _tell_of_faint_gradient(config, problem)
     inputs = same_inputs(config, run, prompts.train, here)
-    scales = {} if dry else _scales(config, run, model, rewards, jobs, here)
+    with eagerly(compiled):
+        scales = {} if dry else _scales(config, run, model, rewards, jobs, here)
     weighted = weighted_sum(config, rewards, scales)
     reuse = config.train.prefix_cache
     cache = PrefixCache(reuse.batches) if reuse.uses > 1 else None
     setup = Setup(config, replace(problem, scorer=weighted), prompts.train, shape, micro, here, placement, cache)
+    if compiled:
+        with progress("compiling the denoiser", None, here.is_main):
+            warm_up(setup, steps)
     return FineTuning(setup, rewards, weighted, held_out, run, total, inputs)
 
 

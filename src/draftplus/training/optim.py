@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from draftplus.config.schema import OptimConfig
+from draftplus.distributed.sharding import own, part_of, whole
 from draftplus.errors import UserError
-from draftplus.sharding import own, part_of, whole
 
 Parameters = Mapping[str, nn.Parameter]
 CODES = ("qmap1", "qmap2")  # of bitsandbytes: the same for all parameters and runs, made anew

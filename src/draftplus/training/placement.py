@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from draftplus.config.schema import ParallelConfig
 from draftplus.distributed import MEMORY, World
+from draftplus.distributed.sharding import is_part, make_mesh, reduce_gradients, shard, whole
 from draftplus.errors import notice
-from draftplus.sharding import is_part, make_mesh, reduce_gradients, shard, whole
 from draftplus.types import Model
 
 
@@ -85,7 +85,7 @@ class Replicated:
 @dataclass
 class Sharded:
     """Each process holds a part of every weight of the denoiser, and of the frozen copy of one that is fully tuned,
-    with its gradient and what the optimizer remembers of it (FSDP2, `draftplus.sharding`). Adapters are small, and
+    with its gradient and what the optimizer remembers of it (FSDP2, `distributed.sharding`). Adapters are small, and
     whole on every process. within: `parallel.shard_size`.
     """
 

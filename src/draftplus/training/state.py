@@ -12,7 +12,7 @@ from torch import Tensor
 
 from draftplus.config.schema import OptimConfig
 from draftplus.diffusion.policy import History
-from draftplus.sharding import is_part, part_of
+from draftplus.distributed.sharding import is_part, part_of
 from draftplus.training.optim import Ema, Parameters, load_optimizer_tensors, make_optimizer, optimizer_tensors
 
 COUNTERS = ("step", "images", "skipped", "skipped_in_a_row")

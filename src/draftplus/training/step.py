@@ -17,7 +17,7 @@ from draftplus.diffusion.objectives import Loss, gated, kept_loss, loss, plan, p
 from draftplus.diffusion.overflow import Watch, check_decoded
 from draftplus.diffusion.problem import Noise, Problem, StepPlan
 from draftplus.diffusion.sampler import Rollout, sample
-from draftplus.distributed import World
+from draftplus.distributed import World, sent
 from draftplus.errors import UserError, needs_memory
 from draftplus.evaluation.chunks import SAMPLING_BATCH, chunks
 from draftplus.runs.rows import reward_key
@@ -75,9 +75,8 @@ class Setup:
 
         def draw(stream: str, number: int) -> Tensor:
             before = stream == "x_T" or (stream == "solver" and number < gate)
-            return rng.normal(self.shape, self.config.seed, stream, first if before else step, indices, number).to(
-                device
-            )
+            drawn = rng.normal(self.shape, self.config.seed, stream, first if before else step, indices, number)
+            return sent(drawn, device)
 
         return draw
 
@@ -114,7 +113,7 @@ class Metrics:
 
     @staticmethod
     def of(values: Mapping[str, Tensor]) -> Metrics:
-        """Scalars by name."""
+        """Scalars by name, or tensors of one shape."""
         wide = [value.to(precise(value.device)) for value in values.values()]
         return Metrics(tuple(values), torch.stack(wide))
 
