@@ -40,11 +40,6 @@ def check_values(config: AnyConfig) -> None:
         )
     if config.parallel.mode == "shard" and not isinstance(config, Config):
         raise UserError("parallel.mode=shard is for a diffusion model's denoiser; a reward is trained with replicate")
-    if config.parallel.shard_size is not None and config.parallel.mode != "shard":
-        raise UserError(
-            f"parallel.shard_size is {config.parallel.shard_size}, but parallel.mode is {config.parallel.mode}; set "
-            "parallel.mode=shard, or parallel.shard_size=null"
-        )
     if config.train.steps is None and config.train.epochs is None:
         raise UserError("train.steps and train.epochs are both null; set one of them")
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from draftplus.config.schema import ParallelConfig
 from draftplus.distributed import MEMORY, World
 from draftplus.distributed.sharding import is_part, make_mesh, reduce_gradients, shard, whole
-from draftplus.errors import notice
+from draftplus.errors import UserError, notice
 from draftplus.types import Model
 
 
@@ -130,8 +130,16 @@ class Sharded:
 
 
 def make_placement(config: ParallelConfig, here: World) -> Placement:
-    """The placement of a configuration's `parallel`."""
+    """The placement of a configuration's `parallel`.
+
+    Raises UserError for a size of shards where there are none.
+    """
     if config.mode != "shard":
+        if config.shard_size is not None:
+            raise UserError(
+                f"parallel.shard_size is {config.shard_size}, but parallel.mode is {config.mode}; set "
+                "parallel.mode=shard, or parallel.shard_size=null"
+            )
         return Replicated(here)
     if here.size == 1:
         notice("parallel.mode=shard has no effect on one process; start several, such as torchrun --nproc-per-node=2")
