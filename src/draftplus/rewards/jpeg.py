@@ -33,9 +33,8 @@ class JpegReward:
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """images: (b, 3, H, W) in [0, 1]; the prompts do not matter. Returns (b,) in float32 or wider."""
         images = images.to(torch.promote_types(images.dtype, torch.float32))
-        error = (self.codec(images, constant((self.quality,), images.dtype, images.device)) - images).flatten(
-            1
-        )  # (b, 3·H·W)
+        quality = constant((self.quality,), images.dtype, images.device)
+        error = (self.codec(images, quality) - images).flatten(1)  # (b, 3·H·W)
         # vector_norm, unlike a square root, has gradient 0 and not NaN where an image is reproduced exactly
         return self.sign * 255 * torch.linalg.vector_norm(error, dim=1) / error.shape[1] ** 0.5
 
