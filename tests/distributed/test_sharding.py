@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from draftplus.errors import UserError
 from tests.distributed.test_two_ranks import assert_nearly_equal
 from tests.support.pipelines import save_pipeline
 from tests.support.processes import commands, ranks
 from tests.support.runs import REWARDS, relative, rows, small_settings, train_here
-from tests.support.steps import BATCH, OBJECTIVES, take_steps, take_steps_in_parts
+from tests.support.steps import BATCH, OBJECTIVES, take_steps, take_steps_in_parts, write_odd_rows
 from tests.tiny import randomize, tiny_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning")]
@@ -55,6 +56,14 @@ def test_parts_equal_the_whole(
         adapters = 0 if full else sum(p.numel() for p in model.tuned.trainable().values())
         for result in results:
             assert result["held"][number] - adapters <= 1.1 * (everything - adapters) / (within or size)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_rows_that_do_not_divide(tmp_path: Path, rows: int) -> None:
+    children = ranks(write_odd_rows, [rows], tmp_path, 2)
+    assert [child.wait() for child in children] == [0, 0], children[0].err.read_text()
+    weight = load_file(tmp_path / "rank0" / "w.safetensors")["0.weight"]
+    assert torch.equal(weight, torch.arange(2.0 * rows).view(rows, 2))
 
 
 def run_on(size: int, settings: list[str], directory: Path) -> None:

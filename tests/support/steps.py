@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
 from draftplus.config import Config, ObjectiveConfig
@@ -17,7 +18,7 @@ from draftplus.config.schema import OptimConfig, PrefixCacheConfig, TrainConfig
 from draftplus.diffusion.objectives import plan
 from draftplus.diffusion.sampler import Rollout
 from draftplus.distributed import World, world
-from draftplus.distributed.sharding import own, whole
+from draftplus.distributed.sharding import make_mesh, own, shard, whole
 from draftplus.evaluation.held_out import EvaluationSet
 from draftplus.models.stable_diffusion import StableDiffusion
 from draftplus.rewards.combined import Combined
@@ -158,6 +159,19 @@ def take_steps_in_parts(path: str, full: bool, methods: list[str], within: int |
             for name in methods
         }
     torch.save({"held": held, "made": made}, "updates.pt")
+
+
+def write_odd_rows(rows: int) -> None:
+    """Weights that the processes cannot divide evenly, gathered and written by one of them."""
+    with world("cpu") as here:
+        network = torch.nn.Sequential(torch.nn.Linear(2, rows))
+        with torch.no_grad():
+            network[0].weight.copy_(torch.arange(2.0 * rows).view(rows, 2))
+        placement = Sharded(here, None)
+        shard(network, [], make_mesh(here, None), here.device)
+        gathered = placement.gather(network.state_dict())
+        if gathered is not None:
+            save_torch_state_dict(gathered, ".", filename_pattern="w{suffix}.safetensors")
 
 
 def take_steps_on_a_rank(path: str, steps: int) -> None:

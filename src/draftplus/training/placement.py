@@ -124,8 +124,8 @@ class Sharded:
         gathered = {}
         for name, tensor in tensors.items():
             all_of_it = whole(tensor)
-            if self.here.is_main:  # on the CPU, where there is room for all of them
-                gathered[name] = all_of_it.cpu()
+            if self.here.is_main:  # on the CPU, where there is room for all of them; what fills up a last part is left
+                gathered[name] = all_of_it.to(MEMORY, copy=True)
         return gathered if self.here.is_main else None
 
 
