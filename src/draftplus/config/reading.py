@@ -24,7 +24,7 @@ def read_yaml(path: str | Path, literally: bool = False) -> dict[Any, Any]:
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-        tree = OmegaConf.to_container(OmegaConf.create(text)) if text.strip() else {}
+        tree = _tree(text) if text.strip() else {}
     except PermissionError:
         raise
     except Exception as error:  # yaml's errors share no base class with OmegaConf's
@@ -49,9 +49,14 @@ def read_value(text: str, key: str) -> Any:
     return each_text(tree, lambda one: _unescaped(one, f"{key}: "))
 
 
+# a sweep reads the same recipe and values for each of its runs, which took most of the time of planning it
+@lru_cache(maxsize=32)
+def _tree(text: str) -> Any:
+    return OmegaConf.to_container(OmegaConf.create(text))
+
+
 @lru_cache(maxsize=1000)
 def _value(text: str) -> Any:
-    # a sweep reads the same values for each of its runs; this takes most of the time of planning it
     tree = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
     assert isinstance(tree, dict)
     return tree["value"]
