@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -108,17 +108,26 @@ def task_of(settings: list[str], model: Path, tmp_path: Path) -> tuple[FineTunin
     return task, initial_state(task.parameters, config.optim)
 
 
-def test_training_does_not_blame_the_reward(settings: list[str], decoder: Path, denoiser: Path, tmp_path: Path) -> None:
-    """Nor ask it; and later in a run, one such step is skipped as any other."""
+def test_training_does_not_blame_the_reward(
+    settings: list[str], decoder: Path, denoiser: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It sees black images instead; and later in a run, one such step is skipped as any other."""
+    seen: list[bool] = []
+    redness = rewards.redness
+
+    def looking(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        seen.append(bool((images == 0).all()))
+        return redness(images, prompts)
+
+    monkeypatch.setattr(rewards, "redness", looking)
     for model, words in ((decoder, DECODER), (denoiser, DENOISER)):
-        rewards.SEEN.clear()
         task, state = task_of(settings, model, tmp_path)
         with pytest.raises(UserError, match=f"at step 1: {words}"):
             task.step(state, nullcontext)
         state.step, state.skipped_in_a_row = 5, 0
         means = task.step(state, nullcontext)
         assert state.skipped_in_a_row == 1 and means["clipped_fraction"] != means["clipped_fraction"]
-        assert not rewards.SEEN
+    assert seen and all(seen)
 
 
 def test_the_evaluation_inside_training(settings: list[str], decoder: Path, tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def test_processes_share_the_pictures(settings: list[str], size: int) -> None:
     config = settled_with(settings, rewards(by_prompt=BASE, redness=BASE))
     model = build_model(config.model, CPU, trainable=False)
     said: dict[int, Any] = {}
-    together = [measured(config, model, Pretended(rank, size, CPU, said)) for rank in (*range(size), 0)]
+    together = [measured(config, model, Pretended(rank, size, CPU, said=said)) for rank in (*range(size), 0)]
     assert together[-1] == together[-2], "each of them knows the same"
     parts = [set(part[f"{REWARDS}:redness"]) for part in said.values()]
     assert set.union(*parts) == set(range(PICTURES)) and len({*map(len, parts)}) == 1
