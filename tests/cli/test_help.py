@@ -14,7 +14,7 @@ from draftplus import cli
 from draftplus.config import all_keys, facts_of, recipe_names
 from tests.support.processes import ROOT
 
-COMMANDS = ["train", "generate", "evaluate", "sweep", "report", "export"]
+COMMANDS = ["train", "plan", "generate", "evaluate", "sweep", "report", "export"]
 
 
 def test_all_commands_are_tested_here() -> None:
