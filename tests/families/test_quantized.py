@@ -15,7 +15,6 @@ from draftplus.config import LoraConfig
 from draftplus.errors import UserError
 from draftplus.models.embedding_store import EmbeddingStore
 from draftplus.models.lora import layers
-from draftplus.models.pipeline import precision_of
 from draftplus.models.quantize import is_quantised
 from tests.families.cases import CASES, Case, load_model, stock_picture
 from tests.families.conftest import Below, Saved
@@ -179,7 +178,7 @@ def _is_of(tensor: Tensor, weight: Any) -> bool:
 def test_kl_is_nothing_at_first_and_weights_stay(case: Case, directory: Path) -> None:
     model = load_model(directory, torch.bfloat16, quantize="int8")
     before = {n: p.detach().clone() for n, p in model.tuned.denoiser.named_parameters() if is_quantised(p)}
-    assert before and precision_of(model.tuned.denoiser) == torch.bfloat16
+    assert before and model.tuned.precision == torch.bfloat16
     with torch.no_grad():
         for here in (model.tuned.folded, model.tuned.widened):
             with here():
