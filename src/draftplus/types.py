@@ -129,8 +129,8 @@ class TunedWeights(Protocol):
         ...
 
     def blocks(self, network: torch.nn.Module) -> Sequence[torch.nn.Module]:
-        """The repeated blocks of one of these, the units in which it may be sharded or compiled; an outer one before
-        those inside it."""
+        """The repeated blocks of one of these, the units in which it may be sharded; an outer one before those inside
+        it."""
         ...
 
     def state(self) -> dict[str, Tensor]:

@@ -97,8 +97,7 @@ def put_back(state: State, groups: Groups, numbers: Numbers) -> None:
 
 
 def _kept(tensor: Tensor) -> Tensor:
-    copy = tensor.detach().clone()
-    return copy if is_part(copy) else copy.cpu()
+    return tensor.detach().clone() if is_part(tensor) else tensor.detach().to("cpu", copy=True)
 
 
 @contextmanager
