@@ -222,9 +222,9 @@ def test_without_a_compiler(settings: list[str], monkeypatch: pytest.MonkeyPatch
     from torch._inductor import config
 
     monkeypatch.setattr(compiling, "BACKEND", "inductor")
-    monkeypatch.setattr(config.cpp, "cxx", (None, "no-such-compiler"))
-    monkeypatch.setattr(config, "force_disable_caches", True)
-    with pytest.raises(UserError, match=r"train\.compile is true, .* device 'cpu'.* C\+\+ compiler .*train\.compile=f"):
+    missing = {"cpp.cxx": (None, "no-such-compiler"), "force_disable_caches": True}  # else one found before is used
+    refusal = r"train\.compile is true, .* device 'cpu'.* C\+\+ compiler .*train\.compile=f"
+    with config.patch(missing), pytest.raises(UserError, match=refusal):
         train_here(settings, COMPILED)
 
 
