@@ -21,6 +21,7 @@ from draftplus.diffusion.regularisers import check_space
 from draftplus.diffusion.sampler import Sampler
 from draftplus.diffusion.schedule import make_schedule
 from draftplus.diffusion.solvers import make_solver, random_steps
+from draftplus.distributed import move
 from draftplus.errors import UserError
 from draftplus.metrics.metric import Metric
 from draftplus.metrics.styles import style_captions
@@ -29,6 +30,7 @@ from draftplus.rewards.arguments import bind, parameters_of
 from draftplus.rewards.clip import EMOJI_CLIP, load_clip_reward
 from draftplus.rewards.combined import Combined, Scale
 from draftplus.rewards.custom import load_custom, resolve_custom
+from draftplus.rewards.offloaded import networks_of
 from draftplus.types import Model, Reward
 
 REWARDS = {
@@ -122,9 +124,20 @@ def reward_loader(name: str) -> Any:
     return _resolve(REWARDS[name]) if name in REWARDS else resolve_custom(name)
 
 
-def build_rewards(configs: Mapping[str, RewardConfig], device: torch.device) -> dict[str, Reward]:
-    """The rewards of a mapping of names."""
-    return {name: build_reward(name, config, device) for name, config in configs.items()}
+def build_rewards(
+    configs: Mapping[str, RewardConfig], device: torch.device, loads_on: torch.device | None = None,
+    place: Callable[[Reward], None] = lambda reward: None,
+) -> dict[str, Reward]:  # fmt: skip
+    """The rewards of a mapping of names. loads_on: where the networks of built-in ones are until `place` was called,
+    one reward after the other; None: on the device."""
+    made: dict[str, Reward] = {}
+    for name, config in configs.items():
+        elsewhere = loads_on if name in REWARDS else None  # a user's own may hold networks that are not found
+        made[name] = build_reward(name, config, elsewhere or device)
+        place(made[name])
+        for network in networks_of(made[name]) if elsewhere else ():
+            move(network, device)
+    return made
 
 
 def is_reward(name: str) -> bool:

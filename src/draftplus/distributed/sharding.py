@@ -66,6 +66,31 @@ def shard(
         part.set_force_sum_reduction_for_comms(True)
 
 
+def shard_frozen(
+    networks: Sequence[nn.Module], above: int | None, mesh: DeviceMesh, device: torch.device
+) -> None:  # fmt: skip
+    """The same of networks that are not trained, by their layers, where together they are `large`."""
+    for network in networks if large(networks, above) else ():
+        if not _is_sharded(network):  # as one that two rewards have may be
+            shard(network.requires_grad_(False), layers(network), mesh, device)
+
+
+def large(networks: Sequence[nn.Module], above: int | None) -> bool:
+    """Whether the weights of networks take more than so many bytes; None: never."""
+    return above is not None and sum(one.nbytes for network in networks for one in network.parameters()) > above
+
+
+def layers(network: nn.Module) -> list[nn.Module]:
+    """The entries of a network's lists of modules, but of lists in these: blocks of one of which none are known."""
+    found: list[nn.Module] = []
+    for child in network.children():
+        if isinstance(network, nn.ModuleList) and not isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            found += [child] if any(True for _ in child.parameters()) else []
+        else:
+            found += layers(child)
+    return found
+
+
 def reduce_gradients(network: nn.Module, wanted: bool) -> None:
     """Whether the next backward passes sum gradients over the processes, or keep them, whole, for one that will."""
     if _is_sharded(network):

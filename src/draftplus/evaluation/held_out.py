@@ -49,7 +49,7 @@ class EvaluationSet:
         ]
 
     def padding(self, rank: int, size: int) -> list[Job]:
-        """Jobs whose images are thrown away, so that all processes make the same number of forward passes."""
+        """Jobs whose images are thrown away, so that all processes make the same number of passes, also of rewards."""
         most = math.ceil(len(self.prompts) / size) * self.images_per_prompt
         whole = EvaluationSet(self.prompts[:1], self.images_per_prompt).jobs()
         return whole * ((most - len(self.jobs(rank, size))) // self.images_per_prompt)
@@ -143,6 +143,9 @@ def measure(
     size, decode = config.train.sampling_batch_size or SAMPLING_BATCH, config.train.micro_batch_size
     images = generate_images(model, [*jobs, *padding], config.sampler, size, decode, knobs, advance)
     mine = _measure(images[: len(jobs)], jobs, rewards, model.device, decode) if jobs else []
+    thrown_away, asked = images[len(jobs) :][:decode], [job.prompt for job in padding[:decode]]
+    for _ in range(math.ceil(len(images) / decode) - math.ceil(len(jobs) / decode)):
+        score_images(rewards, thrown_away, asked, model.device, decode)
     results = sorted((result for part in world.gather(mine) for result in part), key=lambda result: result.seed)
     if world.is_main:
         _save(pictures, results)

@@ -171,7 +171,9 @@ def fine_tuning(config: Config, run: Path, placement: Placement, here: World, dr
         model.compile()
     with progress("loading the rewards", None, here.is_main):
         placement.place(model)
-        rewards = offloaded(build_rewards({**config.reward, **config.eval.rewards}, here.device), model.offload)
+        named = {**config.reward, **config.eval.rewards}
+        rewards = build_rewards(named, here.device, placement.loads_on, placement.place_reward)
+        rewards = offloaded(rewards, model.offload)
     problem = build_problem(config, model, rewards)
     for key, side in (("sampler.height", config.sampler.height), ("sampler.width", config.sampler.width)):
         if side is not None and side < SMALLEST:
