@@ -1,4 +1,4 @@
-"""Every family is trained in parts as it is whole; here by one process, which has all parts."""
+"""Every family is trained in parts, its decoder too, as it is whole; here by one process, which has all parts."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ def group() -> Iterator[None]:
 
 
 def in_parts(config: ParallelConfig, here: World) -> Placement:
-    return Sharded(here, None)
+    """The decoder, too."""
+    return Sharded(here, None, 0)
 
 
 @pytest.mark.parametrize(

@@ -93,10 +93,12 @@ class Watched(PrefixCache):
 def take_steps(
     model: StableDiffusion, objective: ObjectiveConfig, micro: int, sampling: int | None, steps: int = 2, seed: int = 0,
     here: World | None = None, keeps: bool = True, placement: Placement | None = None,
+    score: Callable[[Tensor, list[str]], Scores] | None = None,
 ) -> Updates:  # fmt: skip
     """Steps of AdamW from the model's weights, which are restored afterwards.
 
-    keeps: whether a cache has what it is given. placement: of the model, which is placed already.
+    keeps: whether a cache has what it is given. placement: of the model, which is placed already. score: None: by a
+    reward without a network.
     """
     here = here or World(0, 1, CPU)
     name = next((name for name, known in OBJECTIVES.items() if known is objective), "")
@@ -105,7 +107,7 @@ def take_steps(
     scored: list[list[str]] = []
 
     def recording(images: Tensor, prompts: list[str]) -> Scores:
-        given = TinyScorer()(images, prompts)
+        given = (score or TinyScorer())(images, prompts)
         scores.extend(given.total.detach())
         scored.append(list(prompts))
         return given

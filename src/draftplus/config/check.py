@@ -16,7 +16,6 @@ from draftplus.config.facts import Facts
 from draftplus.config.keys import nearest, values
 from draftplus.config.rewards import AnyConfig
 from draftplus.config.schema import KNOBS, Config, OptimConfig, SamplerConfig
-from draftplus.config.sizes import bytes_in
 from draftplus.errors import UserError
 
 LONGEST_NAME = 200  # in bytes; file systems end at 255, and suffixes are added
@@ -39,9 +38,6 @@ def check_values(config: AnyConfig) -> None:
             f"optim.betas is {config.optim.betas}, but optim.name=adafactor has no such averages; leave it at "
             f"{OptimConfig().betas}"
         )
-    above = config.parallel.shard_frozen_above
-    if above is not None and bytes_in(above) is None:
-        raise UserError(f"parallel.shard_frozen_above is '{above}'; give a size of memory, such as 1GiB, or null")
     if config.parallel.mode == "shard" and not isinstance(config, Config):
         raise UserError("parallel.mode=shard is for a diffusion model's denoiser; a reward is trained with replicate")
     if config.train.steps is None and config.train.epochs is None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from draftplus.config.schema import ParallelConfig
-from draftplus.config.sizes import bytes_in
+from draftplus.config.sizes import shard_frozen_above
 from draftplus.distributed import MEMORY, World
 from draftplus.distributed.sharding import is_part, make_mesh, reduce_gradients, shard, shard_frozen, whole
 from draftplus.errors import UserError, notice
@@ -154,8 +154,9 @@ class Sharded:
 def make_placement(config: ParallelConfig, here: World) -> Placement:
     """The placement of a configuration's `parallel`.
 
-    Raises UserError for a size of shards where there are none.
+    Raises UserError for a size of shards where there are none, and for what is no size.
     """
+    above = shard_frozen_above(config)
     if config.mode != "shard":
         if config.shard_size is not None:
             raise UserError(
@@ -168,5 +169,4 @@ def make_placement(config: ParallelConfig, here: World) -> Placement:
         return Replicated(here)
     if here.meeting is not None:
         here.meeting.inseparable = True
-    above = config.shard_frozen_above
-    return Sharded(here, config.shard_size, None if above is None else bytes_in(above))
+    return Sharded(here, config.shard_size, above)
