@@ -14,7 +14,7 @@ from tests.distributed.test_two_ranks import assert_nearly_equal
 from tests.support.pipelines import save_pipeline
 from tests.support.processes import commands, ranks
 from tests.support.runs import REWARDS, relative, rows, small_settings, train_here
-from tests.support.steps import BATCH, OBJECTIVES, take_steps, take_steps_in_parts, write_odd_rows
+from tests.support.steps import BATCH, OBJECTIVES, place_in_turn, take_steps, take_steps_in_parts, write_odd_rows
 from tests.tiny import randomize, tiny_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning")]
@@ -64,6 +64,16 @@ def test_rows_that_do_not_divide(tmp_path: Path, rows: int) -> None:
     assert [child.wait() for child in children] == [0, 0], children[0].err.read_text()
     weight = load_file(tmp_path / "rank0" / "w.safetensors")["0.weight"]
     assert torch.equal(weight, torch.arange(2.0 * rows).view(rows, 2))
+
+
+def test_one_process_of_a_machine_reads_at_a_time(tmp_path: Path) -> None:
+    """Each has the whole denoiser in memory until it is divided."""
+    log = tmp_path / "log.txt"
+    children = ranks(place_in_turn, [str(save_pipeline("sd3", tmp_path / "model")), str(log)], tmp_path, 3)
+    assert [child.wait() for child in children] == [0] * 3, children[0].err.read_text()
+    assert log.read_text().split("\n")[:-1] == [
+        f"{rank} {what}" for rank in range(3) for what in ("reads", "has divided")
+    ]
 
 
 def run_on(size: int, settings: list[str], directory: Path) -> None:

@@ -169,8 +169,9 @@ def fine_tuning(config: Config, run: Path, placement: Placement, here: World, dr
     compiled = config.train.compile and len(steps) > 0
     if compiled:
         model.compile()
-    with progress("loading the rewards", None, here.is_main):
+    with progress("loading the denoiser", None, here.is_main):
         placement.place(model)
+    with progress("loading the rewards", None, here.is_main):
         rewards = offloaded(build_rewards({**config.reward, **config.eval.rewards}, here.device), model.offload)
     problem = build_problem(config, model, rewards)
     for key, side in (("sampler.height", config.sampler.height), ("sampler.width", config.sampler.width)):

@@ -98,11 +98,13 @@ class Sharded:
         return MEMORY  # where a denoiser has room that no device has room for
 
     def place(self, model: Model) -> None:
-        mesh, tuned = make_mesh(self.here, self.within), model.tuned
-        kept = tuned.trainable().values() if tuned.has_adapters() else ()
-        self.networks = tuned.networks()
-        for network in self.networks:
-            shard(network, tuned.blocks(network), mesh, self.here.device, kept)
+        mesh = make_mesh(self.here, self.within)
+        with self.here.in_turn():  # a family's denoiser is read when it is asked for, and is whole until it is divided
+            tuned = model.tuned
+            kept = tuned.trainable().values() if tuned.has_adapters() else ()
+            self.networks = tuned.networks()
+            for network in self.networks:
+                shard(network, tuned.blocks(network), mesh, self.here.device, kept)
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
