@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from draftplus.errors import UserError
 from tests.distributed.test_two_ranks import assert_nearly_equal
 from tests.support.pipelines import save_pipeline
-from tests.support.processes import commands, ranks
+from tests.support.processes import commands, compiled, ranks
 from tests.support.runs import REWARDS, relative, rows, small_settings, train_here
 from tests.support.steps import BATCH, OBJECTIVES, place_in_turn, take_steps, take_steps_in_parts, write_odd_rows
 from tests.tiny import randomize, tiny_model
@@ -124,3 +124,15 @@ def test_a_transformer(tmp_path: Path, more: list[str]) -> None:
     replicated, sharded = tmp_path / "runs" / "replicated", tmp_path / "runs" / "sharded"
     assert rows(replicated / "metrics.jsonl")[-1]["kl"] > 0
     assert_nearly_equal(sharded, replicated)
+
+
+def test_compiled(settings: list[str], tmp_path: Path) -> None:
+    settings = [
+        *settings, "objective.kl_coeff=0.5", "train.micro_batch_size=1", "train.steps=2", "parallel.mode=shard",
+        "model.gradient_checkpointing=true",
+    ]  # fmt: skip
+    run_on(2, [*settings, "name=plain"], tmp_path / "plain")
+    children = ranks(compiled, [["train", *settings, "name=compiled", "train.compile=true"]], tmp_path / "compiled", 2)
+    assert [child.wait() for child in children] == [0, 0], children[0].err.read_text()
+    assert int(children[0].out.read_text().split()[-2]) > 1, "graphs"
+    assert_nearly_equal(tmp_path / "runs" / "compiled", tmp_path / "runs" / "plain")
