@@ -6,7 +6,6 @@ what looks at a process's own part takes it from `own`.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,8 +30,7 @@ def make_mesh(here: World, within: int | None) -> DeviceMesh:
 
     Raises UserError where they cannot be divided so.
     """
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", here.size))
-    size = within or (local if here.size % local == 0 else here.size)
+    size = within or (here.on_machine if here.size % here.on_machine == 0 else here.size)
     if here.size % size:
         raise UserError(
             f"parallel.shard_size is {size}, which does not divide the {here.size} processes; use one of "

@@ -116,12 +116,14 @@ class Sharded:
         return make_mesh(self.here, self.within)
 
     def place(self, model: Model) -> None:
-        mesh, tuned = self.mesh, model.tuned
-        kept = tuned.trainable().values() if tuned.has_adapters() else ()
-        self.networks = tuned.networks()
-        for network in self.networks:
-            shard(network, tuned.blocks(network), mesh, self.here.device, kept)
-        shard_frozen([model.decoder], self.frozen_above, mesh, self.here.device)
+        mesh = self.mesh  # which all make together
+        with self.here.in_turn():  # a family's denoiser is read when it is asked for, and is whole until it is divided
+            tuned = model.tuned
+            kept = tuned.trainable().values() if tuned.has_adapters() else ()
+            self.networks = tuned.networks()
+            for network in self.networks:
+                shard(network, tuned.blocks(network), mesh, self.here.device, kept)
+            shard_frozen([model.decoder], self.frozen_above, mesh, self.here.device)
 
     def place_reward(self, reward: Reward) -> None:
         shard_frozen(getattr(reward, "divisible", ()), self.frozen_above, self.mesh, self.here.device)
