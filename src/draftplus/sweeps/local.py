@@ -9,8 +9,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from draftplus.errors import UserError
 from draftplus.launcher import SWEEP
 from draftplus.runs.directory import is_held
@@ -114,7 +112,11 @@ def slots(wanted: Sequence[str], jobs: int | None) -> list[Slot]:
 
 def _devices(wanted: Sequence[str]) -> list[str]:
     """The GPUs, as CUDA_VISIBLE_DEVICES names them, where there are several and no run asks for a certain one."""
-    count = torch.cuda.device_count() if set(wanted) <= {"auto", "cuda"} else 0
+    if not set(wanted) <= {"auto", "cuda"}:
+        return []
+    import torch
+
+    count = torch.cuda.device_count()
     if count < 2:
         return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
