@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # each function imports what it needs: a sweep that is planne
     from torch import Tensor
 
     from draftplus.planning.plan import Plan as MemoryPlan
+    from draftplus.sweeps.ahead import Ahead
     from draftplus.sweeps.plan import Plan
     from draftplus.sweeps.slurm_options import SlurmOptions
     from draftplus.types import Model, Reward
@@ -247,8 +248,11 @@ def sweep(
     return planned.directory
 
 
-def run_planned(planned: Plan, jobs: int | None = None, slurm: SlurmOptions | None = None) -> Path | None:
+def run_planned(
+    planned: Plan, jobs: int | None = None, slurm: SlurmOptions | None = None, ahead: Ahead | None = None
+) -> Path | None:
     """Trains the runs of a plan that are not finished, `jobs` at a time, here or as Slurm jobs with these options.
+    ahead: as for `LocalRunner`.
 
     Returns the report's path; None where no run left anything.
     """
@@ -256,7 +260,8 @@ def run_planned(planned: Plan, jobs: int | None = None, slurm: SlurmOptions | No
     from draftplus.sweeps.local import LocalRunner
     from draftplus.sweeps.slurm import SlurmRunner
 
-    manifest = run_sweep(planned, LocalRunner(planned, jobs) if slurm is None else SlurmRunner(planned, slurm, jobs))
+    runner = LocalRunner(planned, jobs, ahead) if slurm is None else SlurmRunner(planned, slurm, jobs)
+    manifest = run_sweep(planned, runner)
     try:
         return write_report(planned.directory)
     except UserError:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from draftplus.build import REWARDS, reward_loader
 from draftplus.config import AnyConfig, Config, ModelConfig, RewardConfig, RewardTrainConfig, file_keys
 from draftplus.config.trust import sources
 from draftplus.data.pairs import Pairs
@@ -20,7 +21,6 @@ from draftplus.models.paths import PACKAGED
 from draftplus.models.stock import ABSENT, index_of
 from draftplus.progress import progress
 from draftplus.rewards.arguments import parameters_of
-from draftplus.rewards.names import REWARDS, reward_loader
 from draftplus.runs.checksums import files_hash, named_hash, text_hash, texts_hash
 from draftplus.runs.directory import saved_steps
 from draftplus.runs.origin import ORIGIN, REWARD_MODELS, read_origin
