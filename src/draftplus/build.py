@@ -1,14 +1,13 @@
 """Names to objects: the one place where a configuration's names resolve.
 
-A new reward or model is one file and one line here. A user's own is named as `package.module:object`.
+A new metric is one file and one line here; the lines of rewards are in `rewards.names`, those of models in
+`models.families`, which are known without torch. A user's own reward is named as `package.module:object`.
 """
 
 from __future__ import annotations
 
-import importlib
 import logging
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -29,25 +28,15 @@ from draftplus.models.families import family_of, model_path
 from draftplus.rewards.arguments import bind, parameters_of
 from draftplus.rewards.clip import EMOJI_CLIP, load_clip_reward
 from draftplus.rewards.combined import Combined, Scale
-from draftplus.rewards.custom import load_custom, resolve_custom
+from draftplus.rewards.custom import load_custom
+from draftplus.rewards.names import REWARDS as REWARDS
+from draftplus.rewards.names import compares_images as compares_images
+from draftplus.rewards.names import is_reward as is_reward
+from draftplus.rewards.names import refuse_unknown_reward as refuse_unknown_reward
+from draftplus.rewards.names import resolved
+from draftplus.rewards.names import reward_loader as reward_loader
 from draftplus.rewards.offloaded import networks_of
 from draftplus.types import Model, Reward
-
-REWARDS = {
-    "emoji_clip": "draftplus.rewards.clip:load_emoji_clip",
-    "pickscore": "draftplus.rewards.clip:load_pickscore",
-    "clip_score": "draftplus.rewards.clip:load_clip_score",
-    "clip_h": "draftplus.rewards.clip:load_clip_h",
-    "clip": "draftplus.rewards.clip:load_clip",
-    "hpsv2": "draftplus.rewards.hpsv2:load_hpsv2",
-    "aesthetic": "draftplus.rewards.aesthetic:load_aesthetic",
-    "image_reward": "draftplus.rewards.image_reward:load_image_reward",
-    "mps": "draftplus.rewards.mps:load_mps",
-    "hpsv3": "draftplus.rewards.hpsv3:load_hpsv3",
-    "jpeg_compressibility": "draftplus.rewards.jpeg:load_jpeg_compressibility",
-    "jpeg_incompressibility": "draftplus.rewards.jpeg:load_jpeg_incompressibility",
-    "dissimilarity": "draftplus.rewards.dissimilarity:load_dissimilarity",
-}
 
 METRICS = {
     "lpips": "draftplus.metrics.metric:LPIPS",
@@ -74,11 +63,6 @@ def quiet_libraries() -> None:
     logging.getLogger("torchao").setLevel(logging.ERROR)  # it names every kernel that this machine has not
 
 
-def _resolve(target: str) -> Any:
-    module, _, name = target.partition(":")
-    return getattr(importlib.import_module(module), name)
-
-
 def build_model(
     config: ModelConfig, device: torch.device, seed: int = 0, trainable: bool = True,
     denoiser_on: torch.device | None = None,
@@ -87,7 +71,7 @@ def build_model(
 
     Raises UserError for a model that is missing or of a family without an adapter.
     """
-    load = _resolve(family_of(config).load)
+    load = resolved(family_of(config).load)
     apart = {} if denoiser_on is None else {"denoiser_on": denoiser_on}
     model: Model = load(config, model_path(config), device, seed=seed, trainable=trainable, **apart)
     return model
@@ -101,27 +85,9 @@ def build_reward(name: str, config: RewardConfig, device: torch.device, dtype: t
     refuse_unknown_reward(name)
     if name not in REWARDS:
         return load_custom(name, config.path, config.args, device, dtype)
-    load = _resolve(REWARDS[name])
+    load = resolved(REWARDS[name])
     reward: Reward = load(**bind(name, parameters_of(name, load), config.path, config.args, device, dtype))
     return reward
-
-
-def refuse_unknown_reward(name: str) -> None:
-    """UserError for a name that is neither a built-in reward nor could be a user's own; it names the nearest."""
-    if not is_reward(name):
-        near = nearest(name, list(REWARDS))
-        raise UserError(
-            f"unknown reward '{name}'; {near or 'built in: ' + ', '.join(REWARDS) + '.'} "
-            "For your own reward, give package.module:object"
-        )
-
-
-def reward_loader(name: str) -> Any:
-    """The callable behind a reward's name.
-
-    Raises UserError where a user's own does not exist.
-    """
-    return _resolve(REWARDS[name]) if name in REWARDS else resolve_custom(name)
 
 
 def build_rewards(
@@ -140,27 +106,6 @@ def build_rewards(
     return made
 
 
-def is_reward(name: str) -> bool:
-    """Whether a name is a reward's: a built-in one, or a user's own."""
-    return ":" in name or name in REWARDS
-
-
-def compares_images(rewards: Iterable[str]) -> bool:
-    """Whether any of the rewards of these names scores an image by the others of its micro-batch.
-
-    No weights are loaded: the callable that makes a reward has the attribute `compares_images`. False for a name that
-    is no reward or cannot be imported; building it reports that.
-    """
-    return any(getattr(_maker(name), "compares_images", False) for name in rewards)
-
-
-def _maker(name: str) -> Any:
-    try:
-        return reward_loader(name)
-    except Exception:  # a user's module may raise anything
-        return None
-
-
 def build_metric(name: str) -> Metric:
     """The metric of a name.
 
@@ -172,7 +117,7 @@ def build_metric(name: str) -> Metric:
             f"unknown metric '{name}'; {near + ' Choose' if near else 'choose'} one of: {', '.join(METRICS)}, or any "
             "reward"
         )
-    metric: Metric = _resolve(METRICS[name])
+    metric: Metric = resolved(METRICS[name])
     return metric
 
 

@@ -41,6 +41,12 @@ def needs_memory(part: str) -> Iterator[None]:
         raise
 
 
+def first_line(error: Exception) -> str:
+    """The message of an error in one line, with the first detail if that line only announces details."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
 class Interrupted(BaseException):
     """Somebody asked the process to stop; what was complete is saved."""
 

@@ -29,6 +29,11 @@ def end_with_launcher() -> None:
         _watching[0].start()
 
 
+def is_main_process() -> bool:
+    """Whether this process is the one that prints, also before and after it joins the others."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _watch(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(BETWEEN_LOOKS)

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from draftplus.config import read_yaml
-from draftplus.errors import UserError
+from draftplus.errors import UserError, first_line
 
 POINTER = b"version https://git-lfs"  # how the small file begins that stands for one which was not fetched
 # whose classes checkpoints name: trainers', and the configurations beside the weights, with what these are made of
@@ -198,9 +198,3 @@ def _classes_of_trainers(path: Path) -> list[str]:
         return []
     named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     return [name for name in named if name.startswith(TRAINERS) or name in PLAIN]
-
-
-def first_line(error: Exception) -> str:
-    """The message of an error in one line, with the first detail if that line only announces details."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

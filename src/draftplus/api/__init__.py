@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from draftplus.build import build_model, build_reward, quiet_libraries
 from draftplus.config import Config, ModelConfig, RewardConfig, trusting
-from draftplus.distributed import is_main_process, pick_device
 from draftplus.errors import UserError
-from draftplus.evaluation.evaluate import compare
-from draftplus.evaluation.gallery import make_gallery, write_gallery
-from draftplus.evaluation.generate import Knobs
-from draftplus.planning.plan import Plan as MemoryPlan
-from draftplus.planning.plan import bytes_of, configured, plan_memory
-from draftplus.publish import export_run
-from draftplus.report import write_report
+from draftplus.evaluation.knobs import Knobs
+from draftplus.launcher import is_main_process
 from draftplus.runs.plan import plan_run
-from draftplus.sweeps.grid import written_grid
-from draftplus.sweeps.launch import run_sweep
-from draftplus.sweeps.local import LocalRunner
-from draftplus.sweeps.plan import Plan, plan_sweep
-from draftplus.sweeps.slurm import SlurmRunner
-from draftplus.sweeps.slurm_options import SlurmOptions, read_options
-from draftplus.training.dry_run import describe as _describe
-from draftplus.training.train import train as _train
-from draftplus.types import Model, Reward
+
+if TYPE_CHECKING:  # each function imports what it needs: a sweep that is planned needs no torch, a training no pages
+    from torch import Tensor
+
+    from draftplus.planning.plan import Plan as MemoryPlan
+    from draftplus.sweeps.ahead import Ahead
+    from draftplus.sweeps.plan import Plan
+    from draftplus.sweeps.slurm_options import SlurmOptions
+    from draftplus.types import Model, Reward
 
 
 def load_model(path: str = "emoji", device: str = "auto", adapter: str | Path | None = None) -> Model:
@@ -39,6 +30,9 @@ def load_model(path: str = "emoji", device: str = "auto", adapter: str | Path | 
 
     Raises UserError where it is missing or of a family without an adapter.
     """
+    from draftplus.build import build_model, quiet_libraries
+    from draftplus.distributed import pick_device
+
     quiet_libraries()
     model = build_model(ModelConfig(path=path), pick_device(device), trainable=False)
     if adapter is not None:
@@ -53,6 +47,9 @@ def load_reward(
 
     Raises UserError where it is not known or its weights are missing.
     """
+    from draftplus.build import build_reward, quiet_libraries
+    from draftplus.distributed import pick_device
+
     quiet_libraries()
     return build_reward(name, RewardConfig(path=path, args=dict(args or {})), pick_device(device))
 
@@ -107,6 +104,8 @@ def plan(
 
     Raises UserError for a user's mistake.
     """
+    from draftplus.planning.plan import bytes_of, configured, plan_memory
+
     limit = bytes_of(memory) if isinstance(memory, str) else memory
     with trusting(trust):
         return plan_memory(configured(recipe, overrides), limit, gpus)
@@ -127,6 +126,8 @@ def generate(
 
     Raises UserError for a user's mistake.
     """
+    from draftplus.evaluation.gallery import make_gallery
+
     jobs = (target, prompts, list(seeds), overrides, None if adapter is None else Path(adapter))
     return make_gallery(*jobs, Knobs(lora_scale, anneal)).images
 
@@ -150,6 +151,8 @@ def write_images(
 
     Raises UserError for a user's mistake.
     """
+    from draftplus.evaluation.gallery import write_gallery
+
     jobs = (target, prompts, list(seeds), overrides, None if adapter is None else Path(adapter))
     with trusting(trust):
         return write_gallery(Path(output), *jobs, Knobs(lora_scale, anneal), rewards)
@@ -185,6 +188,8 @@ def evaluate(
 
     Raises UserError for a user's mistake.
     """
+    from draftplus.evaluation.evaluate import compare
+
     with trusting(trust):
         return compare(
             listed(targets), listed(overrides), Path(output), None if prompts is None else listed(prompts),
@@ -208,6 +213,8 @@ def export(target: str, format: str = "diffusers", output: str | Path | None = N
 
     Raises UserError for a user's mistake, such as an output with something else in it.
     """
+    from draftplus.publish import export_run
+
     return export_run(target, format, None if output is None else Path(output))
 
 
@@ -230,6 +237,10 @@ def sweep(
 
     Raises UserError for a user's mistake, before any run starts, and Interrupted where the process is asked to stop.
     """
+    from draftplus.sweeps.grid import written_grid
+    from draftplus.sweeps.plan import plan_sweep
+    from draftplus.sweeps.slurm_options import read_options
+
     options = read_options(slurm) if slurm is not None else None
     with trusting(trust):
         planned = plan_sweep(recipe, written_grid(grid or {}, "grid"), name, Path(directory))
@@ -237,15 +248,41 @@ def sweep(
     return planned.directory
 
 
-def run_planned(planned: Plan, jobs: int | None = None, slurm: SlurmOptions | None = None) -> Path | None:
+def run_planned(
+    planned: Plan, jobs: int | None = None, slurm: SlurmOptions | None = None, ahead: Ahead | None = None
+) -> Path | None:
     """Trains the runs of a plan that are not finished, `jobs` at a time, here or as Slurm jobs with these options.
+    ahead: as for `LocalRunner`.
 
     Returns the report's path; None where no run left anything.
     """
-    manifest = run_sweep(planned, LocalRunner(planned, jobs) if slurm is None else SlurmRunner(planned, slurm, jobs))
+    from draftplus.sweeps.launch import run_sweep
+    from draftplus.sweeps.local import LocalRunner
+    from draftplus.sweeps.slurm import SlurmRunner
+
+    runner = LocalRunner(planned, jobs, ahead) if slurm is None else SlurmRunner(planned, slurm, jobs)
+    manifest = run_sweep(planned, runner)
     try:
         return write_report(planned.directory)
     except UserError:
         if all(entry.status == "failed" for entry in manifest.runs):  # and left nothing; why is told run by run
             return None
         raise
+
+
+def write_report(target: Path) -> Path:
+    from draftplus.report import write_report
+
+    return write_report(target)
+
+
+def _train(config: Config, run: Path, told: Callable[[Path], None]) -> Path:
+    from draftplus.training.train import train
+
+    return train(config, run, told)
+
+
+def _describe(config: Config, run: Path) -> str:
+    from draftplus.training.dry_run import describe
+
+    return describe(config, run)

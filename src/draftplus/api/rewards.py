@@ -9,9 +9,9 @@ from typing import Any
 from draftplus.api import listed, report_so_far
 from draftplus.build import quiet_libraries
 from draftplus.config import RewardTrainConfig
-from draftplus.distributed import is_main_process
 from draftplus.evaluation.score import score as _score
 from draftplus.evaluation.score_pairs import score_pairs as _score_pairs
+from draftplus.launcher import is_main_process
 from draftplus.report import write_report
 from draftplus.rewards.nemo import convert_nemo
 from draftplus.runs.plan import plan_reward_run

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from draftplus.cli.shared import Trust, examples
 from draftplus.errors import UserError, printable
+
+if TYPE_CHECKING:
+    from draftplus.sweeps.ahead import Ahead
+    from draftplus.sweeps.slurm_options import SlurmOptions
 
 EXAMPLES = examples(
     "Examples:\n"
@@ -50,14 +54,29 @@ def sweep(
     """Train a grid of runs and compare them. Repeat the command to continue an unfinished sweep."""
     if "=" in recipe:
         raise UserError(f"'{recipe}' is where the recipe should be; for example: draftplus sweep emoji {recipe}")
-    from draftplus.config import trusting
     from draftplus.sweeps.grid import parse_grid
-    from draftplus.sweeps.plan import plan_sweep
     from draftplus.sweeps.slurm_options import read_options
 
-    options = read_options(slurm) if slurm is not None else None
+    cells, options = parse_grid(grid or []), read_options(slurm) if slurm is not None else None
+    if dry_run or options is not None:
+        _sweep(recipe, cells, name, jobs, options, dry_run, trust)
+        return
+    from draftplus.sweeps.ahead import ready_ahead
+    from draftplus.sweeps.local import environment
+
+    with ready_ahead(environment({})) as ahead:
+        _sweep(recipe, cells, name, jobs, options, dry_run, trust, ahead)
+
+
+def _sweep(
+    recipe: str, cells: dict[str, list[str]], name: str | None, jobs: int | None, options: SlurmOptions | None,
+    dry_run: bool, trust: bool, ahead: Ahead | None = None,
+) -> None:  # fmt: skip
+    from draftplus.config import trusting
+    from draftplus.sweeps.plan import plan_sweep
+
     with trusting(trust):
-        planned = plan_sweep(recipe, parse_grid(grid or []), name)
+        planned = plan_sweep(recipe, cells, name)
     if dry_run:
         print("\n".join(printable(f"{run.name}  {' '.join(run.settings)}") for run in planned.runs))
         print(f"{len(planned.runs)} runs, {sum(run.steps for run in planned.runs):,} steps: {planned.directory}")
@@ -67,7 +86,7 @@ def sweep(
     from draftplus import api
     from draftplus.sweeps.manifest import read_manifest
 
-    page = api.run_planned(planned, jobs, options)
+    page = api.run_planned(planned, jobs, options, ahead)
     manifest = read_manifest(planned.directory)
     assert manifest is not None
     failed = list(manifest.with_status("failed"))

@@ -41,7 +41,7 @@ def train(
         settings = [target, *(settings or [])]
         target = None
     from draftplus import api
-    from draftplus.distributed import is_main_process
+    from draftplus.launcher import is_main_process
 
     recipe = target or "emoji"
     with plannable(recipe, settings or []):

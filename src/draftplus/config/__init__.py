@@ -14,6 +14,7 @@ from draftplus.config.keys import (
     changeable_keys,
     choices_of,
     describe_keys,
+    file_keys,
     flatten,
     is_below,
     keys_that_affect,
@@ -54,9 +55,10 @@ from draftplus.config.typed import is_text
 __all__ = [
     "ADDED", "BASE_MODEL", "CHANGEABLE", "COMMANDS", "KNOBS", "AnyConfig", "Config", "LoraConfig", "ModelConfig",
     "ObjectiveConfig", "RewardConfig", "RewardTrainConfig", "SamplerConfig", "StopConfig", "all_keys",
-    "base_model_of", "changeable_keys", "choices_of", "describe_keys", "facts_of", "flatten", "given_by", "is_below",
-    "is_text", "keys_that_affect", "keys_where", "load_config", "load_reward_config", "load_reward_run_config",
-    "load_run_config", "nearest", "read_yaml", "recipe_names", "recipe_path", "refuse_bad_name", "refuse_library",
+    "base_model_of", "changeable_keys", "choices_of", "describe_keys", "facts_of", "file_keys", "flatten", "given_by",
+    "is_below", "is_text", "keys_that_affect", "keys_where", "load_config", "load_reward_config",
+    "load_reward_run_config", "load_run_config", "nearest", "read_yaml", "recipe_names", "recipe_path",
+    "refuse_bad_name", "refuse_library",
     "refuse_nobodys_home", "refuse_untrusted", "remember", "run_name", "shaping_keys", "to_dict", "to_yaml",
     "trains_reward", "trusting", "values", "with_new_names", "written",
 ]  # fmt: skip

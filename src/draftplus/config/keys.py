@@ -128,3 +128,8 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def file_keys(config: Any) -> set[str]:
+    """The keys that name files or directories, those of its rewards too."""
+    return {key for key, facts, _ in values(config) if facts.file}

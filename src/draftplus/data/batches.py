@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Generic, TypeVar
 
-from draftplus import rng
 from draftplus.errors import UserError
 
 T = TypeVar("T")
@@ -67,6 +66,8 @@ def _stream(prompts: Sequence[T], seed: int, positions: Sequence[int]) -> list[T
 
 @lru_cache(maxsize=2)  # of the epoch that is going on, and the one that begins
 def _order(n: int, seed: int, epoch: int) -> array[int]:
+    from draftplus import rng  # torch, which the checks of batch sizes do without
+
     return array("q", rng.permutation(n, seed, "prompts", epoch))
 
 

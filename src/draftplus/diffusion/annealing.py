@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from draftplus.diffusion.guidance import Denoise
-from draftplus.diffusion.schedule import Denoised
 from draftplus.errors import UserError
+
+if TYPE_CHECKING:  # a schedule is checked without torch
+    from torch import Tensor
+
+    from draftplus.diffusion.guidance import Denoise
+    from draftplus.diffusion.schedule import Denoised
 
 
 def anneal_weights(text: str, total: int) -> list[float]:
@@ -39,6 +42,8 @@ def annealed(tuned: Denoise, base: Denoise, weights: Sequence[float]) -> Denoise
 
     tuned, base: the guided denoisers of one model, whose adapters must not be folded.
     """
+
+    from draftplus.diffusion.schedule import Denoised
 
     def blended(x: Tensor, index: int) -> Denoised:
         w = weights[index]

@@ -12,16 +12,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from draftplus import rng
 from draftplus.config import Config, ObjectiveConfig, nearest
-from draftplus.diffusion import estimators
 from draftplus.diffusion import window as windows
-from draftplus.diffusion.estimators import Estimator
-from draftplus.diffusion.schedule import Schedule
-from draftplus.diffusion.solvers import random_steps
 from draftplus.diffusion.window import Window
 from draftplus.errors import UserError
+
+if TYPE_CHECKING:  # configurations are checked without torch
+    from draftplus.diffusion.estimators import Estimator
+    from draftplus.diffusion.schedule import Schedule
 
 
 def _nothing_to_check(config: Config, total: int) -> None:
@@ -41,17 +41,17 @@ class Method:
     """One way to learn from a reward.
 
     label: its name in reports. window: (objective, schedule, seed, optimizer step) -> the steps that carry gradient,
-    the same on every rank. estimate: from the trajectory to the loss; None: the clipped policy gradient on each step's
-    log-probability (`draftplus.diffusion.policy`), which needs no gradient of the reward. words: its description in the
-    report of a run, where {k} is the number of steps with gradient, {last} such as "the last of 10", {steps} the number
-    of sampling steps and {copies} that of DRaFT-LV's copies. copies: passes with gradient per image in addition to the
-    steps of its window. repeats: how often each pass with gradient is made. check: (config, number of sampling steps)
-    -> UserError for settings that do not fit.
+    the same on every rank. estimator: from the trajectory to the loss, a function or the name of one in
+    `draftplus.diffusion.estimators`; None: the clipped policy gradient on each step's log-probability
+    (`draftplus.diffusion.policy`), which needs no gradient of the reward. words: its description in the report of a run, where {k} is the number of steps with
+    gradient, {last} such as "the last of 10", {steps} the number of sampling steps and {copies} that of DRaFT-LV's
+    copies. copies: passes with gradient per image in addition to the steps of its window. repeats: how often each pass
+    with gradient is made. check: (config, number of sampling steps) -> UserError for settings that do not fit.
     """
 
     label: str
     window: Callable[[ObjectiveConfig, Schedule, int, int], Window]
-    estimate: Estimator | None = estimators.final_image
+    estimator: Estimator | str | None = "final_image"
     words: str = "gradient through {k} of {steps} sampling steps"
     copies: Callable[[ObjectiveConfig], int] = _no_copies
     repeats: Callable[[ObjectiveConfig], int] = _one_pass
@@ -60,7 +60,17 @@ class Method:
     @property
     def differentiates(self) -> bool:
         """Whether it needs the gradient of the reward."""
-        return self.estimate is not None
+        return self.estimator is not None
+
+    @property
+    def estimate(self) -> Estimator | None:
+        """From the trajectory to the loss."""
+        if not isinstance(self.estimator, str):
+            return self.estimator
+        from draftplus.diffusion import estimators
+
+        named: Estimator = getattr(estimators, self.estimator)
+        return named
 
 
 def gated_steps(gate: float, total: int) -> int:
@@ -78,18 +88,24 @@ def _last(objective: ObjectiveConfig, schedule: Schedule, seed: int, step: int) 
 
 
 def _late(objective: ObjectiveConfig, schedule: Schedule, seed: int, step: int) -> Window:
+    from draftplus import rng
+
     total = len(schedule)
     first = max(min(int(objective.refl.first * total), total - 1), gated_steps(objective.gate, total))
     return windows.single(rng.integer(first, total, seed, "refl", step))
 
 
 def _random_length(objective: ObjectiveConfig, schedule: Schedule, seed: int, step: int) -> Window:
+    from draftplus import rng
+
     settings, total = objective.alignprop, len(schedule)
     high = settings.max_steps or total - gated_steps(objective.gate, total)
     return windows.last(rng.integer(settings.min_steps, high + 1, seed, "alignprop", step), total)
 
 
 def _spaced(objective: ObjectiveConfig, schedule: Schedule, seed: int, step: int) -> Window:
+    from draftplus import rng
+
     total = len(schedule)
     k, gate = grad_steps(objective, total), gated_steps(objective.gate, total)
     skipped = rng.integer(0, objective.drtune.early_stop + 1, seed, "drtune/stop", step)
@@ -97,6 +113,8 @@ def _spaced(objective: ObjectiveConfig, schedule: Schedule, seed: int, step: int
 
 
 def _drawn(objective: ObjectiveConfig, schedule: Schedule, seed: int, step: int) -> Window:
+    from draftplus.diffusion.solvers import random_steps
+
     gate = gated_steps(objective.gate, len(schedule))
     return Window(tuple(index for index in random_steps(schedule, objective.ddpo.eta) if index >= gate))
 
@@ -159,7 +177,7 @@ METHODS: dict[str, Method] = {
     "draft_lv": Method(
         "DRaFT-LV",
         _last,
-        estimators.renoised,
+        "renoised",
         words="gradient through the last of {steps} sampling steps and {copies} re-noised copies",
         copies=lambda objective: objective.draft_lv.samples,
         check=_check_one_step,
@@ -167,7 +185,7 @@ METHODS: dict[str, Method] = {
     "refl": Method(
         "ReFL",
         _late,
-        estimators.hinged,
+        "hinged",
         words="gradient through one random late step of {steps}",
         check=_check_one_step,
     ),
@@ -186,7 +204,7 @@ METHODS: dict[str, Method] = {
     "ddpo": Method(
         "DDPO",
         _drawn,
-        estimate=None,
+        estimator=None,
         words="policy gradient over {steps} sampling steps",
         repeats=lambda objective: objective.ddpo.inner_epochs,
         check=_check_ddpo,

@@ -20,6 +20,7 @@ from torch.distributed.rendezvous import rendezvous
 from draftplus.distributed.meeting import Meeting
 from draftplus.errors import Interrupted, UserError, notice
 from draftplus.launcher import end_with_launcher
+from draftplus.launcher import is_main_process as is_main_process
 
 PATIENCE = 30.0  # minutes, the default of parallel.timeout
 MARGIN = timedelta(minutes=1)  # by which the backend is more patient; it cannot say who is missing
@@ -107,11 +108,6 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"device '{name}' is not available on this machine; try device=auto or device=cpu") from None
     return device
-
-
-def is_main_process() -> bool:
-    """Whether this process is the one that prints, also before and after it joins the others."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager

@@ -21,9 +21,10 @@ from draftplus.config import base_model_of, flatten, to_dict
 from draftplus.distributed import World
 from draftplus.evaluation.chunks import chunks
 from draftplus.evaluation.embedding import embed_prompts
-from draftplus.evaluation.generate import TUNED, Knobs, decoded
+from draftplus.evaluation.generate import decoded
 from draftplus.evaluation.images import Images, images_of
 from draftplus.evaluation.instruments import Instruments, instruments_of
+from draftplus.evaluation.knobs import TUNED, Knobs
 from draftplus.evaluation.latents import absent_jobs, latents_of
 from draftplus.evaluation.pictures import grid, picture_name, to_pil
 from draftplus.evaluation.scores import score_images

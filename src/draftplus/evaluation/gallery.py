@@ -16,7 +16,8 @@ from draftplus.distributed import World, pick_device
 from draftplus.errors import UserError
 from draftplus.evaluation.chunks import SAMPLING_BATCH
 from draftplus.evaluation.embedding import embed_prompts
-from draftplus.evaluation.generate import TUNED, Job, Knobs, generate_images, jobs_of
+from draftplus.evaluation.generate import generate_images
+from draftplus.evaluation.knobs import TUNED, Job, Knobs, jobs_of
 from draftplus.evaluation.pictures import save_pictures
 from draftplus.evaluation.scores import score_images
 from draftplus.progress import progress

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from draftplus.data.prompts import load_prompts
 from draftplus.errors import UserError
-from draftplus.evaluation.generate import Job
-from draftplus.evaluation.held_out import evaluation_prompts
+from draftplus.evaluation.held_out_set import evaluation_prompts
+from draftplus.evaluation.knobs import Job
 from draftplus.evaluation.targets import Target
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from draftplus.config import SamplerConfig
 from draftplus.errors import UserError
-from draftplus.evaluation.generate import TUNED, Job, Knobs, sampled_latents
+from draftplus.evaluation.generate import sampled_latents
+from draftplus.evaluation.knobs import TUNED, Job, Knobs
 from draftplus.progress import Advance
 from draftplus.runs.files import disk_errors
 from draftplus.types import Model

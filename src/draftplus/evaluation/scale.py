@@ -13,7 +13,8 @@ from draftplus.config import Config
 from draftplus.distributed import World
 from draftplus.errors import UserError
 from draftplus.evaluation.chunks import SAMPLING_BATCH
-from draftplus.evaluation.generate import Job, Knobs, generate_images
+from draftplus.evaluation.generate import generate_images
+from draftplus.evaluation.knobs import Job, Knobs
 from draftplus.evaluation.scores import Rewards, score_images
 from draftplus.progress import progress
 from draftplus.rewards.combined import Scale

@@ -11,7 +11,7 @@ from pathlib import Path
 from draftplus import __version__
 from draftplus.config import Config, ModelConfig, load_config
 from draftplus.errors import UserError
-from draftplus.evaluation.generate import TUNED, Knobs
+from draftplus.evaluation.knobs import TUNED, Knobs
 from draftplus.models.lora_files import lora_file
 from draftplus.runs.checksums import files_hash, text_hash
 from draftplus.runs.directory import is_run

@@ -9,7 +9,8 @@ from typing import Any
 from draftplus.config import Config
 from draftplus.distributed import World
 from draftplus.errors import UserError
-from draftplus.evaluation.held_out import EvaluationSet, Total, measure, same_images, variant_knobs
+from draftplus.evaluation.held_out import Total, measure
+from draftplus.evaluation.held_out_set import EvaluationSet, same_images, variant_knobs
 from draftplus.evaluation.scores import Rewards
 from draftplus.progress import Advance
 from draftplus.runs import journal

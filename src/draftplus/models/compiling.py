@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from draftplus.distributed.sharding import is_part, plain_class
-from draftplus.errors import UserError, is_out_of_memory
+from draftplus.errors import UserError, first_line, is_out_of_memory
 from draftplus.models.quantize import is_quantised
-from draftplus.weights import first_line
 
 BACKEND = "inductor"
 OFF = "or set train.compile=false"

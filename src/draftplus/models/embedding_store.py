@@ -22,12 +22,11 @@ from torch import Tensor
 
 from draftplus import __version__
 from draftplus.distributed import sent
-from draftplus.errors import UserError, notice
+from draftplus.errors import UserError, first_line, notice
 from draftplus.models.files import SMALL, file_hash, files_of
 from draftplus.models.loading import Source
 from draftplus.models.truncation import Cuts
 from draftplus.types import Conditioning
-from draftplus.weights import first_line
 
 T = TypeVar("T")
 

@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from draftplus.config import Config, ModelConfig, nearest
-from draftplus.errors import UserError
+from draftplus.errors import UserError, first_line
 from draftplus.hub import by_hand, why_offline
-from draftplus.models import single_file
-from draftplus.models.loading import directory_of, is_single_file, looks_local
-from draftplus.weights import first_line
+from draftplus.models.paths import directory_of, is_single_file, looks_local
 
 ASSETS = Path(str(files("draftplus"))) / "assets"
 
@@ -101,6 +99,8 @@ def index_of(config: ModelConfig) -> Mapping[str, Any]:
     """A model's model_index.json; of a single file its `_class_name` alone. Raises UserError as `family_of` does."""
     path, revision = os.path.expanduser(model_path(config)), config.revision
     if is_single_file(path):
+        from draftplus.models import single_file  # torch, which other models need not to be known
+
         return {"_class_name": single_file.pipeline_class(config, path)}
     if looks_local(path) or Path(path).is_dir():
         index = Path(directory_of(path)) / "model_index.json"

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from draftplus.errors import UserError
-from draftplus.weights import read_state_dict, refuse_pointer
 
 SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 SMALL = ("*.json", "*.txt", "*.model", "*.jinja")  # configurations, vocabularies and templates
@@ -109,6 +108,8 @@ def loaded_from(folder: Path, of_diffusers: bool, variant: str | None) -> list[P
 
 def check(folder: Path, stored: Stored) -> None:
     """UserError if a file that will be loaded is not there, or is a pickle that contains more than tensors."""
+    from draftplus.weights import read_state_dict, refuse_pointer  # torch, which the names of files do without
+
     for file in files_of(folder, stored):
         if not file.is_file():
             raise UserError(f"{file}: it is missing, but {stored.file} names it; download or copy the model once more")

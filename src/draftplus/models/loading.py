@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,15 +14,15 @@ import torch
 from torch import Tensor
 
 from draftplus.config import ModelConfig
-from draftplus.errors import UserError, is_out_of_memory
+from draftplus.errors import UserError, first_line, is_out_of_memory
 from draftplus.hub import by_hand
 from draftplus.models import files, fitting, quantize
 from draftplus.models.bare import network
 from draftplus.models.files import Stored
-from draftplus.models.nemo import as_original, refuse_whole
-from draftplus.weights import first_line, read_state_dict
+from draftplus.models.nemo import as_original
+from draftplus.models.paths import directory_of
+from draftplus.weights import read_state_dict
 
-SINGLE_FILE = (".safetensors", ".ckpt")
 LDM_UNET = "model.diffusion_model."  # how the names of a denoiser's weights begin in the original layout
 LDM_VAE = ("first_stage_model.", "vae.")  # those of an autoencoder, in a file of a whole model
 REPLACED = {"unet": "denoiser", "transformer": "denoiser", "vae": "vae"}  # part -> the key of `model` that replaces it
@@ -64,30 +63,6 @@ class Source:
         """Where a part's configuration is; a single file that replaces it has none of its own."""
         replaced = self.replaced(name)
         return replaced if replaced is not None and replaced.is_dir() else self.directory / name
-
-
-def is_single_file(path: str) -> bool:
-    """Whether a path names one file of weights."""
-    return path.endswith(SINGLE_FILE)
-
-
-def directory_of(path: str) -> str:
-    """A directory with a diffusers model, or something that can be a hub id.
-
-    Raises UserError for a directory that is missing or contains something else.
-    """
-    path = os.path.expanduser(path)  # keeps a leading ./
-    refuse_whole(path)
-    if looks_local(path) and not Path(path).is_dir():
-        raise UserError(f"model.path '{path}': no such directory; give a diffusers directory, a hub id, or emoji")
-    if Path(path).is_dir() and not (Path(path) / "model_index.json").is_file():
-        raise UserError(f"model.path '{path}': no model_index.json in it, so it is not a diffusers model directory")
-    return path
-
-
-def looks_local(path: str) -> bool:
-    """Whether a path cannot be a hub id, which is OWNER/NAME."""
-    return path.startswith((".", "/", "~")) or path.count("/") != 1
 
 
 def fetched(config: ModelConfig, path: str) -> Path:

@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from draftplus import rng
 from draftplus.config import LoraConfig
 from draftplus.distributed.sharding import is_part
-from draftplus.errors import UserError
+from draftplus.errors import UserError, first_line
 from draftplus.models.lora_files import LoraFile
 from draftplus.models.quantize import is_quantised
-from draftplus.weights import first_line
 
 ADAPTER = "default"
 _ORIGINALS: WeakKeyDictionary[LoraLayer, Tensor] = WeakKeyDictionary()  # the weights of layers while they are folded

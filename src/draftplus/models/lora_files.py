@@ -18,9 +18,9 @@ from diffusers.utils import (
 )
 from torch import Tensor
 
-from draftplus.errors import UserError
+from draftplus.errors import UserError, first_line
 from draftplus.models.nemo import read_adapter
-from draftplus.weights import first_line, read_header, read_state_dict
+from draftplus.weights import read_header, read_state_dict
 
 LORA_FILE = LORA_WEIGHT_NAME_SAFE
 PICKLES = (".bin", ".pt", ".pth", ".nemo")

@@ -51,15 +51,6 @@ def _renamed(name: str, rules: list[tuple[re.Pattern[str], str]]) -> str:
     return name
 
 
-def refuse_whole(path: str) -> None:
-    """UserError for a .nemo file where a whole model is expected, which says where what is in it goes."""
-    if path.endswith(".nemo"):
-        raise UserError(
-            f"model.path '{path}': a .nemo file is not read as a whole model; a UNet in it goes to model.denoiser, an "
-            "adapter to --adapter, with the base model as model.path"
-        )
-
-
 def read_adapter(file: Path, config: Any) -> tuple[dict[str, Tensor], dict[str, float]]:
     """The LoRA in a .nemo file, of the scheme `sdlora`, under diffusers' names, and its alphas, where they are told.
 

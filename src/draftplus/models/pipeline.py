@@ -25,6 +25,7 @@ from draftplus.models.compiling import compile_blocks
 from draftplus.models.embedding_store import EmbeddingStore, store_of
 from draftplus.models.embeddings import Embeddings
 from draftplus.models.kind import Kind, Shape, decodes_in_float32, spare_memory
+from draftplus.models.paths import is_single_file
 from draftplus.models.tuned import Tuned, make_tuned
 from draftplus.progress import Advance
 from draftplus.types import Conditioning, Raw
@@ -147,7 +148,7 @@ def load_pipeline(
     Raises UserError for a missing model, one of another family, or weights that would run code.
     """
     frozen, bare = dtype or getattr(torch, config.dtype), is_bare(device)
-    quantize.refuse_impossible(config, device, loading.is_single_file(path))
+    quantize.refuse_impossible(config, device, is_single_file(path))
     if bare:
         kind = replace(kind, embed=without_content(kind.embed))
     with loading.loading("model.path", path, kind.label):

@@ -16,11 +16,11 @@ from draftplus.config import ModelConfig
 from draftplus.errors import UserError, notice
 from draftplus.models.fitting import model_like
 from draftplus.models.loading import LDM_UNET, Source
+from draftplus.models.paths import PACKAGED
 from draftplus.weights import read_header, read_state_dict
 
 CLIP_G = "conditioner.embedders.1.model."  # how the names of SDXL's second text encoder begin
 CONFIGS = Path(str(files("draftplus"))) / "assets" / "configs"
-PACKAGED = ("sd1", "sd2", "sd2-base", "sdxl")
 # what a whole model's file is by diffusers' inference -> the class of its pipeline
 PIPELINES = {
     "v1": "StableDiffusionPipeline", "v2": "StableDiffusionPipeline", "xl_base": "StableDiffusionXLPipeline"

@@ -20,6 +20,7 @@ from draftplus.models.bare import is_bare
 from draftplus.models.compiling import compile_blocks
 from draftplus.models.embeddings import Embeddings
 from draftplus.models.kind import decodes_in_float32, spare_memory
+from draftplus.models.paths import is_single_file
 from draftplus.models.tuned import Tuned, make_tuned
 from draftplus.progress import Advance
 from draftplus.types import Conditioning, Raw
@@ -162,7 +163,7 @@ def load(
     from diffusers import StableDiffusionPipeline
 
     frozen = dtype or getattr(torch, config.dtype)
-    quantize.refuse_impossible(config, device, loading.is_single_file(path))
+    quantize.refuse_impossible(config, device, is_single_file(path))
     unet, vae, text_encoder, tokenizer, scheduler_config = _components(config, path, frozen, is_bare(device))
     _refuse_other_families(path, unet.config, vae.config, text_encoder.config)
     for part in (unet, vae, text_encoder):
@@ -223,7 +224,7 @@ def _components(
 
     networks = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
     with loading.loading("model.path", path, NAME):
-        if loading.is_single_file(path):
+        if is_single_file(path):
             source = single_file.source(config, path, bare)
             tokenizer = single_file.tokenizer(source.directory)
         else:

@@ -12,6 +12,7 @@ import torch
 from draftplus.config import ModelConfig
 from draftplus.errors import UserError
 from draftplus.models import loading, single_file
+from draftplus.models.paths import is_single_file
 
 if TYPE_CHECKING:
     from draftplus.models.kind import Kind
@@ -31,7 +32,7 @@ def source(kind: Kind, config: ModelConfig, path: str, bare: bool = False) -> tu
             replaced = "".join(f" with {key}={value}" for key, value in given.items() if value is not None)
             raise UserError(f"model.path '{path}'{replaced}: {error}") from None
 
-    if loading.is_single_file(path):
+    if is_single_file(path):
         made = single_file.source(config, path, bare)
         there = present(kind, made.directory)
         accept(loading.configurations(there, made))

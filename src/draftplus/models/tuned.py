@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from draftplus.config import LoraConfig
 from draftplus.distributed.sharding import gathered_as, is_part, plain_class
-from draftplus.errors import UserError
+from draftplus.errors import UserError, first_line
 from draftplus.models import lora
 from draftplus.models.lora_files import LORA_FILE, lora_file, read_lora
 from draftplus.models.quantize import is_quantised, keep_small
-from draftplus.weights import first_line, read_state_dict, sort_metadata
+from draftplus.weights import read_state_dict, sort_metadata
 
 DENOISER_FILES = "diffusion_pytorch_model{suffix}.safetensors"  # the names that diffusers loads
 DENOISER_INDEX = "diffusion_pytorch_model.safetensors.index.json"

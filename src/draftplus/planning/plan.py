@@ -13,7 +13,7 @@ from draftplus.data.prompts import load_prompts
 from draftplus.diffusion.methods import METHODS
 from draftplus.errors import UserError
 from draftplus.evaluation.chunks import SAMPLING_BATCH
-from draftplus.models.loading import is_single_file
+from draftplus.models.paths import is_single_file
 from draftplus.planning.measure import Memory, measure
 from draftplus.planning.sharding import sharers, spread, spreads
 from draftplus.planning.subject import Subject, parameters, subject
@@ -22,7 +22,7 @@ from draftplus.runs.directory import is_run
 from draftplus.runs.origin import run_config
 from draftplus.runs.plan import settled
 from draftplus.training.dry_run import passes
-from draftplus.training.fine_tuning import micro_batch_size
+from draftplus.training.sizes import micro_batch_size
 
 SHARD = "shard"  # of parallel.mode
 LOOKED_AT = 1000  # prompts, of which the longest is that of every image

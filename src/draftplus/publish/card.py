@@ -13,16 +13,15 @@ import torch
 from huggingface_hub import ModelCardData, hf_hub_download, metadata_load
 
 from draftplus import __version__
-from draftplus.config import Config, flatten, to_dict
+from draftplus.config import Config, file_keys, flatten, to_dict
 from draftplus.metrics.intervals import mean_over_images
 from draftplus.models.families import MODELS
-from draftplus.models.loading import is_single_file
+from draftplus.models.paths import is_single_file
 from draftplus.models.scheduler_file import differs_from_stock, scheduler_config
 from draftplus.publish.usage import elsewhere, family_of, gate_of, is_local, pipeline_of, public, snippet
 from draftplus.report.read import Run
 from draftplus.report.summary import gain_between, held_out_rewards
 from draftplus.report.wording import method_in_words, setting, show, show_gain
-from draftplus.runs.inputs import file_keys
 from draftplus.runs.rows import HeldOut
 
 MADE_HERE = re.compile(r"<!-- written by draftplus export: (.*) -->")  # the names of the files, as a JSON list

@@ -13,9 +13,8 @@ from draftplus.diffusion.methods import gated_steps
 from draftplus.diffusion.schedule import is_flow
 from draftplus.errors import UserError
 from draftplus.models.families import FAMILIES, MODELS, Family, index_of
-from draftplus.models.loading import is_single_file, looks_local
+from draftplus.models.paths import PACKAGED, is_single_file, looks_local
 from draftplus.models.scheduler_file import SCHEDULERS, sampled_with, scheduler_config
-from draftplus.models.single_file import PACKAGED
 from draftplus.models.stored import loaded_variant
 
 STABLE_DIFFUSION = "StableDiffusionPipeline"  # whose constructor repairs old files, which from_config forgets

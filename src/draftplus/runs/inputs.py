@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from draftplus.build import REWARDS, reward_loader
-from draftplus.config import AnyConfig, Config, ModelConfig, RewardConfig, RewardTrainConfig, values
+from draftplus.config import AnyConfig, Config, ModelConfig, RewardConfig, RewardTrainConfig, file_keys
 from draftplus.config.trust import sources
 from draftplus.data.pairs import Pairs
 from draftplus.data.places import contents_hash
@@ -17,7 +17,7 @@ from draftplus.errors import UserError
 from draftplus.models.families import model_path
 from draftplus.models.files import loaded_from
 from draftplus.models.loading import REPLACED
-from draftplus.models.single_file import PACKAGED
+from draftplus.models.paths import PACKAGED
 from draftplus.models.stock import ABSENT, index_of
 from draftplus.progress import progress
 from draftplus.rewards.arguments import parameters_of
@@ -28,11 +28,6 @@ from draftplus.runs.origin import ORIGIN, REWARD_MODELS, read_origin
 PARTS = re.compile(r"(unet|transformer|vae|text_encoder|tokenizer|scheduler)(_\d)?")  # the folders of a model
 PICTURES = ", its pictures"  # behind a key of pairs
 CONFIGS = (".json", ".txt", ".model", ".jinja")
-
-
-def file_keys(config: AnyConfig) -> set[str]:
-    """The keys that name files or directories, those of its rewards too."""
-    return {key for key, facts, _ in values(config) if facts.file}
 
 
 def source_hash(path: str, revision: str | None, index: str = "model_index.json") -> str:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from draftplus import rng
 from draftplus.config import choices_of
 from draftplus.errors import UserError
 from draftplus.runs.files import disk_errors, write_text
@@ -113,6 +112,8 @@ def _open(name: str, run: Path, config: Mapping[str, Any], step: int) -> Logger:
             raise UserError(
                 f"log.to names {name}, which is not installed; run: pip install draftplus[{name}]"
             ) from None
+        from draftplus import rng
+
         # wandb continues the run of an id; trackio the one of a name
         identity = {"id": f"{run.name}-{rng.address(0, str(run.resolve())):x}"} if name == "wandb" else {}
         module.init(project="draftplus", name=run.name, config=dict(config), resume="allow", **identity)

@@ -27,12 +27,10 @@ from draftplus.config import (
     values,
 )
 from draftplus.data.prompts import BUILT_IN
-from draftplus.diffusion.schedule import is_flow, solver_of
-from draftplus.distributed import is_main_process
 from draftplus.errors import UserError
+from draftplus.launcher import is_main_process
 from draftplus.models.families import MODELS
-from draftplus.models.scheduler_file import scheduler_config
-from draftplus.models.single_file import PACKAGED
+from draftplus.models.paths import PACKAGED
 from draftplus.runs.checksums import seal, unseal
 from draftplus.runs.files import write_text
 
@@ -104,6 +102,9 @@ def _tell_of_edits(run: Path, changed: Mapping[str, tuple[Any, Any]]) -> None:
 def former_solver(solver: str, model: ModelConfig) -> str:
     """What `sampler.solver` means in a run of a version before `sampler.sigmas`, where auto was DDIM for all models but
     those of flow matching."""
+    from draftplus.diffusion.schedule import is_flow, solver_of
+    from draftplus.models.scheduler_file import scheduler_config
+
     file = scheduler_config(model) if solver == "auto" else {}
     return "ddim" if solver == "auto" and not is_flow(file) and solver_of(file) != "ddim" else solver
 

@@ -7,12 +7,12 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from draftplus.build import compares_images
 from draftplus.config import (
     AnyConfig,
     Config,
     RewardTrainConfig,
     changeable_keys,
+    file_keys,
     flatten,
     given_by,
     is_below,
@@ -27,8 +27,8 @@ from draftplus.config import (
 from draftplus.diffusion.methods import check_method
 from draftplus.errors import UserError
 from draftplus.models.families import resolve
+from draftplus.rewards.names import compares_images
 from draftplus.runs.directory import REWARDS, is_run, saved_steps
-from draftplus.runs.inputs import file_keys
 from draftplus.runs.origin import absolute_paths, differences, former_solver, read_origin, reward_run_config, run_config
 
 

@@ -9,16 +9,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from draftplus.errors import UserError
 from draftplus.launcher import SWEEP
 from draftplus.runs.directory import is_held
+from draftplus.sweeps.ahead import Ahead
 from draftplus.sweeps.plan import Plan, PlannedRun
 from draftplus.sweeps.runner import Ending, ending, log_path
 
-# -P: not the modules of the working directory; --trust: planning has asked
-COMMAND = (sys.executable, "-P", "-m", "draftplus", "train", "--trust")
+ARGUMENTS = ("train", "--trust")  # planning has asked
+COMMAND = (sys.executable, "-P", "-m", "draftplus", *ARGUMENTS)  # -P: not the modules of the working directory
 BETWEEN_LOOKS = 0.5  # seconds
 PATIENCE = 120.0  # seconds for a run to save itself when the sweep is stopped
 
@@ -39,15 +38,16 @@ class _Attempt:
 
 
 class LocalRunner:
-    """jobs: how many train at the same time; None means one on each GPU, or one.
+    """jobs: how many train at the same time; None means one on each GPU, or one. ahead: the process of the first run
+    that is started, if it waits already.
 
     Raises UserError where `jobs` is below 1.
     """
 
-    def __init__(self, plan: Plan, jobs: int | None) -> None:
+    def __init__(self, plan: Plan, jobs: int | None, ahead: Ahead | None = None) -> None:
         if jobs is not None and jobs < 1:
             raise UserError(f"jobs is {jobs}; give at least 1")
-        self._plan, self._jobs = plan, jobs
+        self._plan, self._jobs, self._ahead = plan, jobs, ahead
         self._free: list[Slot] | None = None
         self._active: list[_Attempt] = []
 
@@ -64,14 +64,14 @@ class LocalRunner:
         held, slot = is_held(self._plan.directory / run.name), self._free.pop(0)
         if held:
             print(f"{run.name}: another process is still training it; waiting for it to end", file=sys.stderr)
-        process = None if held else _process(self._plan, run, slot)
+        process = None if held else self._process(run, slot)
         self._active.append(_Attempt(run, process, slot, time.monotonic()))
         return True
 
     def ended(self) -> list[tuple[PlannedRun, Ending]]:
         for attempt in [one for one in self._active if one.process is None]:
             if not is_held(self._plan.directory / attempt.run.name):
-                attempt.process = _process(self._plan, attempt.run, attempt.slot)
+                attempt.process = self._process(attempt.run, attempt.slot)
         over = [one for one in self._active if one.process is not None and one.process.poll() is not None]
         for attempt in over:
             self._active.remove(attempt)
@@ -97,6 +97,12 @@ class LocalRunner:
     def farewell(self) -> str:
         return "repeat the command to continue"
 
+    def _process(self, run: PlannedRun, slot: Slot) -> subprocess.Popen[bytes]:
+        ahead, self._ahead = self._ahead, None
+        log, told = log_path(self._plan.directory, run.name), [*ARGUMENTS, *self._plan.arguments(run)]
+        waiting = ahead.train(told, environment(slot), log) if ahead is not None else None
+        return waiting or _process(self._plan, run, slot)
+
     def _ending(self, attempt: _Attempt) -> Ending:
         code = attempt.process.returncode if attempt.process is not None else 1
         return ending(self._plan, attempt.run, code, time.monotonic() - attempt.began)
@@ -114,19 +120,27 @@ def slots(wanted: Sequence[str], jobs: int | None) -> list[Slot]:
 
 def _devices(wanted: Sequence[str]) -> list[str]:
     """The GPUs, as CUDA_VISIBLE_DEVICES names them, where there are several and no run asks for a certain one."""
-    count = torch.cuda.device_count() if set(wanted) <= {"auto", "cuda"} else 0
+    if not set(wanted) <= {"auto", "cuda"}:
+        return []
+    import torch
+
+    count = torch.cuda.device_count()
     if count < 2:
         return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return visible.split(",")[:count] if visible else [str(i) for i in range(count)]
 
 
-def _process(plan: Plan, run: PlannedRun, slot: Slot) -> subprocess.Popen[bytes]:
+def environment(slot: Slot) -> dict[str, str]:
+    """That of a run."""
     # what torchrun says is about this process, not about one that it starts
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment |= {"PYTHONUNBUFFERED": "1", SWEEP: str(os.getpid()), **slot}
+    told = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return told | {"PYTHONUNBUFFERED": "1", SWEEP: str(os.getpid()), **slot}
+
+
+def _process(plan: Plan, run: PlannedRun, slot: Slot) -> subprocess.Popen[bytes]:
     with log_path(plan.directory, run.name).open("wb") as log:
         return subprocess.Popen(
             [*COMMAND, *plan.arguments(run)],
-            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment,
+            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment(slot),
         )  # fmt: skip

@@ -10,7 +10,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from draftplus.build import refuse_unknown_reward
 from draftplus.config import (
     Config,
     given_by,
@@ -23,15 +22,16 @@ from draftplus.config import (
     to_dict,
 )
 from draftplus.data.prompts import PromptSet, load_prompts
-from draftplus.distributed import is_main_process
 from draftplus.errors import UserError
-from draftplus.evaluation.held_out import evaluation_set
+from draftplus.evaluation.held_out_set import evaluation_set
+from draftplus.launcher import is_main_process
 from draftplus.progress import progress
+from draftplus.rewards.names import refuse_unknown_reward
 from draftplus.runs.directory import saved_steps
 from draftplus.runs.plan import plan_run, settled
 from draftplus.sweeps import grid
 from draftplus.sweeps.manifest import read_manifest
-from draftplus.training.fine_tuning import micro_batch_size, total_steps
+from draftplus.training.sizes import micro_batch_size, total_steps
 
 FILE_KEYS = ("recipe", "name", "grid", "runs")
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from draftplus.build import build_model, build_problem, build_rewards, compares_images, quiet_libraries, weighted_sum
+from draftplus.build import build_model, build_problem, build_rewards, quiet_libraries, weighted_sum
 from draftplus.config import Config
-from draftplus.data.batches import check_batch_sizes, steps_of_epochs, visited
+from draftplus.data.batches import visited
 from draftplus.data.prompts import load_prompts
 from draftplus.diffusion.methods import METHODS, learns_from_the_end
 from draftplus.diffusion.overflow import Overflow
@@ -17,8 +17,9 @@ from draftplus.diffusion.schedule import make_schedule
 from draftplus.distributed import World
 from draftplus.errors import UserError, needs_memory, notice
 from draftplus.evaluation.embedding import embed_prompts
-from draftplus.evaluation.generate import Job
-from draftplus.evaluation.held_out import EvaluationSet, evaluate_held_out, evaluation_set, same_images
+from draftplus.evaluation.held_out import evaluate_held_out
+from draftplus.evaluation.held_out_set import EvaluationSet, evaluation_set, same_images
+from draftplus.evaluation.knobs import Job
 from draftplus.evaluation.scale import base_jobs, measured_scales, read_scales, write_scales
 from draftplus.evaluation.scores import Rewards
 from draftplus.evaluation.variants import add_variants, check_checkpoints
@@ -35,6 +36,7 @@ from draftplus.training.guards import stop_reason, write_best
 from draftplus.training.optim import Parameters
 from draftplus.training.placement import Placement, Sharded
 from draftplus.training.reuse import PrefixCache, sources
+from draftplus.training.sizes import micro_batch_size, total_steps
 from draftplus.training.state import State
 from draftplus.training.step import Setup, gradient_step, what_overflowed
 from draftplus.training.task import Abandonable
@@ -217,33 +219,3 @@ def _tell_of_faint_gradient(config: Config, problem: Problem) -> None:
         f"only the last sampling step carries gradient, and its noise level σ = {here:.2g} multiplies the reward's "
         f"gradient; {mend}"
     )
-
-
-def total_steps(config: Config, prompts: int) -> int:
-    """Optimizer steps of a run over this many training prompts; `train.epochs` decides if it is set."""
-    if config.train.epochs is not None:
-        size, per_prompt = config.train.global_batch_size, config.data.images_per_prompt
-        return steps_of_epochs(config.train.epochs, prompts, size, per_prompt)
-    assert config.train.steps is not None
-    return config.train.steps
-
-
-def micro_batch_size(config: Config, ranks: int) -> int:
-    """Images per backward pass: `train.micro_batch_size`, or a rank's whole share of an update if that is smaller.
-
-    Raises UserError if ranks, DDPO's updates or micro-batches do not divide the batch, or a rank's share is too
-    small for a reward that compares the images of a micro-batch.
-    """
-    sizes, objective = config.train, config.objective
-    share = sizes.global_batch_size // ranks
-    comparing = [name for name in config.reward if compares_images([name])]
-    if comparing and share < min(sizes.micro_batch_size, sizes.global_batch_size):
-        raise UserError(
-            f"reward '{comparing[0]}' compares the train.micro_batch_size={sizes.micro_batch_size} images of a "
-            f"micro-batch, but each of {ranks} processes has {share}; set "
-            f"train.micro_batch_size={max(1, share)}"
-        )
-    updates = 1 if METHODS[objective.method].differentiates else objective.ddpo.updates
-    micro = min(sizes.micro_batch_size, max(1, sizes.global_batch_size // (ranks * updates)))
-    check_batch_sizes(sizes.global_batch_size, micro, config.data.images_per_prompt, ranks, updates)
-    return micro

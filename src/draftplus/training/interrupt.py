@@ -7,9 +7,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TYPE_CHECKING
 
-from draftplus.distributed.meeting import Meeting
 from draftplus.errors import Interrupted
+
+if TYPE_CHECKING:  # a sweep waits for its runs without torch
+    from draftplus.distributed.meeting import Meeting
 
 
 class Interruption:

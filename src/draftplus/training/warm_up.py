@@ -15,12 +15,11 @@ from torch import Tensor
 
 from draftplus.diffusion.methods import METHODS
 from draftplus.diffusion.problem import StepPlan
-from draftplus.errors import UserError, is_out_of_memory, needs_memory
+from draftplus.errors import UserError, first_line, is_out_of_memory, needs_memory
 from draftplus.evaluation.chunks import chunks
 from draftplus.training.ddpo import accumulate_update, experience
 from draftplus.training.step import Setup, accumulate, precisely
 from draftplus.types import Scores
-from draftplus.weights import first_line
 
 SEARCHED = 1000  # steps of a run are looked through for those that are unlike each other
 

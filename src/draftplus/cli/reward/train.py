@@ -38,7 +38,7 @@ def train(
         settings = [target, *(settings or [])]
         target = None
     from draftplus.api import rewards
-    from draftplus.distributed import is_main_process
+    from draftplus.launcher import is_main_process
 
     if dry_run:
         told = rewards.describe_reward(target, settings or [])
