@@ -20,6 +20,7 @@ from draftplus.diffusion.regularisers import check_space
 from draftplus.diffusion.sampler import Sampler
 from draftplus.diffusion.schedule import make_schedule
 from draftplus.diffusion.solvers import make_solver, random_steps
+from draftplus.distributed import move
 from draftplus.errors import UserError
 from draftplus.metrics.metric import Metric
 from draftplus.metrics.styles import style_captions
@@ -34,6 +35,7 @@ from draftplus.rewards.names import is_reward as is_reward
 from draftplus.rewards.names import refuse_unknown_reward as refuse_unknown_reward
 from draftplus.rewards.names import resolved
 from draftplus.rewards.names import reward_loader as reward_loader
+from draftplus.rewards.offloaded import networks_of
 from draftplus.types import Model, Reward
 
 METRICS = {
@@ -88,9 +90,20 @@ def build_reward(name: str, config: RewardConfig, device: torch.device, dtype: t
     return reward
 
 
-def build_rewards(configs: Mapping[str, RewardConfig], device: torch.device) -> dict[str, Reward]:
-    """The rewards of a mapping of names."""
-    return {name: build_reward(name, config, device) for name, config in configs.items()}
+def build_rewards(
+    configs: Mapping[str, RewardConfig], device: torch.device, loads_on: torch.device | None = None,
+    place: Callable[[Reward], None] = lambda reward: None,
+) -> dict[str, Reward]:  # fmt: skip
+    """The rewards of a mapping of names. loads_on: where the networks of built-in ones are until `place` was called,
+    one reward after the other; None: on the device."""
+    made: dict[str, Reward] = {}
+    for name, config in configs.items():
+        elsewhere = loads_on if name in REWARDS else None  # a user's own may hold networks that are not found
+        made[name] = build_reward(name, config, elsewhere or device)
+        place(made[name])
+        for network in networks_of(made[name]) if elsewhere else ():
+            move(network, device)
+    return made
 
 
 def build_metric(name: str) -> Metric:

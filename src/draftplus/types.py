@@ -79,6 +79,9 @@ class Reward(Protocol):
 
     Where an image's score depends on the other images given with it, a further attribute `compares_images` is True, of
     the reward and of what makes it: so it is known before weights load that micro-batches shape the run.
+
+    An attribute `divisible`, where there is one, lists frozen networks that several processes may hold in parts, which
+    they gather together: nobody else calls them, and this reward as often for any images and prompts.
     """
 
     @property
@@ -178,6 +181,11 @@ class Model(Protocol):
     @property
     def tuned(self) -> TunedWeights:
         """The denoiser's trained weights."""
+        ...
+
+    @property
+    def decoder(self) -> torch.nn.Module:
+        """The network that `decode` calls, as often for any latents of one shape."""
         ...
 
     def encode(self, prompts: Sequence[str | None]) -> Conditioning:

@@ -55,6 +55,7 @@ TRAIN = {
         ["parallel.mode=shard", "model.lora=null", "optim.name=adamw_8bit"], [r"optim\.name=adamw_8bit does not work"]
     ),
     "parts of nothing": (["parallel.shard_size=2"], [r"parallel\.shard_size is 2, but parallel\.mode is auto"]),
+    "no size": (["parallel.shard_frozen_above=much"], [r"parallel\.shard_frozen_above is 'much'; give a size"]),
     "device": (["device=cuda:99"], ["cuda:99"]),
     "size": (["sampler.height=33"], [r"sampler\.height is 33"]),
     "targets": (["model.lora.targets=[to_nothing]"], ["to_nothing"]),

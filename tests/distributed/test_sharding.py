@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from draftplus.errors import UserError
 from tests.distributed.test_two_ranks import assert_nearly_equal
 from tests.support.pipelines import save_pipeline
-from tests.support.processes import commands, ranks
+from tests.support.processes import commands, compiled, ranks
 from tests.support.runs import REWARDS, relative, rows, small_settings, train_here
-from tests.support.steps import BATCH, OBJECTIVES, take_steps, take_steps_in_parts, write_odd_rows
+from tests.support.steps import BATCH, OBJECTIVES, place_in_turn, take_steps, take_steps_in_parts, write_odd_rows
 from tests.tiny import randomize, tiny_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning")]
@@ -66,6 +66,16 @@ def test_rows_that_do_not_divide(tmp_path: Path, rows: int) -> None:
     assert torch.equal(weight, torch.arange(2.0 * rows).view(rows, 2))
 
 
+def test_one_process_of_a_machine_reads_at_a_time(tmp_path: Path) -> None:
+    """Each has the whole denoiser in memory until it is divided."""
+    log = tmp_path / "log.txt"
+    children = ranks(place_in_turn, [str(save_pipeline("sd3", tmp_path / "model")), str(log)], tmp_path, 3)
+    assert [child.wait() for child in children] == [0] * 3, children[0].err.read_text()
+    assert log.read_text().split("\n")[:-1] == [
+        f"{rank} {what}" for rank in range(3) for what in ("reads", "has divided")
+    ]
+
+
 def run_on(size: int, settings: list[str], directory: Path) -> None:
     children = commands(["train", *settings, "--trust"], directory, size)
     assert [child.wait() for child in children] == [0] * size, children[0].err.read_text()
@@ -114,3 +124,15 @@ def test_a_transformer(tmp_path: Path, more: list[str]) -> None:
     replicated, sharded = tmp_path / "runs" / "replicated", tmp_path / "runs" / "sharded"
     assert rows(replicated / "metrics.jsonl")[-1]["kl"] > 0
     assert_nearly_equal(sharded, replicated)
+
+
+def test_compiled(settings: list[str], tmp_path: Path) -> None:
+    settings = [
+        *settings, "objective.kl_coeff=0.5", "train.micro_batch_size=1", "train.steps=2", "parallel.mode=shard",
+        "model.gradient_checkpointing=true",
+    ]  # fmt: skip
+    run_on(2, [*settings, "name=plain"], tmp_path / "plain")
+    children = ranks(compiled, [["train", *settings, "name=compiled", "train.compile=true"]], tmp_path / "compiled", 2)
+    assert [child.wait() for child in children] == [0, 0], children[0].err.read_text()
+    assert int(children[0].out.read_text().split()[-2]) > 1, "graphs"
+    assert_nearly_equal(tmp_path / "runs" / "compiled", tmp_path / "runs" / "plain")

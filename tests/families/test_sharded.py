@@ -1,4 +1,4 @@
-"""Every family is trained in parts as it is whole; here by one process, which has all parts."""
+"""Every family is trained in parts, its decoder too, as it is whole; here by one process, which has all parts."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
+from torch._dynamo.utils import counters
 
 from draftplus.config.schema import ParallelConfig
 from draftplus.distributed import World
+from draftplus.models import compiling
 from draftplus.training import train as training
 from draftplus.training.placement import Placement, Sharded
 from tests.distributed.test_two_ranks import assert_nearly_equal
@@ -37,7 +40,17 @@ def group() -> Iterator[None]:
 
 
 def in_parts(config: ParallelConfig, here: World) -> Placement:
-    return Sharded(here, None)
+    """The decoder, too."""
+    return Sharded(here, None, 0)
+
+
+def settings_of(case: Case, directory: Path, tmp_path: Path, method: str) -> list[str]:
+    height, width = case.sizes[1]
+    return [
+        *small_settings(directory, tmp_path), "train.steps=2", "train.global_batch_size=2", "train.micro_batch_size=1",
+        "eval.max_prompts=1", "objective.kl_coeff=0.5", f"sampler.height={height}", f"sampler.width={width}",
+        f"sampler.guidance_scale={case.guided}", *METHODS[method],
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -48,12 +61,23 @@ def in_parts(config: ParallelConfig, here: World) -> Placement:
 def test_in_parts(
     case: Case, directory: Path, tmp_path: Path, method: str, group: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    height, width = case.sizes[1]
-    settings = [
-        *small_settings(directory, tmp_path), "train.steps=2", "train.global_batch_size=2", "train.micro_batch_size=1",
-        "eval.max_prompts=1", "objective.kl_coeff=0.5", f"sampler.height={height}", f"sampler.width={width}",
-        f"sampler.guidance_scale={case.guided}", *METHODS[method],
-    ]  # fmt: skip
+    settings = settings_of(case, directory, tmp_path, method)
     alone = train_here(settings, "name=alone")
     monkeypatch.setattr(training, "make_placement", in_parts)
     assert_nearly_equal(train_here(settings, "name=parts"), alone)
+
+
+@pytest.mark.parametrize(("name", "method"), [("sd3", "lora"), ("flux_dev", "full")], indirect=["name"])
+def test_compiled_in_parts(
+    case: Case, directory: Path, tmp_path: Path, method: str, group: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What gathers a block's weights stays outside of what is compiled."""
+    monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
+    settings = [*settings_of(case, directory, tmp_path, method), "train.compile=true"]
+    torch._dynamo.reset()
+    whole = train_here(settings, "name=whole")
+    monkeypatch.setattr(training, "make_placement", in_parts)
+    counters.clear()
+    assert_nearly_equal(train_here(settings, "name=parts"), whole)
+    assert counters["stats"]["unique_graphs"] > 0
+    torch._dynamo.reset()

@@ -11,7 +11,7 @@ import pytest
 from draftplus.errors import UserError
 from draftplus.planning.measure import Memory
 from draftplus.planning.plan import plan_memory
-from draftplus.planning.sharding import TOGETHER, blocks_of, spread
+from draftplus.planning.sharding import TOGETHER, blocks_of, frozen_parts, spread
 from draftplus.planning.subject import Subject, subject
 from tests.planning.conftest import FAMILIES, IMAGES, Configured, planned
 
@@ -79,6 +79,46 @@ def test_gradients_are_whole_until_the_last_micro_batch(run: tuple[Subject, Memo
     gradients = whole.trained["gradients"]
     more = spread(micro, run[0], 1_000).phases["step"] - spread(whole, run[0], 1_000).phases["step"]
     assert 0 < more <= gradients
+
+
+@pytest.mark.parametrize(
+    ("settings", "part", "divided"),
+    [
+        (["reward=pickscore"], "rewards", 630_766_080),  # the image tower's; less than all of CLIP ViT-H/14
+        (["reward=aesthetic"], "rewards", 303_179_776),
+        (["reward=pickscore", "parallel.shard_frozen_above=4GiB"], "rewards", 0),
+        (["reward=pickscore", "parallel.shard_frozen_above=null"], "rewards", 0),
+        (["reward=jpeg_compressibility"], "autoencoder", 0),
+        (["reward=emoji_clip"], "rewards", 0),
+    ],
+)
+def test_what_is_large_and_frozen_is_shared(
+    configured: Configured, settings: list[str], part: str, divided: int
+) -> None:
+    config = configured("sd", LORA, *settings)
+    run, whole = subject(config), planned(config)
+    shared = spread(whole, run, 4)
+    assert whole.weights[part] - shared.weights[part] == pytest.approx(4 * divided * 3 / 4, abs=1)
+    for phase in ("sampling", "evaluation", "update"):
+        assert (whole.phases[phase] - shared.phases[phase] > 2 * divided + 2**20) == bool(divided), phase
+
+
+def test_a_decoder_is_shared_where_it_is_large(configured: Configured) -> None:
+    run = subject(configured("sd", LORA, "parallel.shard_frozen_above=0"))
+    assert frozen_parts(run)["autoencoder"] == [run.model.decoder]
+    whole = planned(run.config)
+    parts = [one.nbytes for one in run.model.decoder.parameters()]
+    shared = spread(whole, run, 2)
+    assert whole.weights["autoencoder"] - shared.weights["autoencoder"] == pytest.approx(sum(parts) / 2, abs=1)
+
+
+def test_what_is_offloaded_is_not_shared_while_pictures_are_made(configured: Configured) -> None:
+    config = configured("sd", LORA, "reward=pickscore")
+    away = replace(config, device="cuda", model=replace(config.model, offload=True))
+    here, offloaded = (spread(planned(one), subject(one), 4).phases["sampling"] for one in (config, away))
+    run = subject(config)
+    kept = spread(planned(config), run, 4).weights
+    assert here - offloaded == pytest.approx(kept["autoencoder"] + kept["rewards"] + kept["text encoders"], abs=2)
 
 
 def test_what_cannot_be_spread_has_no_such_plan(configured: Configured) -> None:

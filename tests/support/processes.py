@@ -102,6 +102,19 @@ def ranks(target: Callable[..., Any], arguments: Sequence[Any], directory: Path,
     return children
 
 
+def compiled(arguments: list[str]) -> None:
+    """A command whose blocks are compiled as far as their graphs, which are counted: a C++ compiler takes minutes."""
+    from torch._dynamo.utils import counters
+
+    from draftplus.models import compiling
+
+    compiling.BACKEND = "aot_eager"
+    try:
+        _command(arguments)
+    finally:
+        print(counters["stats"]["unique_graphs"], "graphs")
+
+
 def commands(arguments: Sequence[str], directory: Path, size: int) -> list[Child]:
     """A command on several ranks."""
     return ranks(_command, [list(arguments)], directory, size)

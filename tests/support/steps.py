@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -12,16 +14,19 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
-from draftplus.config import Config, ObjectiveConfig
+from draftplus.build import build_model
+from draftplus.config import Config, ModelConfig, ObjectiveConfig
 from draftplus.config.objective import AlignpropConfig, DdpoConfig, ReflConfig
 from draftplus.config.schema import OptimConfig, PrefixCacheConfig, TrainConfig
 from draftplus.diffusion.objectives import plan
 from draftplus.diffusion.sampler import Rollout
-from draftplus.distributed import World, world
+from draftplus.distributed import MEMORY, World, world
 from draftplus.distributed.sharding import make_mesh, own, shard, whole
 from draftplus.evaluation.held_out import EvaluationSet
+from draftplus.models import loading
 from draftplus.models.stable_diffusion import StableDiffusion
 from draftplus.rewards.combined import Combined
+from draftplus.training import placement as placing
 from draftplus.training.fine_tuning import FineTuning
 from draftplus.training.placement import Placement, Replicated, Sharded
 from draftplus.training.reuse import PrefixCache
@@ -93,10 +98,12 @@ class Watched(PrefixCache):
 def take_steps(
     model: StableDiffusion, objective: ObjectiveConfig, micro: int, sampling: int | None, steps: int = 2, seed: int = 0,
     here: World | None = None, keeps: bool = True, placement: Placement | None = None,
+    score: Callable[[Tensor, list[str]], Scores] | None = None,
 ) -> Updates:  # fmt: skip
     """Steps of AdamW from the model's weights, which are restored afterwards.
 
-    keeps: whether a cache has what it is given. placement: of the model, which is placed already.
+    keeps: whether a cache has what it is given. placement: of the model, which is placed already. score: None: by a
+    reward without a network.
     """
     here = here or World(0, 1, CPU)
     name = next((name for name, known in OBJECTIVES.items() if known is objective), "")
@@ -105,7 +112,7 @@ def take_steps(
     scored: list[list[str]] = []
 
     def recording(images: Tensor, prompts: list[str]) -> Scores:
-        given = TinyScorer()(images, prompts)
+        given = (score or TinyScorer())(images, prompts)
         scores.extend(given.total.detach())
         scored.append(list(prompts))
         return given
@@ -159,6 +166,29 @@ def take_steps_in_parts(path: str, full: bool, methods: list[str], within: int |
             for name in methods
         }
     torch.save({"held": held, "made": made}, "updates.pt")
+
+
+def place_in_turn(path: str, log: str) -> None:
+    """A denoiser is read and divided; a file is told when this rank begins and ends."""
+    read, divide = loading.load_part, placing.shard
+
+    def note(what: str) -> None:
+        with open(log, "a") as file:
+            file.write(f"{os.environ['RANK']} {what}\n")
+
+    def noted_read(cls: Any, source: loading.Source, name: str, dtype: torch.dtype) -> Any:
+        if name == "transformer":
+            note("reads")
+            time.sleep(0.2)  # in which the others would read, too
+        return read(cls, source, name, dtype)
+
+    def noted_divide(*given: Any) -> None:
+        divide(*given)
+        note("has divided")
+
+    loading.load_part, placing.shard = noted_read, noted_divide
+    with world("cpu") as here:
+        Sharded(here, None).place(build_model(ModelConfig(path), here.device, denoiser_on=MEMORY))
 
 
 def write_odd_rows(rows: int) -> None:

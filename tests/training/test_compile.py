@@ -22,11 +22,11 @@ from draftplus.models import compiling, lora
 from draftplus.models.stable_diffusion import StableDiffusion
 from draftplus.training import fine_tuning, warm_up
 from draftplus.training.ddpo import ddpo_step
-from draftplus.training.placement import Replicated, Sharded
+from draftplus.training.placement import Replicated
 from draftplus.training.reuse import PrefixCache
 from draftplus.training.state import initial_state
 from draftplus.training.step import Setup, gradient_step
-from tests.support.runs import REWARDS, configure, fingerprint, relative, rows, train_here, weights
+from tests.support.runs import REWARDS, fingerprint, relative, rows, train_here, weights
 from tests.support.steps import ANIMALS, BATCH, OBJECTIVES, REUSE, SAMPLERS
 from tests.tiny import CPU, SHAPE, normal, problem, tiny_model
 
@@ -226,13 +226,6 @@ def test_without_a_compiler(settings: list[str], monkeypatch: pytest.MonkeyPatch
     refusal = r"train\.compile is true, .* device 'cpu'.* C\+\+ compiler .*train\.compile=f"
     with config.patch(missing), pytest.raises(UserError, match=refusal):
         train_here(settings, COMPILED)
-
-
-def test_parts_of_a_denoiser_are_not_compiled(settings: list[str], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"parallel\.mode is shard, .*; set train\.compile=false"):
-        fine_tuning.fine_tuning(
-            configure([*settings, COMPILED]), tmp_path, Sharded(World(0, 2, CPU), None), World(0, 2, CPU)
-        )
 
 
 def test_a_block_that_cannot_be_compiled(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

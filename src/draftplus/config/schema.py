@@ -210,6 +210,10 @@ class ParallelConfig:
     shard_size: int | None = _key(
         None, "processes that hold a sharded denoiser together; null: those of one machine", above=0
     )
+    shard_frozen_above: str | None = _key(
+        "1GiB", "with shard, the autoencoder's decoder and the networks of a reward are in parts, too, where they take "
+        "more than this; null: never", added=True,
+    )  # fmt: skip
     timeout: float = _key(
         30.0, "minutes without progress after which a process that others wait for ends the run with a reason", above=0,
         added=True,

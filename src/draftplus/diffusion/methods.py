@@ -41,9 +41,9 @@ class Method:
     """One way to learn from a reward.
 
     label: its name in reports. window: (objective, schedule, seed, optimizer step) -> the steps that carry gradient,
-    the same on every rank. estimator: which of `draftplus.diffusion.estimators` leads from the trajectory to the loss;
-    None: the clipped policy gradient on each step's log-probability (`draftplus.diffusion.policy`), which needs no
-    gradient of the reward. words: its description in the report of a run, where {k} is the number of steps with
+    the same on every rank. estimator: from the trajectory to the loss, a function or the name of one in
+    `draftplus.diffusion.estimators`; None: the clipped policy gradient on each step's log-probability
+    (`draftplus.diffusion.policy`), which needs no gradient of the reward. words: its description in the report of a run, where {k} is the number of steps with
     gradient, {last} such as "the last of 10", {steps} the number of sampling steps and {copies} that of DRaFT-LV's
     copies. copies: passes with gradient per image in addition to the steps of its window. repeats: how often each pass
     with gradient is made. check: (config, number of sampling steps) -> UserError for settings that do not fit.
@@ -51,7 +51,7 @@ class Method:
 
     label: str
     window: Callable[[ObjectiveConfig, Schedule, int, int], Window]
-    estimator: str | None = "final_image"
+    estimator: Estimator | str | None = "final_image"
     words: str = "gradient through {k} of {steps} sampling steps"
     copies: Callable[[ObjectiveConfig], int] = _no_copies
     repeats: Callable[[ObjectiveConfig], int] = _one_pass
@@ -65,9 +65,12 @@ class Method:
     @property
     def estimate(self) -> Estimator | None:
         """From the trajectory to the loss."""
+        if not isinstance(self.estimator, str):
+            return self.estimator
         from draftplus.diffusion import estimators
 
-        return None if self.estimator is None else getattr(estimators, self.estimator)
+        named: Estimator = getattr(estimators, self.estimator)
+        return named
 
 
 def gated_steps(gate: float, total: int) -> int:

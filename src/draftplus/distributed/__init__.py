@@ -59,11 +59,26 @@ class World:
             dist.all_gather_object(values, value)
         return values
 
-    def barrier(self) -> None:
-        """Waits for all processes."""
+    def barrier(self, what: str = "end") -> None:
+        """Waits for all processes. what: of what they do, in messages."""
         if self.size > 1:
-            with self._together("end"):
+            with self._together(what):
                 dist.barrier()
+
+    @property
+    def on_machine(self) -> int:
+        """The number of processes on this machine, as torchrun counts them."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self.size)) if self.size > 1 else 1
+
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """The processes of a machine do what is inside one after another: it takes memory that they do not have for
+        all at once. They must not communicate in it."""
+        mine = int(os.environ.get("LOCAL_RANK", self.rank)) if self.size > 1 else 0
+        for turn in range(max(self.gather(self.on_machine))):
+            if turn == mine:
+                yield
+            self.barrier("turn")
 
     def leave(self, error: BaseException | None = None) -> None:
         """Tells the others not to wait for this process, which stops, or fails with an error."""

@@ -6,7 +6,6 @@ what looks at a process's own part takes it from `own`.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,8 +30,7 @@ def make_mesh(here: World, within: int | None) -> DeviceMesh:
 
     Raises UserError where they cannot be divided so.
     """
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", here.size))
-    size = within or (local if here.size % local == 0 else here.size)
+    size = within or (here.on_machine if here.size % here.on_machine == 0 else here.size)
     if here.size % size:
         raise UserError(
             f"parallel.shard_size is {size}, which does not divide the {here.size} processes; use one of "
@@ -64,6 +62,31 @@ def shard(
     for part in _sharded(network):
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)
+
+
+def shard_frozen(
+    networks: Sequence[nn.Module], above: int | None, mesh: DeviceMesh, device: torch.device
+) -> None:  # fmt: skip
+    """The same of networks that are not trained, by their layers, where together they are `large`."""
+    for network in networks if large(networks, above) else ():
+        if not _is_sharded(network):  # as one that two rewards have may be
+            shard(network.requires_grad_(False), layers(network), mesh, device)
+
+
+def large(networks: Sequence[nn.Module], above: int | None) -> bool:
+    """Whether the weights of networks take more than so many bytes; None: never."""
+    return above is not None and sum(one.nbytes for network in networks for one in network.parameters()) > above
+
+
+def layers(network: nn.Module) -> list[nn.Module]:
+    """The entries of a network's lists of modules, but of lists in these: blocks of one of which none are known."""
+    found: list[nn.Module] = []
+    for child in network.children():
+        if isinstance(network, nn.ModuleList) and not isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            found += [child] if any(True for _ in child.parameters()) else []
+        else:
+            found += layers(child)
+    return found
 
 
 def reduce_gradients(network: nn.Module, wanted: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -60,6 +61,9 @@ def measure(
     size, decode = config.train.sampling_batch_size or SAMPLING_BATCH, config.train.micro_batch_size
     images = generate_images(model, [*jobs, *padding], config.sampler, size, decode, knobs, advance)
     mine = _measure(images[: len(jobs)], jobs, rewards, model.device, decode) if jobs else []
+    thrown_away, asked = images[len(jobs) :][:decode], [job.prompt for job in padding[:decode]]
+    for _ in range(math.ceil(len(images) / decode) - math.ceil(len(jobs) / decode)):
+        score_images(rewards, thrown_away, asked, model.device, decode)
     results = sorted((result for part in world.gather(mine) for result in part), key=lambda result: result.seed)
     if world.is_main:
         _save(pictures, results)

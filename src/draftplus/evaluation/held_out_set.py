@@ -32,7 +32,7 @@ class EvaluationSet:
         ]
 
     def padding(self, rank: int, size: int) -> list[Job]:
-        """Jobs whose images are thrown away, so that all processes make the same number of forward passes."""
+        """Jobs whose images are thrown away, so that all processes make the same number of passes, also of rewards."""
         most = math.ceil(len(self.prompts) / size) * self.images_per_prompt
         whole = EvaluationSet(self.prompts[:1], self.images_per_prompt).jobs()
         return whole * ((most - len(self.jobs(rank, size))) // self.images_per_prompt)

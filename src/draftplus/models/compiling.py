@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from draftplus.distributed.sharding import is_part, plain_class
 from draftplus.errors import UserError, first_line, is_out_of_memory
 from draftplus.models.quantize import is_quantised
 
@@ -23,7 +24,8 @@ def compile_blocks(networks: Sequence[Any], vae: nn.Module, device: torch.device
     convolutions of U-Nets and of the autoencoder's decoder in channels-last memory.
 
     Names of modules and weights stay as they are. Adapters that are switched, folded or widened later act inside
-    compiled blocks: each state has a graph of its own, and weights are inputs of it.
+    compiled blocks: each state has a graph of its own, and weights are inputs of it. What gathers the weights of a
+    block that is divided over processes stays outside.
 
     Raises UserError where nothing can be compiled for this device.
     """
@@ -34,8 +36,8 @@ def compile_blocks(networks: Sequence[Any], vae: nn.Module, device: torch.device
     for network in networks:
         for block in blocks(network):
             # a graph that is whole or an error: one that breaks would be slow, and nobody would know
-            block.compile(dynamic=False, fullgraph=True, backend=BACKEND)
-        if type(network).__name__.startswith("UNet"):
+            block.forward = torch.compile(block.forward, dynamic=False, fullgraph=True, backend=BACKEND)
+        if plain_class(network).__name__.startswith("UNet"):
             channels_last(network)
             network.register_forward_pre_hook(_latents_channels_last)
     channels_last(vae.get_submodule("decoder"))
@@ -44,19 +46,20 @@ def compile_blocks(networks: Sequence[Any], vae: nn.Module, device: torch.device
 def blocks(network: Any) -> list[nn.Module]:
     """The repeated blocks of a denoiser of diffusers, which names them for this purpose or at least for sharding."""
     names = network._repeated_blocks or network._no_split_modules
-    return [module for module in network.modules() if type(module).__name__ in names]
+    return [module for module in network.modules() if plain_class(module).__name__ in names]
 
 
 def channels_last(network: nn.Module) -> None:
     """Puts the frozen weights of convolutions in channels-last memory, in which GPUs compute them.
 
     Trained ones keep their layout, and so do their optimizer's moments and the files that are written of them: it is
-    enough that what they are multiplied with has the other.
+    enough that what they are multiplied with has the other. So do those of which a process has a part.
     """
     if any(parameter.dim() == 5 for parameter in network.parameters()):
         return  # of videos, whose few convolutions of pictures would be alone with it
     for parameter in network.parameters():
-        if parameter.dim() == 4 and not parameter.requires_grad and not is_quantised(parameter):
+        fixed = parameter.requires_grad or is_part(parameter) or is_quantised(parameter)
+        if parameter.dim() == 4 and not fixed:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
 

@@ -63,6 +63,10 @@ class PipelineModel:
         return self.pipe.vae
 
     @property
+    def decoder(self) -> Any:
+        return self.vae.decoder
+
+    @property
     def image_dtype(self) -> torch.dtype:
         dtype: torch.dtype = self.vae.dtype
         return dtype

@@ -49,6 +49,10 @@ class StableDiffusion:
         return self.tuned.denoiser
 
     @property
+    def decoder(self) -> Any:
+        return self.vae.decoder
+
+    @property
     def noise_dtype(self) -> torch.dtype:
         return self.text_encoder.dtype  # that of stock's prompt embeddings
 

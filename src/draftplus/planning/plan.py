@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from draftplus.build import quiet_libraries
 from draftplus.config import Config, load_config
+from draftplus.config.sizes import bytes_in
 from draftplus.data.prompts import load_prompts
 from draftplus.diffusion.methods import METHODS
 from draftplus.errors import UserError
@@ -27,7 +27,6 @@ from draftplus.training.sizes import micro_batch_size
 SHARD = "shard"  # of parallel.mode
 LOOKED_AT = 1000  # prompts, of which the longest is that of every image
 HELPS = 0.99  # of the memory before; what leaves more is not advised
-UNITS = {"": 30, "B": 0, "KB": 10, "MB": 20, "GB": 30, "TB": 40}
 
 
 @dataclass(frozen=True)
@@ -70,15 +69,12 @@ class Plan:
 
 
 def bytes_of(text: str) -> int:
-    """The bytes of a size such as 24GB. GB and GiB are both 2^30 bytes, as makers of memory count; without a unit it is
-    in these.
+    """The bytes of a size such as 24GB (`config.sizes`).
 
     Raises UserError for anything else.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])I?)?(B?)", text.strip().upper())
-    unit = f"{found[2]}B" if found and found[2] else found[3] if found else None
-    size = int(float(found[1]) * 2 ** UNITS[unit]) if found and unit is not None else 0
-    if size <= 0:
+    size = bytes_in(text)
+    if not size:
         raise UserError(f"--memory '{text}': give the memory of a device, such as 24GB or 512MB")
     return size
 

@@ -71,9 +71,9 @@ def bare_reward(name: str, settings: RewardConfig, differentiable: bool = True) 
         del model.text_model, model.text_projection
         with META:
             head = Head().requires_grad_(False)
-        return Aesthetic(reward.image_features, head)
+        return Aesthetic(reward.image_features, head, reward.divisible)
     if name == "dissimilarity":
-        return Dissimilarity(reward.image_features)
+        return Dissimilarity(reward.image_features, divisible=reward.divisible)
     return reward
 
 

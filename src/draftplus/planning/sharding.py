@@ -2,8 +2,9 @@
 
 As `distributed.sharding` does it, by PyTorch's `fully_shard`: every process keeps an equal part of each weight of the
 denoiser, and of what full fine-tuning adds to it. A block's weights are gathered whole for as long as it computes,
-those of the next one beside them, and what is in no block while the denoiser does. Adapters, which are small, are whole
-on every process, and so are autoencoder, text encoders and rewards.
+those of the next one beside them, and what is in no block while the denoiser does. So it is with the decoder, and with
+what is divisible of a reward, where they are large. Adapters, which are small, are whole on every process, and so are
+text encoders and the rest of autoencoder and rewards.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from draftplus.config import Config
+from draftplus.config.sizes import shard_frozen_above
+from draftplus.distributed.sharding import large, layers
 from draftplus.errors import UserError
-from draftplus.planning.measure import Memory
+from draftplus.planning.measure import Memory, offloads
+from draftplus.planning.meter import storages
 from draftplus.planning.subject import Subject
 
 TOGETHER = 2  # blocks that are whole at once: that of a pass and the one that is fetched ahead
@@ -25,7 +29,7 @@ TOGETHER = 2  # blocks that are whole at once: that of a pass and the one that i
 
 @dataclass(frozen=True)
 class Blocks:
-    """Bytes of a denoiser's weights: of the largest block, and of all that is in none. wide: in at least float32."""
+    """Bytes of a network's weights: of the largest block, and of all that is in none. wide: in at least float32."""
 
     largest: int
     rest: int
@@ -54,7 +58,21 @@ def blocks_of(network: nn.Module, blocks: Sequence[nn.Module], wide: bool) -> Bl
             for one in tensors
         )
 
-    return Blocks(max(size(own(one)) for one in chosen), size(own(network)), wide)
+    return Blocks(max((size(own(one)) for one in chosen), default=0), size(own(network)), wide)
+
+
+def frozen_parts(run: Subject) -> dict[str, list[nn.Module]]:
+    """The networks besides the denoiser that are shared, by the part of the memory that they are of."""
+    bound = shard_frozen_above(run.config.parallel)
+    rewards = [getattr(reward, "divisible", ()) for reward in run.rewards.values()]
+    return {
+        "autoencoder": [run.model.decoder] if large([run.model.decoder], bound) else [],
+        "rewards": [network for networks in rewards if large(networks, bound) for network in networks],
+    }
+
+
+def _is_parameter(tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter)
 
 
 def spreads(config: Config) -> bool:
@@ -92,7 +110,14 @@ def spread(memory: Memory, run: Subject, ranks: int) -> Memory:
     always = gone(weights["denoiser"]) + gone(weights["frozen copy"])
     for name in ("denoiser", "frozen copy"):
         weights[name] -= gone(weights[name])
-    weights["gathered"] = plain.gathered
+    frozen = frozen_parts(run)
+    others = {part: gone(storages(networks, _is_parameter)) for part, networks in frozen.items()}
+    found = [blocks_of(network, layers(network), wide=False).gathered for parts in frozen.values() for network in parts]
+    once = max(found, default=0)  # one after the other
+    for part, count in others.items():
+        weights[part] -= count
+        always += count
+    weights["gathered"] = max(plain.gathered, once)
     if full:
         always += gone(trained["optimizer"]) + gone(trained["average"])
         trained = {name: count - gone(count) for name, count in trained.items()}
@@ -103,10 +128,12 @@ def spread(memory: Memory, run: Subject, ranks: int) -> Memory:
     passing = looked_at.gathered + (looked_at.largest if full else 0)
     if full and run.config.objective.kl_coeff > 0:  # what is in no block of the frozen copy
         passing += plain.rest
+    passing = max(passing, once)
     fixed = memory.fixed - always
     at_least = fixed + sum(kept.values()) + passing
-    phases["sampling"] += plain.gathered - memory.folded - always  # adapters are not folded into parts
-    phases["evaluation"] -= always
+    away = sum(others.values()) if offloads(run.config) else 0
+    phases["sampling"] += plain.gathered - memory.folded - always + away  # adapters are not folded into parts
+    phases["evaluation"] += once - always
     phases["step"] = max(at_least, phases["step"] - always - less - widened + passing)
     if full:
         phases["update"] = fixed + 2 * trained["gradients"]

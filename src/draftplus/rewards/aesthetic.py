@@ -41,10 +41,11 @@ class Head(nn.Module):
 
 @dataclass
 class Aesthetic:
-    """features: images (b, 3, H, W) to (b, 768) of length 1."""
+    """features: images (b, 3, H, W) to (b, 768) of length 1. divisible: what computes them."""
 
     features: Callable[[Tensor], Tensor]
     head: Head
+    divisible: Sequence[nn.Module] = ()
     differentiable: bool = True
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -84,4 +85,4 @@ def load_aesthetic(
         network.preprocessing, torchvision=True
     )  # as OpenAI's package, which it was made with
     del network.model.text_model, network.model.text_projection  # a quarter of the network, of no use here
-    return Aesthetic(network.image_features, head)
+    return Aesthetic(network.image_features, head, network.divisible)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from draftplus.distributed import sent
 from draftplus.errors import UserError
@@ -56,6 +56,11 @@ class ClipReward:
         self.dropout = Dropout(model.vision_model.encoder.layers, dropout) if dropout else None
         self._text_features = lru_cache(CACHED_PROMPTS)(self._encode)
         self._told = False
+
+    @property
+    def divisible(self) -> list[nn.Module]:
+        """The image tower; prompts that are known are not encoded again, and processes know different ones."""
+        return [self.model.vision_model]
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """images: (b, 3, H, W) in [0, 1]; prompts: b strings. Returns (b,) in float32, or wider if the weights are."""

@@ -36,6 +36,7 @@ class CustomReward:
     differentiable: bool
     compares_images: bool
     unharmed: Unharmed
+    divisible: Sequence[torch.nn.Module] = ()
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """images: (b, 3, H, W) in [0, 1]; prompts: b strings. Returns (b,)."""
@@ -54,10 +55,12 @@ def load_custom(spec: str, path: str | None, args: Mapping[str, Any], device: An
     - `path`, `device` and `dtype` of the configuration are passed too if the signature has parameters of these names.
     - `differentiable` is True unless the reward, or the callable that created it, has this attribute set to False.
     - `compares_images` is False unless the named object has this attribute set to True.
+    - `divisible` is what the reward has as this attribute, networks in a list or tuple; else empty.
     - A reward that is an `nn.Module` is frozen and put into evaluation mode.
 
-    UserError for a missing module or object, one that cannot be called, arguments that do not fit, and a reward that
-    compares images although the named object does not say so. Exceptions of the user's own code pass through.
+    UserError for a missing module or object, one that cannot be called, arguments that do not fit, a `divisible` that
+    lists no networks, and a reward that compares images although the named object does not say so. Exceptions of the
+    user's own code pass through.
     """
     target, unharmed = resolve_custom(spec), Unharmed(spec)
     if not callable(target):
@@ -67,7 +70,8 @@ def load_custom(spec: str, path: str | None, args: Mapping[str, Any], device: An
     keywords = bind(spec, parameters[2:] if itself else parameters, path, args, device, dtype, _HINT)
     compares = bool(getattr(target, "compares_images", False))
     if itself:
-        return CustomReward(target, keywords, bool(getattr(target, "differentiable", True)), compares, unharmed)
+        differentiable = bool(getattr(target, "differentiable", True))
+        return CustomReward(target, keywords, differentiable, compares, unharmed, _divisible(spec, target))
     with unharmed("when it was made"):
         made = target(**keywords)
     if not callable(made):
@@ -84,7 +88,19 @@ def load_custom(spec: str, path: str | None, args: Mapping[str, Any], device: An
     if isinstance(made, torch.nn.Module):
         made.requires_grad_(False).eval()
     differentiable = bool(getattr(made, "differentiable", getattr(target, "differentiable", True)))
-    return CustomReward(made, {}, differentiable, compares, unharmed)
+    return CustomReward(made, {}, differentiable, compares, unharmed, _divisible(spec, made))
+
+
+def _divisible(spec: str, reward: Any) -> Sequence[torch.nn.Module]:
+    listed = getattr(reward, "divisible", ())
+    containers = (torch.nn.ModuleList, torch.nn.ModuleDict)  # which cannot be called
+    for one in listed if isinstance(listed, (list, tuple)) else [listed]:
+        if not isinstance(one, torch.nn.Module) or isinstance(one, containers) or one is listed:
+            raise UserError(
+                f"reward '{spec}': its divisible is {type(one).__name__}, or has one; it must be a list of networks, "
+                "each a torch module that can be called."
+            )
+    return listed
 
 
 def resolve_custom(spec: str) -> Any:

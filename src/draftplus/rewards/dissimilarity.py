@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from draftplus.distributed import sent
 from draftplus.errors import UserError
@@ -20,11 +20,13 @@ class Dissimilarity:
     """The mean of 1 - cos to the other images that are scored with it, in [0, 2]; differentiable in all of them.
 
     features: images (b, 3, H, W) to (b, d) of length 1. same_prompt: compare with images of the same prompt only.
-    Unlike other rewards it is a property of a batch: in training, of the micro-batch on one process.
+    divisible: what computes the features. Unlike other rewards it is a property of a batch: in training, of the
+    micro-batch on one process.
     """
 
     features: Callable[[Tensor], Tensor]
     same_prompt: bool = False
+    divisible: Sequence[nn.Module] = ()
     differentiable: bool = True
     compares_images: bool = True
 
@@ -64,7 +66,7 @@ def load_dissimilarity(
 ) -> Reward:
     """In the image space of a CLIPModel, by default emoji_clip. For the rest see `load_clip_reward`."""
     network = load_clip_reward(path, processor, revision=revision, device=device, dtype=dtype)
-    return Dissimilarity(network.image_features, same_prompt)
+    return Dissimilarity(network.image_features, same_prompt, network.divisible)
 
 
 load_dissimilarity.compares_images = True  # type: ignore[attr-defined]  # here too, to be known before weights load

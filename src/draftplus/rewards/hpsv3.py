@@ -95,6 +95,7 @@ class HPSv3:
     def __init__(self, network: Network, tokenizer: Any) -> None:
         config = network.model.config
         self.network = network
+        self.divisible = [network]
         self.tokenizer = tokenizer
         self.patch, self.merged = config.vision_config.patch_size, config.vision_config.spatial_merge_size
         self.frames = config.vision_config.temporal_patch_size

@@ -94,6 +94,7 @@ class ImageReward:
     def __init__(self, network: Network, captions: Captions) -> None:
         size = network.image_size
         self.network = network
+        self.divisible = [network]
         self.captions = captions
         self.preprocessing = Preprocessing(size, "bicubic", (size, size), 1.0, CLIP_MEAN, CLIP_STD, torchvision=True)
 

@@ -148,6 +148,12 @@ class Mps:
         self._text = lru_cache(CACHED)(self._encode)
         self._condition: Tensor | None = None  # (n, d)
 
+    @property
+    def divisible(self) -> list[nn.Module]:
+        """What sees the picture; prompts that are known are not encoded again, and processes know different ones."""
+        layers: Any = self.network.cross_model["layers"]
+        return [self.network.model.vision_model, *(block["fn"] for pair in layers for block in pair)]
+
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """images: (b, 3, H, W) in [0, 1]; prompts: b strings. Returns (b,) in float32, or wider if the weights are."""
         if len(images) != len(prompts):

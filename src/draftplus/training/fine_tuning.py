@@ -149,11 +149,6 @@ def fine_tuning(config: Config, run: Path, placement: Placement, here: World, dr
     Raises UserError for everything that is wrong with the configuration, the model, the rewards or the prompts.
     """
     micro = micro_batch_size(config, here.size)
-    if config.train.compile and isinstance(placement, Sharded):
-        raise UserError(
-            "train.compile is true and parallel.mode is shard, but parts of a denoiser cannot be compiled yet; set "
-            "train.compile=false"
-        )
     prompts = load_prompts(config.data.prompts, config.data.column)
     held_out = evaluation_set(config, prompts)
     quiet_libraries()
@@ -168,12 +163,15 @@ def fine_tuning(config: Config, run: Path, placement: Placement, here: World, dr
     jobs = base_jobs(config, prompts.train)
     others = [] if dry else [*held_out.prompts, *(job.prompt for job in jobs)]
     embed_prompts(model, [*trained_on, *others, config.sampler.negative_prompt], here)
+    with progress("loading the denoiser", None, here.is_main):
+        placement.place(model)
     compiled = config.train.compile and len(steps) > 0
     if compiled:
         model.compile()
     with progress("loading the rewards", None, here.is_main):
-        placement.place(model)
-        rewards = offloaded(build_rewards({**config.reward, **config.eval.rewards}, here.device), model.offload)
+        named = {**config.reward, **config.eval.rewards}
+        rewards = build_rewards(named, here.device, placement.loads_on, placement.place_reward)
+        rewards = offloaded(rewards, model.offload)
     problem = build_problem(config, model, rewards)
     for key, side in (("sampler.height", config.sampler.height), ("sampler.width", config.sampler.width)):
         if side is not None and side < SMALLEST:

@@ -9,16 +9,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import cached_property
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from draftplus.config.schema import ParallelConfig
+from draftplus.config.sizes import shard_frozen_above
 from draftplus.distributed import MEMORY, World
-from draftplus.distributed.sharding import is_part, make_mesh, reduce_gradients, shard, whole
+from draftplus.distributed.sharding import is_part, make_mesh, reduce_gradients, shard, shard_frozen, whole
 from draftplus.errors import UserError, notice
-from draftplus.types import Model
+from draftplus.types import Model, Reward
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class Placement(Protocol):
@@ -31,6 +36,10 @@ class Placement(Protocol):
 
     def place(self, model: Model) -> None:
         """Spreads a loaded model; before the optimizer is made of its parameters."""
+        ...
+
+    def place_reward(self, reward: Reward) -> None:
+        """Spreads what takes much room of a loaded reward; after the model."""
         ...
 
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:
@@ -62,6 +71,9 @@ class Replicated:
     def place(self, model: Model) -> None:
         pass
 
+    def place_reward(self, reward: Reward) -> None:
+        pass
+
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:
         return nullcontext()
 
@@ -86,23 +98,35 @@ class Replicated:
 class Sharded:
     """Each process holds a part of every weight of the denoiser, and of the frozen copy of one that is fully tuned,
     with its gradient and what the optimizer remembers of it (FSDP2, `distributed.sharding`). Adapters are small, and
-    whole on every process. within: `parallel.shard_size`.
+    whole on every process. within: `parallel.shard_size`. frozen_above: bytes of weights above which the decoder, and
+    what a reward says is divisible, is in parts, too; None: never.
     """
 
     here: World
     within: int | None
+    frozen_above: int | None = None
     networks: list[nn.Module] = field(default_factory=list)
 
     @property
     def loads_on(self) -> torch.device:
         return MEMORY  # where a denoiser has room that no device has room for
 
+    @cached_property
+    def mesh(self) -> DeviceMesh:
+        return make_mesh(self.here, self.within)
+
     def place(self, model: Model) -> None:
-        mesh, tuned = make_mesh(self.here, self.within), model.tuned
-        kept = tuned.trainable().values() if tuned.has_adapters() else ()
-        self.networks = tuned.networks()
-        for network in self.networks:
-            shard(network, tuned.blocks(network), mesh, self.here.device, kept)
+        mesh = self.mesh  # which all make together
+        with self.here.in_turn():  # a family's denoiser is read when it is asked for, and is whole until it is divided
+            tuned = model.tuned
+            kept = tuned.trainable().values() if tuned.has_adapters() else ()
+            self.networks = tuned.networks()
+            for network in self.networks:
+                shard(network, tuned.blocks(network), mesh, self.here.device, kept)
+            shard_frozen([model.decoder], self.frozen_above, mesh, self.here.device)
+
+    def place_reward(self, reward: Reward) -> None:
+        shard_frozen(getattr(reward, "divisible", ()), self.frozen_above, self.mesh, self.here.device)
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
@@ -132,8 +156,9 @@ class Sharded:
 def make_placement(config: ParallelConfig, here: World) -> Placement:
     """The placement of a configuration's `parallel`.
 
-    Raises UserError for a size of shards where there are none.
+    Raises UserError for a size of shards where there are none, and for what is no size.
     """
+    above = shard_frozen_above(config)
     if config.mode != "shard":
         if config.shard_size is not None:
             raise UserError(
@@ -146,4 +171,4 @@ def make_placement(config: ParallelConfig, here: World) -> Placement:
         return Replicated(here)
     if here.meeting is not None:
         here.meeting.inseparable = True
-    return Sharded(here, config.shard_size)
+    return Sharded(here, config.shard_size, above)
