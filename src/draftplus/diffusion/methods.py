@@ -43,10 +43,11 @@ class Method:
     label: its name in reports. window: (objective, schedule, seed, optimizer step) -> the steps that carry gradient,
     the same on every rank. estimator: from the trajectory to the loss, a function or the name of one in
     `draftplus.diffusion.estimators`; None: the clipped policy gradient on each step's log-probability
-    (`draftplus.diffusion.policy`), which needs no gradient of the reward. words: its description in the report of a run, where {k} is the number of steps with
-    gradient, {last} such as "the last of 10", {steps} the number of sampling steps and {copies} that of DRaFT-LV's
-    copies. copies: passes with gradient per image in addition to the steps of its window. repeats: how often each pass
-    with gradient is made. check: (config, number of sampling steps) -> UserError for settings that do not fit.
+    (`draftplus.diffusion.policy`), which needs no gradient of the reward. words: its description in the report of a
+    run, where {k} is the number of steps with gradient, {last} such as "the last of 10", {steps} the number of sampling
+    steps and {copies} that of DRaFT-LV's copies. copies: passes with gradient per image in addition to the steps of its
+    window. repeats: how often each pass with gradient is made. check: (config, number of sampling steps) -> UserError
+    for settings that do not fit.
     """
 
     label: str
