@@ -59,7 +59,7 @@ def test_a_run_on_four_two_and_one(settings: list[str], tmp_path: Path) -> None:
     """With a scale that is measured, a reward that is held out, and fewer prompts to evaluate than processes."""
     settings = [
         *settings, "reward={emoji_clip: {normalise: base}}", f"eval.rewards={{clip: {{path: {EMOJI_CLIP}}}}}",
-        "eval.every=2", "train.micro_batch_size=1",
+        "eval.every=1", "train.micro_batch_size=1",
     ]  # fmt: skip
     alone = train_here(settings, "name=alone")
     shared = ["parallel.mode=shard", "parallel.shard_frozen_above=0"]
