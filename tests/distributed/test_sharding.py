@@ -67,13 +67,13 @@ def test_rows_that_do_not_divide(tmp_path: Path, rows: int) -> None:
 
 
 def test_one_process_of_a_machine_reads_at_a_time(tmp_path: Path) -> None:
-    """Each has the whole denoiser in memory until it is divided."""
+    """Each has a whole network in memory until it is divided."""
     log = tmp_path / "log.txt"
     children = ranks(place_in_turn, [str(save_pipeline("sd3", tmp_path / "model")), str(log)], tmp_path, 3)
     assert [child.wait() for child in children] == [0] * 3, children[0].err.read_text()
-    assert log.read_text().split("\n")[:-1] == [
-        f"{rank} {what}" for rank in range(3) for what in ("reads", "has divided")
-    ]
+    told = [("reads", "has divided"), ("reads rewards", "has placed them")]
+    expected = [f"{rank} {what}" for pair in told for rank in range(3) for what in pair]
+    assert log.read_text().splitlines() == expected
 
 
 def run_on(size: int, settings: list[str], directory: Path) -> None:

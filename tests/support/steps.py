@@ -169,7 +169,7 @@ def take_steps_in_parts(path: str, full: bool, methods: list[str], within: int |
 
 
 def place_in_turn(path: str, log: str) -> None:
-    """A denoiser is read and divided; a file is told when this rank begins and ends."""
+    """A denoiser is read and divided, then rewards; a file is told when this rank begins and ends."""
     read, divide = loading.load_part, placing.shard
 
     def note(what: str) -> None:
@@ -188,7 +188,12 @@ def place_in_turn(path: str, log: str) -> None:
 
     loading.load_part, placing.shard = noted_read, noted_divide
     with world("cpu") as here:
-        Sharded(here, None).place(build_model(ModelConfig(path), here.device, denoiser_on=MEMORY))
+        placement = Sharded(here, None)
+        placement.place(build_model(ModelConfig(path), here.device, denoiser_on=MEMORY))
+        with placement.loading():
+            note("reads rewards")
+            time.sleep(0.2)
+            note("has placed them")
 
 
 def write_odd_rows(rows: int) -> None:

@@ -170,7 +170,8 @@ def fine_tuning(config: Config, run: Path, placement: Placement, here: World, dr
         model.compile()
     with progress("loading the rewards", None, here.is_main):
         named = {**config.reward, **config.eval.rewards}
-        rewards = build_rewards(named, here.device, placement.loads_on, placement.place_reward)
+        with placement.loading():
+            rewards = build_rewards(named, here.device, placement.loads_on, placement.place_reward)
         rewards = offloaded(rewards, model.offload)
     problem = build_problem(config, model, rewards)
     for key, side in (("sampler.height", config.sampler.height), ("sampler.width", config.sampler.width)):

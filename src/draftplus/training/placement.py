@@ -38,6 +38,10 @@ class Placement(Protocol):
         """Spreads a loaded model; before the optimizer is made of its parameters."""
         ...
 
+    def loading(self) -> AbstractContextManager[None]:
+        """Around the loading and spreading of what may not have room in memory for all processes at once."""
+        ...
+
     def place_reward(self, reward: Reward) -> None:
         """Spreads what takes much room of a loaded reward; after the model."""
         ...
@@ -70,6 +74,9 @@ class Replicated:
 
     def place(self, model: Model) -> None:
         pass
+
+    def loading(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def place_reward(self, reward: Reward) -> None:
         pass
@@ -117,13 +124,16 @@ class Sharded:
 
     def place(self, model: Model) -> None:
         mesh = self.mesh  # which all make together
-        with self.here.in_turn():  # a family's denoiser is read when it is asked for, and is whole until it is divided
+        with self.loading():  # a family's denoiser is read when it is asked for, and is whole until it is divided
             tuned = model.tuned
             kept = tuned.trainable().values() if tuned.has_adapters() else ()
             self.networks = tuned.networks()
             for network in self.networks:
                 shard(network, tuned.blocks(network), mesh, self.here.device, kept)
             shard_frozen([model.decoder], self.frozen_above, mesh, self.here.device)
+
+    def loading(self) -> AbstractContextManager[None]:
+        return self.here.in_turn()
 
     def place_reward(self, reward: Reward) -> None:
         shard_frozen(getattr(reward, "divisible", ()), self.frozen_above, self.mesh, self.here.device)
