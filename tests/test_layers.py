@@ -12,7 +12,8 @@ SAME_LAYER = {0, 8}  # files of one vocabulary, and surfaces, may build on one a
 
 FORBIDDEN = {"torchvision", "lpips"}
 LIGHT = {  # what the vocabulary may need beside torch
-    "config": {"omegaconf"}, "errors": set(), "progress": {"rich"}, "weights": {"torch", "safetensors"},
+    "config": {"omegaconf"}, "errors": set(), "imports": set(), "progress": {"rich"},
+    "weights": {"torch", "safetensors"},
 }  # fmt: skip
 
 LONGEST = 300  # lines of a file; one that is longer wants to be two
