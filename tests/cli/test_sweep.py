@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from draftplus.report import write
-from draftplus.sweeps import local
+from draftplus.sweeps import ahead, local
 from tests.report.synthetic import write_run, write_sweep
 
 Command = Callable[..., Any]
 STAND_IN = Path(__file__).parents[1] / "sweeps" / "stand_in.py"
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs are those of a program that stands for `draftplus train`, and none makes itself ready before."""
+    monkeypatch.setattr(local, "COMMAND", (sys.executable, str(STAND_IN)))
+    monkeypatch.setattr(ahead, "ready_ahead", lambda environment: nullcontext())
 
 
 def test_a_dry_run_lists_the_runs_and_makes_nothing(
@@ -46,9 +54,8 @@ def test_slurms_options_are_checked_before_anything_is_made(
 
 
 @pytest.mark.slow
-def test_a_failed_run_is_told_at_the_end(draftplus: Command, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_failed_run_is_told_at_the_end(draftplus: Command, tmp_path: Path, monkeypatch: Any, stand_in: None) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(local, "COMMAND", (sys.executable, str(STAND_IN)))
     (write_run(tmp_path / "sweeps" / "s" / "seed-0", pictures=False) / "adapter").rmdir()
     printed = draftplus("sweep", "emoji", "seed=0,1", "--name", "s")
     assert printed.code == 1
@@ -61,10 +68,9 @@ def test_a_failed_run_is_told_at_the_end(draftplus: Command, tmp_path: Path, mon
 
 
 def test_a_sweep_that_made_nothing_has_no_report(
-    draftplus: Callable[..., Any], tmp_path: Path, monkeypatch: Any
+    draftplus: Callable[..., Any], tmp_path: Path, monkeypatch: Any, stand_in: None
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(local, "COMMAND", (sys.executable, str(STAND_IN)))
     printed = draftplus("sweep", "emoji", "seed=1", "--name", "s")
     assert printed.code == 1 and printed.out == "0 of 1 runs finished: sweeps/s\n"
 
