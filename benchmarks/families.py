@@ -32,7 +32,8 @@ from benchmarks.floor import floor, recorded, take_step, training
 from benchmarks.step import measure
 from draftplus.build import build_model, build_rewards, quiet_libraries
 from draftplus.config import load_config
-from draftplus.evaluation.generate import generate_images, jobs_of
+from draftplus.evaluation.generate import generate_images
+from draftplus.evaluation.knobs import jobs_of
 from draftplus.models.families import FAMILIES
 from draftplus.runs.plan import settled
 from tests.families.cases import CASES, Case

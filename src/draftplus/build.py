@@ -30,10 +30,7 @@ from draftplus.rewards.clip import EMOJI_CLIP, load_clip_reward
 from draftplus.rewards.combined import Combined, Scale
 from draftplus.rewards.custom import load_custom
 from draftplus.rewards.names import REWARDS as REWARDS
-from draftplus.rewards.names import compares_images as compares_images
-from draftplus.rewards.names import is_reward as is_reward
-from draftplus.rewards.names import refuse_unknown_reward as refuse_unknown_reward
-from draftplus.rewards.names import resolved
+from draftplus.rewards.names import refuse_unknown_reward, resolved
 from draftplus.rewards.names import reward_loader as reward_loader
 from draftplus.rewards.offloaded import networks_of
 from draftplus.types import Model, Reward

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import rewards
-from draftplus.build import REWARDS
+from draftplus.rewards.names import REWARDS
 
 
 def test_every_reward_that_is_measured_is_in_the_docs() -> None:

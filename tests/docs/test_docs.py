@@ -14,12 +14,13 @@ import make_configuration
 import pytest
 import typer
 
-from draftplus.build import METRICS, REWARDS, build_metric, is_reward, refuse_unknown_reward
+from draftplus.build import METRICS, build_metric
 from draftplus.cli import CommandLineError, app
 from draftplus.cli.reward.train import train as train_reward
 from draftplus.cli.shared import read_seeds
 from draftplus.config import COMMANDS, all_keys, load_config, load_reward_config, recipe_names, trusting
 from draftplus.errors import UserError
+from draftplus.rewards.names import REWARDS, is_reward, refuse_unknown_reward
 from draftplus.sweeps.grid import expand, parse_grid, with_variants
 
 ROOT = Path(__file__).parents[2]

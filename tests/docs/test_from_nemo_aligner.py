@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from draftplus.build import REWARDS
 from draftplus.config import all_keys
+from draftplus.rewards.names import REWARDS
 from tests.support.processes import ROOT
 
 PAGE = (ROOT / "docs" / "from-nemo-aligner.md").read_text(encoding="utf-8")

@@ -19,6 +19,7 @@ from draftplus import build
 from draftplus.diffusion.methods import METHODS
 from draftplus.diffusion.sampler import Rollout
 from draftplus.models.families import FAMILIES, Family
+from draftplus.rewards import names
 from draftplus.runs.plan import plan_run
 from draftplus.training.dry_run import describe
 from tests.support.runs import rows, save_small, train_here
@@ -49,7 +50,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_a_reward(recipe: Any, settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(build.REWARDS, "contrast", f"{recipe('my_reward').__name__}:load_contrast")
+    monkeypatch.setitem(names.REWARDS, "contrast", f"{recipe('my_reward').__name__}:load_contrast")
     run = train_here([*settings, *STEPS, "reward={contrast: {args: {gain: 2.0}}}"])
     first, last = rows(run / "metrics.jsonl")
     assert first["reward/contrast"] > 0 and first["grad_norm"] > 0 and last["step"] == 2

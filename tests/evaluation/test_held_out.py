@@ -16,7 +16,8 @@ from draftplus import api, rng
 from draftplus.data.prompts import load_prompts, normalized
 from draftplus.distributed import World
 from draftplus.errors import UserError
-from draftplus.evaluation.held_out import EvaluationSet, evaluation_set, score_images
+from draftplus.evaluation.held_out import score_images
+from draftplus.evaluation.held_out_set import EvaluationSet, evaluation_set
 from draftplus.evaluation.pictures import to_pil
 from draftplus.metrics.lpips import lpips_per_prompt
 from tests.support import rewards

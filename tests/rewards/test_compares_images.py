@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from draftplus import api
-from draftplus.build import REWARDS as BUILT_IN
-from draftplus.build import build_reward, compares_images
+from draftplus.build import build_reward
 from draftplus.config import RewardConfig, load_config, trusting
 from draftplus.errors import UserError
 from draftplus.rewards.combined import Combined
 from draftplus.rewards.custom import load_custom
+from draftplus.rewards.names import REWARDS as BUILT_IN
+from draftplus.rewards.names import compares_images
 from draftplus.runs.plan import plan_run
 from draftplus.sweeps.plan import plan_sweep
 from draftplus.training.fine_tuning import micro_batch_size

@@ -14,7 +14,8 @@ from draftplus.config import Config, RewardConfig
 from draftplus.config.schema import SamplerConfig, TrainConfig
 from draftplus.distributed import World, world
 from draftplus.distributed.sharding import layers, own
-from draftplus.evaluation.held_out import EvaluationSet, measure
+from draftplus.evaluation.held_out import measure
+from draftplus.evaluation.held_out_set import EvaluationSet
 from draftplus.rewards.combined import Combined
 from draftplus.training.placement import Placement, Replicated, Sharded
 from tests.support.steps import BATCH, OBJECTIVES, take_steps

@@ -22,7 +22,7 @@ from draftplus.diffusion.objectives import plan
 from draftplus.diffusion.sampler import Rollout
 from draftplus.distributed import MEMORY, World, world
 from draftplus.distributed.sharding import make_mesh, own, shard, whole
-from draftplus.evaluation.held_out import EvaluationSet
+from draftplus.evaluation.held_out_set import EvaluationSet
 from draftplus.models import loading
 from draftplus.models.stable_diffusion import StableDiffusion
 from draftplus.rewards.combined import Combined

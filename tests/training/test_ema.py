@@ -10,7 +10,7 @@ import torch
 from draftplus import api
 from draftplus.build import build_model
 from draftplus.data.prompts import load_prompts
-from draftplus.evaluation.held_out import evaluation_set
+from draftplus.evaluation.held_out_set import evaluation_set
 from draftplus.training.optim import Ema
 from tests.support.rewards import redness
 from tests.support.runs import configure, rows, small_settings, train_here, weights

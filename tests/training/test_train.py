@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import draftplus
-from draftplus.build import REWARDS as BUILT_IN
 from draftplus.build import build_model, build_reward
 from draftplus.config import RewardConfig, load_config
 from draftplus.config.schema import OptimConfig
@@ -20,6 +19,7 @@ from draftplus.errors import UserError
 from draftplus.rewards.aesthetic import AESTHETIC
 from draftplus.rewards.aesthetic import FILE as AESTHETIC_FILE
 from draftplus.rewards.clip import CLIP_H, CLIP_SCORE, PICKSCORE_PROCESSOR
+from draftplus.rewards.names import REWARDS as BUILT_IN
 from draftplus.runs.journal import open_loggers
 from draftplus.training.fine_tuning import total_steps
 from draftplus.training.optim import learning_rate

@@ -225,8 +225,8 @@ def _normalise_reward(layer: Mapping[Any, Any], where: str = "") -> Mapping[Any,
 def shaping_keys(config: AnyConfig, compares_images: bool = False) -> dict[str, Any]:
     """The dotted keys and values that shape the trajectory, and so must not change when a run is continued.
 
-    compares_images: whether a reward's scores depend on the micro-batch (`build.compares_images`), whose size then
-    shapes it too.
+    compares_images: whether a reward's scores depend on the micro-batch (`rewards.names.compares_images`), whose size
+    then shapes it too.
     """
     shaping = {"train.micro_batch_size"} if compares_images else set()
     changeable = tuple(f"{key}." for key in changeable_keys(type(config)) if key not in shaping)

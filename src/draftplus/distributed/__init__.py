@@ -20,7 +20,6 @@ from torch.distributed.rendezvous import rendezvous
 from draftplus.distributed.meeting import Meeting
 from draftplus.errors import Interrupted, UserError, notice
 from draftplus.launcher import end_with_launcher
-from draftplus.launcher import is_main_process as is_main_process
 
 PATIENCE = 30.0  # minutes, the default of parallel.timeout
 MARGIN = timedelta(minutes=1)  # by which the backend is more patient; it cannot say who is missing

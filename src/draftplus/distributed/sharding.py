@@ -64,9 +64,7 @@ def shard(
         part.set_force_sum_reduction_for_comms(True)
 
 
-def shard_frozen(
-    networks: Sequence[nn.Module], above: int | None, mesh: DeviceMesh, device: torch.device
-) -> None:  # fmt: skip
+def shard_frozen(networks: Sequence[nn.Module], above: int | None, mesh: DeviceMesh, device: torch.device) -> None:
     """The same of networks that are not trained, by their layers, where together they are `large`."""
     for network in networks if large(networks, above) else ():
         if not _is_sharded(network):  # as one that two rewards have may be

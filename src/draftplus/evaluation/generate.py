@@ -19,7 +19,6 @@ from draftplus.diffusion.sampler import sample
 from draftplus.evaluation.chunks import SAMPLING_BATCH, chunks
 from draftplus.evaluation.half_precision import rounded_latents, rounds
 from draftplus.evaluation.knobs import TUNED, Job, Knobs
-from draftplus.evaluation.knobs import jobs_of as jobs_of
 from draftplus.progress import Advance
 from draftplus.types import Model
 

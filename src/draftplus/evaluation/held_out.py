@@ -18,7 +18,6 @@ from draftplus.distributed import World
 from draftplus.evaluation.chunks import SAMPLING_BATCH
 from draftplus.evaluation.generate import generate_images
 from draftplus.evaluation.held_out_set import EvaluationSet
-from draftplus.evaluation.held_out_set import evaluation_set as evaluation_set
 from draftplus.evaluation.knobs import TUNED, Job, Knobs
 from draftplus.evaluation.pictures import save_pictures
 from draftplus.evaluation.scores import Rewards, score_images

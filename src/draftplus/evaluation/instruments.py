@@ -9,15 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from draftplus.build import (
-    METRICS,
-    build_features,
-    build_metric,
-    build_reward,
-    build_styles,
-    compares_images,
-    is_reward,
-)
+from draftplus.build import METRICS, build_features, build_metric, build_reward, build_styles
 from draftplus.config import RewardConfig
 from draftplus.distributed import pick_device
 from draftplus.errors import UserError
@@ -27,6 +19,7 @@ from draftplus.evaluation.scores import Rewards
 from draftplus.evaluation.targets import Target
 from draftplus.metrics.metric import Metric
 from draftplus.models.families import MODELS
+from draftplus.rewards.names import compares_images, is_reward
 
 
 @dataclass(frozen=True)

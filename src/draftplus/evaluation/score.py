@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from draftplus import __version__
-from draftplus.build import METRICS, build_reward, compares_images, quiet_libraries, refuse_unknown_reward
+from draftplus.build import METRICS, build_reward, quiet_libraries
 from draftplus.config import Config, RewardConfig, flatten, given_by, is_below, load_config
 from draftplus.data.pictures import Undecodable
 from draftplus.distributed import pick_device
@@ -25,6 +25,7 @@ from draftplus.evaluation.chunks import SAMPLING_BATCH
 from draftplus.evaluation.scores import Rewards, score_images
 from draftplus.evaluation.stored import find_pictures, read_pictures
 from draftplus.progress import Advance, progress
+from draftplus.rewards.names import compares_images, refuse_unknown_reward
 from draftplus.runs.files import write_text
 from draftplus.runs.journal import finite
 from draftplus.runs.rows import reward_key

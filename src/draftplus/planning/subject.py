@@ -8,13 +8,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from draftplus.build import build_model, build_problem, refuse_unknown_reward
+from draftplus.build import build_model, build_problem
 from draftplus.config import Config
 from draftplus.diffusion.methods import METHODS
 from draftplus.diffusion.problem import Problem
 from draftplus.models.bare import Encoder
 from draftplus.planning.meter import META, counting
 from draftplus.planning.rewards import Uncounted, bare_reward
+from draftplus.rewards.names import refuse_unknown_reward
 from draftplus.rewards.offloaded import networks_of
 from draftplus.types import Model, Reward
 
