@@ -15,7 +15,7 @@ ROOT = SRC / "draftplus"
 # Top-level files and packages, by layer, the lowest first; within a layer as they are drawn, from left to right. Those
 # of one layer never import one another, save in the first and the last.
 LAYERS = [
-    ["types", "errors", "rng", "imports", "launcher", "distributed", "progress", "hub", "weights", "config"],
+    ["types", "errors", "rng", "garbage", "launcher", "distributed", "progress", "hub", "weights", "config"],
     ["diffusion"],
     ["data", "models", "rewards", "metrics"],
     ["build"],

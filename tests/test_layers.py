@@ -12,7 +12,7 @@ SAME_LAYER = {0, 8}  # files of one vocabulary, and surfaces, may build on one a
 
 FORBIDDEN = {"torchvision", "lpips"}
 LIGHT = {  # what the vocabulary may need beside torch
-    "config": {"omegaconf"}, "errors": set(), "imports": set(), "progress": {"rich"},
+    "config": {"omegaconf"}, "errors": set(), "garbage": set(), "progress": {"rich"},
     "weights": {"torch", "safetensors"},
 }  # fmt: skip
 

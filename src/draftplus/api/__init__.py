@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from draftplus.config import Config, ModelConfig, RewardConfig, trusting
 from draftplus.errors import UserError
 from draftplus.evaluation.knobs import Knobs
-from draftplus.imports import quickly
+from draftplus.garbage import collection_paused
 from draftplus.launcher import is_main_process
 from draftplus.runs.plan import plan_run
 
@@ -278,7 +278,7 @@ def write_report(target: Path) -> Path:
 
 
 def _train(config: Config, run: Path, told: Callable[[Path], None]) -> Path:
-    with quickly():
+    with collection_paused():
         from draftplus.training.train import train
 
     return train(config, run, told)

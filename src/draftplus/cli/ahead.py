@@ -9,12 +9,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from draftplus import cli
-from draftplus.imports import quickly
+from draftplus.garbage import collection_paused
 
 
 def main() -> None:
     """Imports, reads from the sweep what to do, and does it."""
-    with suppress(Exception), quickly():  # which the run meets again, and tells
+    with suppress(Exception), collection_paused():  # which the run meets again, and tells
         # of the embedded model; most of what is imported for it, other families need too
         from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel  # noqa: F401
         from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer  # noqa: F401

@@ -44,9 +44,10 @@ def kind_of(path: Path) -> str | None:
 
 
 def _text(path: Path, column: str | None) -> Iterator[Row]:
+    name = str(path)
     for number, line in lines(path):
-        if line.strip():
-            yield _plain(line, f"{path}", f"line {number}")
+        if text := line.strip():
+            yield _plain(text, name, f"line {number}")
 
 
 def _jsonl(path: Path, column: str | None) -> Iterator[Row]:
@@ -164,7 +165,7 @@ def _tar(path: Path, column: str | None) -> Iterator[Row]:
                     f"'{path}', member {name}: {count:,} lines, but a member is one prompt; unpack it and give {name} "
                     "itself, one prompt a line."
                 )
-            yield _plain(text, f"{path}", place)
+            yield _plain(text.strip(), str(path), place)
 
 
 def members(path: Path) -> Iterator[tuple[tarfile.TarInfo, Callable[[], bytes]]]:
@@ -211,14 +212,14 @@ def _row(fields: Mapping[str, Any], column: str | None, path: Path, place: str) 
             f"{where}: {field} contains {half}, one half of a character without the other; write the whole character."
         )
         return Row("", split, place, fault)
-    return _plain(prompt, str(path), place)._replace(split=split)
+    return _plain(prompt.strip(), str(path), place, split)
 
 
-def _plain(text: str, path: str, place: str) -> Row:
+def _plain(text: str, path: str, place: str, split: str | None = None) -> Row:
     if "\0" in text:
         fault = f"{path}, {place} contains NUL characters, as UTF-16 does: save it as UTF-8, or take them out."
-        return Row("", None, place, fault)
-    return Row(text.strip(), None, place)
+        return Row("", split, place, fault)
+    return Row(text, split, place)
 
 
 def _field(names: Sequence[str], column: str | None, where: str) -> str:

@@ -18,6 +18,7 @@ from draftplus.data.formats import READERS, TARS, Row, kind_of
 from draftplus.data.index import INDEX, Packed, Some, read_index
 from draftplus.data.remote import is_remote
 from draftplus.errors import UserError
+from draftplus.garbage import collection_paused
 
 BUILT_IN = ("animals", "parti")
 MOST_FILES = 100_000
@@ -207,10 +208,11 @@ def _unknown(path: Path) -> str:
 def read_rows(source: str | Path, column: str | None = None) -> list[Row]:
     """What a source of files holds, in order. Raises UserError for what cannot be read or is no prompt."""
     rows = []
-    for row in rows_of(source, column):
-        if row.fault is not None:
-            raise UserError(row.fault)
-        rows.append(row)
+    with collection_paused():
+        for row in rows_of(source, column):
+            if row.fault is not None:
+                raise UserError(row.fault)
+            rows.append(row)
     if not rows:
         tar = all(kind_of(path) in TARS for path in prompt_files(source))
         member = ".txt member, .caption member or .json member" if tar else "prompt"
