@@ -180,6 +180,24 @@ def test_a_damaged_adapter_is_refused(tmp_path: Path) -> None:
     assert find_weights(str(run)).adapter == run / "adapter", "the same command writes it again, as the message says"
 
 
+def test_an_adapter_that_the_run_has_gone_past(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Continued and not at its end yet, a run still has the adapter of its former end, which is taken and said."""
+    run = tmp_path / "run"
+    fit(run, 4)
+    find_weights(str(run))
+    assert "continued" not in capsys.readouterr().err
+    shutil.copytree(run / "adapter", tmp_path / "former")
+    fit(run, 8)
+    find_weights(str(run))
+    assert "continued" not in capsys.readouterr().err, "an end that is reached"
+    shutil.rmtree(run / "adapter")
+    shutil.copytree(tmp_path / "former", run / "adapter")
+    assert find_weights(str(run)).adapter == run / "adapter"
+    assert f"its newest weights are {run}@8" in capsys.readouterr().err
+    find_weights(f"{run}@4")
+    assert not capsys.readouterr().err
+
+
 def test_an_adapter_among_other_files(tmp_path: Path) -> None:
     """A list of checksums beside it may be of other files, some of which are not there; its own line counts."""
     mine = tmp_path / "mine.safetensors"

@@ -22,17 +22,24 @@ def write_sums(directory: Path) -> None:
     (directory / SUMS).write_text("".join(lines), encoding="utf-8")
 
 
+def read_sums(directory: Path) -> dict[str, str] | None:
+    """What SHA256SUMS of a directory says of its files, by name; None where it has none."""
+    try:
+        lines = (directory / SUMS).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except FileNotFoundError:
+        return None
+    return {name: told for told, _, name in (line.partition("  ") for line in lines)}
+
+
 def verify(directory: Path, only: str | None = None) -> None:
     """Raises ValueError that names a file which is not as it was written; files that were added are not looked at.
 
     only: the one file to look at, which may be among others that are not draftplus's. A directory without SHA256SUMS is
     of an earlier version, and passes.
     """
-    try:
-        lines = (directory / SUMS).read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    except FileNotFoundError:
+    written = read_sums(directory)
+    if written is None:
         return
-    written = {name: told for told, _, name in (line.partition("  ") for line in lines)}
     there = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
     known = {name for name in there if name.endswith((".safetensors", ".json"))}
     for name in sorted(written.keys() | known if only is None else written.keys() & {only}):

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from draftplus.config import Config, load_config, nearest, refuse_nobodys_home
-from draftplus.errors import UserError
+from draftplus.errors import UserError, notice
 from draftplus.models.families import MODELS, resolve
 from draftplus.models.lora_files import lora_file
-from draftplus.runs.checksums import verify
+from draftplus.runs.checksums import read_sums, verify
 from draftplus.runs.directory import is_run, saved_steps, step_name
 from draftplus.runs.origin import run_config
 
@@ -60,6 +60,8 @@ def find_weights(target: str, overrides: Sequence[str] = (), code: Collection[st
             if not steps:
                 raise UserError(f"{run} has no trained weights yet; run: draftplus train {run}")
             adapter = run / "adapters" / step_name(steps[-1])
+        elif steps:
+            _tell_if_earlier(run, steps[-1])
         return Weights(config, intact(adapter), run.name)
     step = _best(run) if at == "best" else int(at) if at.isdecimal() else None
     if step is None:
@@ -69,6 +71,16 @@ def find_weights(target: str, overrides: Sequence[str] = (), code: Collection[st
             f"{run} has no adapter of step {step}; its steps are {', '.join(map(str, steps)) or 'none yet'}"
         )
     return Weights(config, intact(run / "adapters" / step_name(step)), f"{run.name}@{step}")
+
+
+def _tell_if_earlier(run: Path, newest: int) -> None:
+    """One line where a run has gone on since it wrote adapter/, the weights of an end, which is evaluated too."""
+    sums = [read_sums(run / name) for name in ("adapter", f"adapters/{step_name(newest)}")]
+    if None not in sums and sums[0] != sums[1]:
+        notice(
+            f"{run}/adapter is what training ended with before the run was continued; its newest weights are "
+            f"{run}@{newest}"
+        )
 
 
 def intact(adapter: Path) -> Path:
