@@ -16,6 +16,7 @@ from draftplus.config import Config, load_config
 from draftplus.distributed import World
 from draftplus.progress import Advance
 from draftplus.training.drive import drive
+from draftplus.training.optim import learning_rate
 from draftplus.training.state import State, initial_state, numbers_of, put_back, tensors_of
 from draftplus.training.update import update
 from tests.support.runs import rows
@@ -148,3 +149,14 @@ def nothing() -> AbstractContextManager[None]:
     from contextlib import nullcontext
 
     return nullcontext()
+
+
+def test_steps_without_a_learning_rate_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fall = ("optim.warmup_steps=1", "optim.decay_steps=3")
+    fit(tmp_path / "whole", 4, None, *fall)
+    assert "learning rate" not in capsys.readouterr().err
+    fit(tmp_path / "longer", 6, None, *fall)
+    told = capsys.readouterr().err
+    assert "the learning rate is 0 from step 5 on, where optim.decay_steps=3 ends, so the steps up to 6" in told
+    moved = [learning_rate(configured(tmp_path, *fall).optim, step) > 0 for step in range(6)]
+    assert moved == [True] * 4 + [False] * 2

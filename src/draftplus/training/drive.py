@@ -20,7 +20,7 @@ from draftplus.runs.journal import Row
 from draftplus.training import checkpoint
 from draftplus.training.guards import write_stopped
 from draftplus.training.interrupt import interruption
-from draftplus.training.optim import learning_rate
+from draftplus.training.optim import learning_rate, tell_of_idle_steps
 from draftplus.training.state import State, initial_state
 from draftplus.training.task import Abandonable, Task
 
@@ -46,6 +46,7 @@ def drive(
             f"now asks for; set train.steps={state.step} or more. Weights of earlier steps are in {run / weights.each}"
         )
     if here.is_main:
+        tell_of_idle_steps(config.optim, task.total)
         forget_after(run, state.step if restored else -1)
         write_config(run, config)
     here.barrier()

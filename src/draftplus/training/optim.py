@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from draftplus.config.schema import OptimConfig
 from draftplus.distributed.sharding import own, part_of, whole
-from draftplus.errors import UserError
+from draftplus.errors import UserError, notice
 
 Parameters = Mapping[str, nn.Parameter]
 CODES = ("qmap1", "qmap2")  # of bitsandbytes: the same for all parameters and runs, made anew
@@ -51,6 +51,15 @@ def learning_rate(config: OptimConfig, step: int) -> float:
     if config.decay_steps is None:
         return rate
     return rate * min(1.0, max(0.0, 1 - (step - config.warmup_steps) / config.decay_steps))
+
+
+def tell_of_idle_steps(config: OptimConfig, total: int) -> None:
+    """One line where the learning rate is 0 before the last of `total` steps is taken."""
+    if config.decay_steps is not None and total > (end := config.warmup_steps + config.decay_steps):
+        notice(
+            f"the learning rate is 0 from step {end + 1} on, where optim.decay_steps={config.decay_steps} ends, so the "
+            f"steps up to {total} change nothing; to train longer, start a run with a larger optim.decay_steps"
+        )
 
 
 def gradient_norm(parameters: Parameters, limit: float | None) -> float:
