@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -20,6 +21,8 @@ def main() -> None:
         from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer  # noqa: F401
 
         import draftplus.training.train  # noqa: F401
+
+        gc.freeze()  # the libraries stay, and each look for garbage among all they made takes half a second
     text = sys.stdin.buffer.read()
     if not text:  # the sweep is gone
         return
