@@ -523,7 +523,8 @@ def test_a_picture_that_was_replaced_is_noticed_when_a_run_continues(
         train_reward(run, ["train.steps=4"])
 
 
-def test_dry_run_says_what_to_expect(recipe: list[str]) -> None:
-    told = describe_reward(recipe[0], recipe[1:])
+def test_dry_run_says_what_to_expect(recipe: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    told = describe_reward(recipe[0], [*recipe[1:], "optim.decay_steps=1"])
+    assert "the learning rate is 0 from step 3 on" in capsys.readouterr().err
     assert "48 to train on, of 8 captions" in told and "12 pairs of 2 captions" in told and "expected time" in told
     assert not Path(load_reward_config(recipe[0], recipe[1:]).output_dir).exists()

@@ -15,6 +15,7 @@ from draftplus.diffusion.problem import Problem
 from draftplus.distributed import world
 from draftplus.evaluation.scale import base_jobs, normalised
 from draftplus.training.fine_tuning import fine_tuning
+from draftplus.training.optim import tell_of_idle_steps
 from draftplus.training.placement import make_placement
 from draftplus.training.preference import preference
 from draftplus.training.state import initial_state
@@ -38,6 +39,7 @@ def describe(config: Config, run: Path) -> str:
             began = time.perf_counter()
             task.step(state, nullcontext)
             seconds = (seconds + (uses - 1) * (time.perf_counter() - began)) / uses
+    tell_of_idle_steps(config.optim, task.total)
     setup, held_out, sampler = task.setup, task.held_out, task.setup.problem.sampler
     doubled = sampler.model.doubles(sampler.negative_prompt, sampler.guidance_scale)
     gate, total = sampler.gate, len(sampler.schedule)
@@ -84,6 +86,7 @@ def describe_reward(config: RewardTrainConfig, run: Path) -> str:
         began = time.perf_counter()
         task.step(state, nullcontext)
         seconds = time.perf_counter() - began
+    tell_of_idle_steps(config.optim, task.total)
     split, validations = task.split, 1 + -(-task.total // config.eval.every)
     validated = len(evenly(split.validation_rows, config.eval.max_pairs))
     # without gradient a pair costs a third
