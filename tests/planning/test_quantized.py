@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -72,8 +73,11 @@ def sizes(config: Config, device: torch.device) -> dict[str, dict[str, int]]:
 
 @pytest.mark.parametrize("kind", ["null", "int8", "fp8"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_weight_has_the_bytes_of_the_real_one(configured: Configured, name: str, kind: str) -> None:
+def test_every_weight_has_the_bytes_of_the_real_one(
+    configured: Configured, name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Up to the rounding of a whole number of weights: which layers are quantised, and what their scales take."""
+    monkeypatch.setenv("DRAFTPLUS_CACHE", str(tmp_path))  # encoders are not read where a prompt is embedded already
     if kind != "null":
         pytest.importorskip("torchao")
     config = configured(name, f"model.quantize={kind}", "model.dtype=bfloat16")
