@@ -196,6 +196,8 @@ def test_an_adapter_that_the_run_has_gone_past(tmp_path: Path, capsys: pytest.Ca
     assert f"its newest weights are {run}@8" in capsys.readouterr().err
     find_weights(f"{run}@4")
     assert not capsys.readouterr().err
+    (run / "adapters" / "step-000008" / "SHA256SUMS").write_bytes(b"\xff")
+    assert find_weights(str(run)).adapter == run / "adapter", "those of others are nothing to it"
 
 
 def test_an_adapter_among_other_files(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,7 +76,9 @@ def find_weights(target: str, overrides: Sequence[str] = (), code: Collection[st
 
 def _tell_if_earlier(run: Path, newest: int) -> None:
     """One line where a run has gone on since it wrote adapter/, the weights of an end, which is evaluated too."""
-    sums = [read_sums(run / name) for name in ("adapter", f"adapters/{step_name(newest)}")]
+    sums: list[dict[str, str] | None] = [None]
+    with suppress(OSError, ValueError):  # of the weights that are taken, `intact` tells
+        sums = [read_sums(run / name) for name in ("adapter", f"adapters/{step_name(newest)}")]
     if None not in sums and sums[0] != sums[1]:
         notice(
             f"{run}/adapter is what training ended with before the run was continued; its newest weights are "
