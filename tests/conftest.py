@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import shutil
 import tempfile
@@ -22,13 +21,6 @@ from tests.support.runs import save_small, small_settings
 from tests.tiny import randomize, save_tiny, tiny_model
 
 torch.set_num_threads(1)
-
-
-def pytest_collection_finish() -> None:
-    """Looks for garbage rarely, and never among what is imported, which took an eighth of the time of all tests."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 20)
 
 
 def pytest_unconfigure() -> None:
